@@ -1,0 +1,37 @@
+"""What can go wrong, and the one or two lines a user reads when it does.
+
+Every refusal in the package is an `Error`; the command line prints its text and exits with code 1.
+Anything else that reaches the command line is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class Error(Exception):
+    """A refusal with a message for the user: what is wrong and what to do about it."""
+
+
+class SourceError(Error):
+    """A file that cannot be read as a checkpoint: damaged, hostile, or of a kind nobody writes."""
+
+    def __init__(self, path: str | Path, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{path}: {problem}" + (f"\n{remedy}" if remedy else ""))
+
+
+class PlanError(Error):
+    """A checkpoint whose tensors do not fit its table; the text is the grouped report."""
+
+
+class TargetError(Error):
+    """The output cannot be written: it exists, the disk is full, permission is missing."""
+
+
+class MissingExtra(Error):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"{package} is not installed; it is needed here: pip install 'kcv2diffusers[{extra}]'"
+        )
