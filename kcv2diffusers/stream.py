@@ -73,8 +73,9 @@ def run(jobs: Sequence[Job], advance: Callable[[int], None] = lambda _: None) ->
                 return None
             if not hasattr(workers, "worker"):
                 workers.worker = _Worker(files)
+            worker: _Worker = workers.worker
             try:
-                found = workers.worker.do(job)
+                found = worker.do(job)
             except BaseException:
                 stop.set()
                 raise
@@ -169,7 +170,7 @@ class _Worker:
     def write(self, job: Job, values: np.ndarray, start: int) -> None:
         """Write contiguous target values from element `start` on."""
         fd, offset = self.files.write[job.target], job.offset + start * values.itemsize
-        view = memoryview(values.reshape(-1).view(np.uint8))
+        view = memoryview(values.reshape(-1).view(np.uint8).data)
         while view:
             done = os.pwrite(fd, view, offset)
             view, offset = view[done:], offset + done
@@ -247,11 +248,11 @@ class _Reader:
 
     def __init__(self, fd: int, tensor: Tensor) -> None:
         self.fd, self.tensor = fd, tensor
-        self.whole = None if tensor.load is None else memoryview(tensor.load().reshape(-1).view(np.uint8))
+        self.whole = None if tensor.load is None else memoryview(tensor.load().reshape(-1).view(np.uint8).data)
 
     def read(self, into: np.ndarray, start: int) -> None:
         """Fill the contiguous array with the tensor's bytes from `start` on."""
-        view = memoryview(into.reshape(-1).view(np.uint8))
+        view = memoryview(into.reshape(-1).view(np.uint8).data)
         if self.whole is not None:
             view[:] = self.whole[start : start + len(view)]
             return

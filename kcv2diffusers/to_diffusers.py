@@ -165,15 +165,15 @@ def _gather(sources: Sequence[Source], named: Mapping[str, Source | None]) -> di
     for given in sources:
         for source in open_sources(Path(given)):
             _add(parts, recognise(source))
-    for part, given in named.items():
-        if given is None:
+    for part, path in named.items():
+        if path is None:
             continue
-        matches = [recognise(source) for source in open_sources(Path(given))]
+        matches = [recognise(source) for source in open_sources(Path(path))]
         fitting = [match for match in matches if match.part == part]
         if not fitting:
             held = " and a ".join(NAMES[match.part] for match in matches)
             raise Error(
-                f"{given}: holds a {held}, not a {NAMES[part]}.\n"
+                f"{path}: holds a {held}, not a {NAMES[part]}.\n"
                 "Leave the option away: parts are recognised by their contents."
             )
         for match in fitting:
@@ -231,10 +231,13 @@ def _check_together(parts: dict[str, Match]) -> dict[str, Match]:
     unet, text = parts.get("unet"), parts.get("text_encoder")
     if unet and text:
         if unet.dims["context"] != text.dims["width"]:
+            sides = [
+                f"{m.source.path} ({m.version.upper()}, text embeddings {m.dims[size]} wide)"
+                for m, size in ((unet, "context"), (text, "width"))
+            ]
             raise Error(
-                f"{unet.source.path} ({unet.version.upper()}, for text embeddings {unet.dims['context']} wide) and "
-                f"{text.source.path} ({text.version.upper()}, {text.dims['width']} wide) do not belong together."
-                "\nGive a UNet and a text encoder of the same model."
+                f"{sides[0]} and {sides[1]} do not belong together.\n"
+                "Give a UNet and a text encoder of the same model."
             )
         if not text.known:
             parts["text_encoder"] = text = replace(text, spec=spec("text_encoder", unet.version))

@@ -14,6 +14,7 @@ import importlib
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 try:
     from keras_cv.src.backend import keras
@@ -195,4 +196,5 @@ def randomise(model: Any, seed: int) -> None:
             values = 0.3 * values
         else:
             values /= np.sqrt(np.prod(shape[:-1]))
-        variable.assign(values.astype(variable.dtype if isinstance(variable.dtype, str) else "float32"))
+        dtype = variable.dtype if isinstance(variable.dtype, str) else variable.dtype.name
+        variable.assign(values.astype(tf.as_dtype(dtype).as_numpy_dtype))
