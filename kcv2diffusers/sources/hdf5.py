@@ -156,11 +156,12 @@ class _Walker:
     def dataset(self, dataset: h5py.h5d.DatasetID, name: str) -> Tensor | None:
         """The tensor, or None for a dataset that holds no numbers."""
         stored = dataset.dtype
-        dtype = stored.newbyteorder("<") if stored.kind in "fiu" else None
-        if dtype is None:
+        if stored == np.dtype("V2") or (stored == np.uint16 and _is_bfloat16(dataset)):
+            dtype = np.dtype(ml_dtypes.bfloat16)  # which HDF5 does not know: raw 16-bit words
+        elif stored.kind in "fiu":
+            dtype = stored.newbyteorder("<")
+        else:
             return None
-        if dtype == np.uint16 and _is_bfloat16(dataset):
-            dtype = np.dtype(ml_dtypes.bfloat16)
         shape = tuple(int(n) for n in dataset.shape)
         settings = dataset.get_create_plist()
         layout = settings.get_layout()
