@@ -31,21 +31,39 @@ def _made_by() -> str:
     return digest.hexdigest()[:12]
 
 
-def make(stack: str, out: Path, *arguments: str) -> None:
-    """Run make_checkpoints.py in the interpreter and Keras of a stack: keras3, keras2 or sprint."""
+def run_script(stack: str, script: str, *arguments: str | Path) -> str:
+    """What a script of tests/kerascv prints, run in the interpreter and Keras of a stack."""
     if stack == "sprint" and not SPRINT_PYTHON.exists():
         pytest.skip(f"needs keras-cv 0.4.2 on TensorFlow 2.12 at {SPRINT_PYTHON} (make venv-sprint)")
     python = SPRINT_PYTHON if stack == "sprint" else sys.executable
     environment = {**os.environ, **({"TF_USE_LEGACY_KERAS": "1"} if stack == "keras2" else {})}
     done = subprocess.run(
-        [python, MAKER / "make_checkpoints.py", out, *arguments],
+        [python, MAKER / script, *arguments],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"{stack} {arguments}:\n{done.stderr[-3000:]}")
+        raise RuntimeError(f"{stack} {script} {arguments}:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def cached(stack: str, script: str, *arguments: str) -> Path:
+    """The folder that `script FOLDER *arguments` filled, now or earlier."""
+    label = "_".join([Path(script).stem, *(Path(argument).name for argument in arguments)])
+    folder = CACHE / _made_by() / stack / label
+    if not folder.exists():
+        temporary = folder.with_name(f".{label}-{os.getpid()}")
+        temporary.mkdir(parents=True)
+        run_script(stack, script, temporary, *arguments)
+        temporary.rename(folder)
+    return folder
+
+
+def make(stack: str, out: Path, *arguments: str) -> None:
+    """Run make_checkpoints.py in the interpreter and Keras of a stack: keras3, keras2 or sprint."""
+    run_script(stack, "make_checkpoints.py", out, *arguments)
 
 
 def checkpoint(stack: str, part: str, version: int = 1, dtype: str = "float32", *containers: str) -> Path:

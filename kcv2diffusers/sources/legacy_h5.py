@@ -7,6 +7,7 @@ carry meaning, the numbers only their order.
 
 from __future__ import annotations
 
+import math
 import re
 
 from kcv2diffusers.errors import SourceError
@@ -58,9 +59,8 @@ def _strings(attributes: dict[str, list[str]], name: str) -> list[str] | None:
 def _tensors(tree: Tree, path: str, layer: str, weights: list[str]) -> dict[str, Tensor]:
     """The layer's tensors, keyed by inner layer class, rank within that class and variable name.
 
-    Keras writes trainable weights first, so a partly frozen layer is out of order; the numbers of its
-    inner layers then tell the order they were created in. A layer without a number among numbered ones
-    was created last (a ResBlock's projection, made on its first call).
+    Keras writes trainable weights first, so those of a partly frozen layer are out of order; the numbers
+    of the inner layers tell the order they were created in.
     """
     inner: dict[str, dict[str, Tensor]] = {}
     for weight in weights:
@@ -77,9 +77,10 @@ def _tensors(tree: Tree, path: str, layer: str, weights: list[str]) -> dict[str,
         stems.setdefault(stem, []).append((number, where))
     tensors = {}
     for stem, members in stems.items():
-        numbers = [number or 0 for number, _ in members[:-1]]
-        if numbers != sorted(numbers):
-            members.sort(key=lambda m: (m[0] is None, m[0]))
+        # The first of its class in a session has no number, and is followed by 1; neither has what Keras 2
+        # makes on a layer's first call, which comes last (the projection of a ResBlock).
+        unnumbered = 0 if any(number == 1 for number, _ in members) else math.inf
+        members.sort(key=lambda member: unnumbered if member[0] is None else member[0])
         for rank, (_, where) in enumerate(members):
             for variable, tensor in inner[where].items():
                 tensors[f"{stem}.{rank}/{variable}"] = tensor
