@@ -25,7 +25,10 @@ from kcv2diffusers.sources.tensor import Tensor
 _SLICE = 8 << 20  # bytes read at a time where the order of bytes stays
 _BLOCK = 1 << 20  # bytes of source transposed at a time: a block and its result stay in the L2 cache
 _SLAB = 64 << 20  # bytes of target collected before they are written
-_TILE = 64
+# Larger writes make the kernel look for larger free blocks of memory, which can take longer than copying.
+_WRITE = 128 << 10
+_TILE = 128
+_PAD = 16
 _LISTED = 8
 _WORKERS = min(4, os.cpu_count() or 1)
 
@@ -172,7 +175,7 @@ class _Worker:
         fd, offset = self.files.write[job.target], job.offset + start * values.itemsize
         view = memoryview(values.reshape(-1).view(np.uint8).data)
         while view:
-            done = os.pwrite(fd, view, offset)
+            done = os.pwrite(fd, view[:_WRITE], offset)
             view, offset = view[done:], offset + done
 
     def read(self, job: Job, source: _Reader, scan: _Scan, shape: tuple[int, ...], start: int) -> np.ndarray:
@@ -180,14 +183,10 @@ class _Worker:
         values = self.buffer("source", shape, job.tensor.dtype)
         source.read(values, start * values.itemsize)
         scan(values)
-        return self.cast(values, job.dtype)
-
-    def cast(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        if values.dtype == dtype:
+        if values.dtype == job.dtype:
             return values
-        result = self.buffer("cast", values.shape, dtype)
-        with np.errstate(all="ignore"):  # overflow is what the scan reports
-            np.copyto(result, values, casting="unsafe")
+        result = self.buffer("cast", shape, job.dtype)
+        cast(values, result)
         return result
 
     def copy(self, job: Job, source: _Reader, scan: _Scan) -> None:
@@ -200,11 +199,13 @@ class _Worker:
         """(few, rows, columns) -> (columns, rows, few): kernels on their way to diffusers.
 
         A slab of target columns at a time; into it, blocks of source rows: read each of the few planes,
-        bring rows of all planes together, transpose by tiles.
+        bring rows of all planes together, transpose by tiles. Rows of a block are kept a cache line apart
+        from a power of two, or all of them would compete for the same few cache sets.
         """
         planes, rows, columns = core
         step = max(1, _BLOCK // (planes * columns * job.tensor.dtype.itemsize))
         slab = max(1, _SLAB // (rows * planes * job.dtype.itemsize))
+        padded = self.buffer("gathered", (step, planes, columns + _PAD), job.dtype)
         for left in range(0, columns, slab):
             width = min(slab, columns - left)
             target = self.buffer("target", (width, rows * planes), job.dtype)
@@ -215,15 +216,11 @@ class _Worker:
                     start = (plane * rows + top) * columns
                     source.read(block[plane], start * job.tensor.dtype.itemsize)
                 scan(block)
-                block = self.cast(block, job.dtype)
-                if planes > 1:
-                    gathered = self.buffer("gathered", (height, planes, columns), job.dtype)
-                    gathered[...] = block.transpose(1, 0, 2)
-                    block = gathered
-                block = block.reshape(height * planes, columns)
+                cast(block.transpose(1, 0, 2), padded[:height, :, :columns])
+                flat = padded[:height].reshape(height * planes, columns + _PAD)
                 into = target[:, top * planes : (top + height) * planes]
                 for tile in range(0, width, _TILE):
-                    into[tile : tile + _TILE] = block[:, left + tile : left + min(tile + _TILE, width)].T
+                    into[tile : tile + _TILE] = flat[:, left + tile : left + min(tile + _TILE, width)].T
             self.write(job, target, left * rows * planes)
 
     def reverse_back(self, job: Job, source: _Reader, scan: _Scan, core: tuple[int, int, int]) -> None:
@@ -243,12 +240,23 @@ class _Worker:
             self.write(job, target, first * rows * columns)
 
 
+def cast(values: np.ndarray, into: np.ndarray) -> None:
+    """Copy `values` to the dtype of `into`, rounding to nearest even.
+
+    Overflow is what the scan reports.
+    """
+    with np.errstate(all="ignore"):
+        np.copyto(into, values, casting="unsafe")
+
+
 class _Reader:
     """A tensor's bytes, from the file or, unpacked once, from memory."""
 
     def __init__(self, fd: int, tensor: Tensor) -> None:
         self.fd, self.tensor = fd, tensor
-        self.whole = None if tensor.load is None else memoryview(tensor.load().reshape(-1).view(np.uint8).data)
+        self.whole = (
+            None if tensor.load is None else memoryview(tensor.load().reshape(-1).view(np.uint8).data)
+        )
 
     def read(self, into: np.ndarray, start: int) -> None:
         """Fill the contiguous array with the tensor's bytes from `start` on."""
@@ -277,11 +285,16 @@ class _Scan:
             np.dtype(f"u{dtype.itemsize}") if dtype.kind == "f" or dtype == ml_dtypes.bfloat16 else None
         )
         self.largest = 0
+        self.sign = 1 << (8 * dtype.itemsize - 1)
 
     def __call__(self, values: np.ndarray) -> None:
-        if self.bits is not None and values.size:
-            magnitude = values.view(self.bits) & np.array(-1, f"i{self.bits.itemsize}").view(self.bits) // 2
-            self.largest = max(self.largest, int(magnitude.max()))
+        if self.bits is None or not values.size:
+            return
+        # As signed numbers the largest is the largest positive value, as unsigned ones the most negative
+        # value (or, where there is none, again the largest positive).
+        flat = values.reshape(-1).view(self.bits)
+        positive, negative = int(flat.view(f"i{flat.itemsize}").max()), int(flat.max())
+        self.largest = max(self.largest, positive, negative & (self.sign - 1))
 
     def result(self) -> NotFinite | None:
         if self.bits is None:

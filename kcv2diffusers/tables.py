@@ -85,7 +85,7 @@ class Leaf:
     version: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
     """One tensor on both sides.
 
@@ -144,7 +144,7 @@ class Version:
     config: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """One diffusers component: its folder, the KerasCV parts it is made of, versions and config."""
 
@@ -230,7 +230,8 @@ class Spec:
                 )
         return slots
 
-    def slots(self, repeat: int) -> list[Slot]:
+    @cache  # noqa: B019  (specs live as long as the process)
+    def slots(self, repeat: int) -> tuple[Slot, ...]:
         """All slots in Keras' weight order, repeated rows `repeat` times."""
         slots: list[Slot] = []
         ordinals: dict[str, int] = {}
@@ -239,7 +240,7 @@ class Spec:
                 ordinal = ordinals.get(row.layer, 0)
                 ordinals[row.layer] = ordinal + 1
                 slots += self.block(row, ordinal, i)
-        return slots
+        return tuple(slots)
 
 
 def _leaf(entry: list[str], lists: Mapping[str, list[str]]) -> Leaf:
