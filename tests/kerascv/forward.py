@@ -2,7 +2,7 @@
 
     python forward.py OUT PART VERSION [--kind small|full] [--size PIXELS]
 
-OUT gets <part>.weights.h5, <part>.expected.json and <part>.npz (the inputs and `output`, NHWC).
+OUT gets <part>.weights.h5, <part>.expected.json and <part>.npz (the inputs and `output`, channels last).
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def inputs(part: str, model: Any, size: int) -> dict[str, np.ndarray]:
     values = {"image": rng.uniform(-1, 1, shape)} if shape[-1] == 3 else {"latent": rng.normal(size=shape)}
     if part == "unet":
         values["context"] = rng.normal(size=(batch, *model.inputs[2].shape[1:]))
+        values["timesteps"] = np.array(TIMESTEPS)
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 
