@@ -56,14 +56,22 @@ def main() -> NoReturn:
     try:
         app()
     except Error as error:
-        print(f"kcv2diffusers: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        _fail(f"{error.filename or 'cannot go on'}: {error.strerror or error}.")
     except KeyboardInterrupt:
         print("kcv2diffusers: interrupted; nothing was written.", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
     sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    """Print what went wrong; names come from files, so nothing in them may control the terminal."""
+    lines = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in message.split("\n"))
+    print("kcv2diffusers:", "\n".join(lines), file=sys.stderr)
+    sys.exit(1)
 
 
 @app.command()

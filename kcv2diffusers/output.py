@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kcv2diffusers.errors import TargetError
@@ -24,8 +24,7 @@ def new_folder(
     target = Path(os.path.abspath(target))  # noqa: PTH100  (a link is replaced, not followed)
     check_free(target, overwrite=overwrite, replaceable=replaceable)
     parent = target.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
+    with _writing(parent), _made(parent):
         _remove_stale(target)
         free = shutil.disk_usage(parent).free
         if free < needed:
@@ -35,34 +34,60 @@ def new_folder(
             )
         temporary = parent / f".{target.name}.tmp-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
         try:
+            temporary.mkdir()
             yield temporary
             _move_into_place(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    except PermissionError as error:
-        raise TargetError(f"{error.filename or parent}: no permission to read or write here.") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise TargetError(
-                f"{parent}: no space left while writing; nothing was kept.\n"
-                "Free some space or choose another --out."
-            ) from None
-        raise TargetError(f"{error.filename or parent}: {error.strerror or error}") from None
 
 
 def check_free(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
     """Raise TargetError unless `target` is free, empty, or may be overwritten."""
-    if not (target.exists() or target.is_symlink()) or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
-        raise TargetError(f"{target}: exists already.\nUse --overwrite to replace it, or another --out.")
-    if target.is_symlink() or not target.is_dir() or not replaceable(target):
+    with _writing(target.parent):
+        if not (target.exists() or target.is_symlink()):
+            return
+        folder = target.is_dir() and not target.is_symlink()
+        if folder and not any(target.iterdir()):
+            return
+        if not overwrite:
+            raise TargetError(f"{target}: exists already.\nUse --overwrite to replace it, or another --out.")
+        if not folder or not replaceable(target):
+            raise TargetError(
+                f"{target}: exists and is not an earlier output, so --overwrite leaves it alone.\n"
+                "Remove it yourself or choose another --out."
+            )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the system says about writing in `folder`, as a TargetError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TargetError(
+                f"{folder}: no space left while writing; nothing was kept.\n"
+                "Free some space or choose another --out."
+            ) from error
         raise TargetError(
-            f"{target}: exists and is not an earlier output, so --overwrite leaves it alone.\n"
-            "Remove it yourself or choose another --out."
-        )
+            f"{error.filename or folder}: cannot be written: {error.strerror or error}.\n"
+            "Check the path and its permissions, or choose another --out."
+        ) from error
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """`folder`, with the folders above it; those that were not there go away after an error."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:
@@ -71,11 +96,12 @@ def _move_into_place(temporary: Path, target: Path) -> None:
         temporary.rename(target)
         return
     aside = temporary.with_name(f"{temporary.name}-old")
-    target.rename(aside)
     try:
+        target.rename(aside)
         temporary.rename(target)
-    except OSError:
-        aside.rename(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
         raise
     shutil.rmtree(aside, ignore_errors=True)
 

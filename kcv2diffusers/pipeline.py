@@ -79,14 +79,27 @@ def config_of(
 
 
 def require_heads(match: Match, overrides: Mapping[str, Any]) -> None:
-    """Raise Error for a model of unusual widths whose number of heads nobody states."""
+    """Raise Error for a model of unusual widths whose number of heads nobody states, or states wrongly."""
     folder = match.spec.table.folder
     heads = HEADS.get(folder)
-    if heads and not match.known and heads not in overrides:
+    if not heads or (match.known and heads not in overrides):
+        return
+    if heads not in overrides:
         raise Error(
             f"{match.source.path}: a {NAMES[match.part]} of unusual widths, whose number of heads cannot be "
             f"read off the weights.\nPut {{{json.dumps(folder)}: {{{json.dumps(heads)}: N}}}} into "
             f"{_beside(match.source.path) / CONFIG_FILE}, or give a --base pipeline of the same shape."
+        )
+    widths = [match.dims[name] for name in ("width", "c0", "c1", "c2", "c3") if name in match.dims]
+    stated = overrides[heads]
+    numbers = stated if isinstance(stated, list) else [stated] * len(widths)
+    if len(numbers) != len(widths) or not all(
+        type(number) is int and number > 0 and width % number == 0
+        for number, width in zip(numbers, widths, strict=True)
+    ):
+        raise Error(
+            f"{match.source.path}: {heads} {stated} does not divide widths {', '.join(map(str, widths))}.\n"
+            f"Correct it in {_beside(match.source.path) / CONFIG_FILE}."
         )
 
 

@@ -16,6 +16,7 @@ from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import REPEAT, Slot, Spec, specs
 
 _LISTED = 8
+_MAX_REPEAT = 1000  # layers of one kind, so that a layer named so_and_so_999999999 is not taken at its word
 NAMES = {
     "unet": "UNet",
     "text_encoder": "text encoder",
@@ -84,7 +85,7 @@ class Match:
     def require_complete(self) -> Match:
         """Itself, or PlanError with the report."""
         if self.problems:
-            raise PlanError(self.report())
+            raise PlanError(f"{self.report()}\nGive all weights of one unchanged KerasCV model in each file.")
         return self
 
 
@@ -109,7 +110,7 @@ def fit(source: Source, spec: Spec) -> Match:
     if source.style is Style.FLAT:
         source = _split(source, spec)
     layers = _classified(source, spec)
-    repeat = max((o + 1 for name, o in layers if name == spec.repeated_layer), default=0)
+    repeat = max((o + 1 for name, o in layers if name == spec.repeated_layer and o < _MAX_REPEAT), default=0)
     expected = spec.slots(repeat)
     key = KEYS[source.style]
     found: dict[Slot, Tensor] = {}

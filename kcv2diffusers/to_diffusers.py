@@ -122,7 +122,9 @@ def convert(
 
     for match in parts.values():
         if match.source.path.resolve().is_relative_to(target.resolve()):
-            raise Error(f"{match.source.path}: lies inside {target}, which would be replaced.")
+            raise Error(
+                f"{match.source.path}: lies inside {target}, which would be replaced.\nChoose another --out."
+            )
     needed = sum(math.prod(e.shape) * kind.itemsize for _, entries, kind in plans for e in entries)
     with new_folder(target, overwrite=overwrite, replaceable=_is_output, needed=needed + _SLACK) as folder:
         jobs: list[Job] = []
@@ -350,9 +352,8 @@ def _row(tensor: Tensor, row: int) -> Tensor:
 
 
 def _is_output(path: Path) -> bool:
-    names = {entry.name for entry in path.iterdir()}
-    return "model_index.json" in names or all(
-        name in _OUTPUT or name.startswith("learned_embeds") for name in names
+    return all(
+        entry.name in _OUTPUT or entry.match("learned_embeds*.safetensors") for entry in path.iterdir()
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from kcv2diffusers.errors import Error
 from kcv2diffusers.keras_files import WRITERS
 from kcv2diffusers.output import new_folder
+from kcv2diffusers.recognise import NAMES
 from kcv2diffusers.sources.pipeline import read_pipeline
 from kcv2diffusers.stream import Progress, run_finite
 
@@ -53,11 +54,11 @@ def to_keras(
     components = read_pipeline(Path(pipeline), variant=variant)
     parts = {p: m.require_complete() for component in components.values() for p, m in component.parts.items()}
     needed = sum(4 * math.prod(t.shape) for match in parts.values() for _, t in match.slots())
-    suffixes = tuple(f".{name}" for name in WRITERS)
+    ours = {f"{part}.{name}" for part in NAMES for name in WRITERS}
     with new_folder(
         Path(out),
         overwrite=overwrite,
-        replaceable=lambda path: all(entry.name.endswith(suffixes) for entry in path.iterdir()),
+        replaceable=lambda path: all(entry.name in ours for entry in path.iterdir()),
         needed=needed + _SLACK,
     ) as folder:
         files = {part: f"{part}.{format}" for part in parts}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import BinaryIO
 
-from kcv2diffusers.errors import SourceError
+from kcv2diffusers.errors import SourceError, reading
 from kcv2diffusers.sources.source import Source
 
 _KINDS = (
@@ -17,15 +17,22 @@ _KINDS = (
 def open_sources(path: Path) -> list[Source]:
     """The checkpoints at `path`: one for a file, a SavedModel or a checkpoint prefix, all for a folder.
 
-    Raises SourceError if there is none or one is damaged, FileNotFoundError never.
+    Raises SourceError if there is none or one cannot be read.
     """
+    with reading(path):
+        return _open(path)
+
+
+def _open(path: Path) -> list[Source]:
     if not path.exists():
         index = path.with_name(path.name + ".index")
         if index.is_file():
             return [_checkpoint(path)]
-        raise SourceError(path, "no such file or folder.")
+        raise SourceError(path, "no such file or folder.", "Check the path.")
     if path.is_file():
         return [_file(path)]
+    if not path.is_dir():
+        raise SourceError(path, "neither a file nor a folder.", "Check the path.")
     if (path / "variables" / "variables.index").is_file():
         from kcv2diffusers.sources.tensorflow import read_saved_model
 
@@ -54,7 +61,7 @@ def _folder(path: Path) -> list[Source]:
     for entry in entries:
         if entry.is_dir():
             if (entry / "saved_model.pb").is_file() or (entry / "variables").is_dir():
-                found += open_sources(entry)
+                found += _open(entry)
         elif entry.suffix == ".index":
             found.append(_checkpoint(entry.with_suffix("")))
         elif entry.name.endswith((".h5", ".hdf5", ".keras", ".weights.json")) and entry.name not in shards:
@@ -75,7 +82,7 @@ def _file(path: Path) -> Source:
     with path.open("rb") as file:
         head = file.read(8)
         if not head:
-            raise SourceError(path, "the file is empty.", "Copy or download it again.")
+            raise SourceError(path, "the file is empty.")
         start = next((s for s in (0, 512, 1024, 2048) if _at(file, s) == hdf5.SIGNATURE), None)
     if path.name.endswith(".weights.json"):
         return keras3_h5.read_sharded(path)

@@ -1,34 +1,41 @@
 """HDF5 read as a tree of tensors and the few attributes Keras keeps, without following anything out of it.
 
 Only hard links are walked: soft and external links, external storage and virtual datasets read other
-places or other files, and no Keras writes them, so they are refused. h5py parses; bytes are later read
-straight from the file at the offsets found here, except for chunked and compressed datasets.
+places or other files, and no Keras writes them, so they are refused. h5py parses, in a child process;
+bytes are later read straight from the file at the offsets found here, except for chunked, compressed and
+big endian datasets.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 import ml_dtypes
 import numpy as np
 
 from kcv2diffusers.errors import SourceError
+from kcv2diffusers.sources.isolated import Died, isolated
 from kcv2diffusers.sources.tensor import Tensor
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _MAX_DEPTH = 64
-_MAX_OBJECTS = 200_000
-_MAX_ATTRIBUTE = 64 << 20
+_MAX_OBJECTS = 50_000
+_MAX_ATTRIBUTE = 4 << 20
 # A compressed dataset larger than this may not be this many times its stored size.
 _BOMB_SIZE, _BOMB_RATIO = 64 << 20, 200
 _ATTRIBUTES = ("layer_names", "weight_names", "keras_version", "name")
-_DAMAGED = "the file is damaged or incomplete; copy or download it again."
+_BFLOAT16 = "bfloat16"
+_SAVE_AGAIN = "Save the weights again with Keras itself."
+_CUT_SHORT = re.compile(r"truncated file: eof = (\d+),.*stored_eof = (\d+)")
 
 
 @dataclass
@@ -87,31 +94,76 @@ def read_tree(path: Path, part: tuple[int, int] | None = None) -> Tree:
 
     Raises SourceError for anything that is not a sound, self-contained HDF5 file.
     """
-    tree = Tree(path)
+    path.open("rb").close()  # so that a missing permission is told as such
     try:
-        with _open(path, part) as file:
-            _Walker(tree, part).group(file.id, "", ())
-    except SourceError:
-        raise
-    except PermissionError:
-        raise
-    except RecursionError:
-        raise SourceError(path, "its groups are nested without end.") from None
-    except Exception as error:  # whatever libhdf5 says about a damaged file, in any of h5py's types
-        detail = str(error).split("\n")[0]
-        raise SourceError(path, f"not a readable HDF5 file ({detail}).", f"Perhaps {_DAMAGED}") from error
+        found = json.loads(isolated(lambda: _scan(path, part)))
+    except (Died, ValueError) as error:
+        raise SourceError(path, "a damaged HDF5 file.") from error
+    if "refused" in found:
+        raise SourceError(path, *found["refused"])
+    tree = Tree(path, attributes=found["attributes"])
+    for name, shape, kind, start in found["tensors"]:
+        dtype = np.dtype(ml_dtypes.bfloat16) if kind == _BFLOAT16 else np.dtype(kind)
+        load = _loader(path, part, name, tuple(shape), dtype) if start is None else None
+        tree.tensors[name] = Tensor(name, tuple(shape), dtype, path, start, load)
     return tree
 
 
+def _scan(path: Path, part: tuple[int, int] | None) -> bytes:
+    """What `read_tree` needs to know of the file, as JSON."""
+    walker = _Walker(path, part)
+    try:
+        with _open(path, part) as file:
+            walker.group(file.id, "", ())
+        found: dict[str, Any] = {"tensors": walker.tensors, "attributes": walker.attributes}
+    except SourceError as error:
+        found = {"refused": [error.problem, error.remedy]}
+    except Exception as error:  # whatever libhdf5 says about a damaged file, in any of h5py's types
+        cut = _CUT_SHORT.search(str(error))
+        problem = f"cut short, {cut[1]} of {cut[2]} bytes are here." if cut else "a damaged HDF5 file."
+        found = {"refused": [problem]}
+    return json.dumps(found).encode()
+
+
+def _loader(
+    path: Path, part: tuple[int, int] | None, name: str, shape: tuple[int, ...], dtype: np.dtype
+) -> Callable[[], np.ndarray]:
+    """Reads a dataset that is not stored as plain bytes."""
+
+    def unpack() -> memoryview:
+        with _open(path, part) as file:
+            values = np.ascontiguousarray(file[name][()])
+        if dtype != ml_dtypes.bfloat16:
+            values = values.astype(dtype, copy=False)
+        return memoryview(values.reshape(-1).view(np.uint8).data)
+
+    def load() -> np.ndarray:
+        try:
+            return np.frombuffer(isolated(unpack, math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+        except (Died, ValueError) as error:
+            raise SourceError(path, f"{name}: cannot be unpacked, the file is damaged.") from error
+
+    return load
+
+
 class _Walker:
-    def __init__(self, tree: Tree, part: tuple[int, int] | None) -> None:
-        self.tree, self.part = tree, part
-        self.base, size = part or (0, tree.path.stat().st_size)
+    """Collects tensors (name, shape, dtype, start or None) and attributes."""
+
+    def __init__(self, path: Path, part: tuple[int, int] | None) -> None:
+        self.path = path
+        self.base, size = part or (0, path.stat().st_size)
         self.end = self.base + size
         self.objects = 0
+        self.tensors: list[tuple[str, tuple[int, ...], str, int | None]] = []
+        self.attributes: dict[str, dict[str, list[str]]] = {}
 
-    def refuse(self, name: str, problem: str, remedy: str = "") -> SourceError:
-        return SourceError(self.tree.path, f"{name or '/'}: {problem}", remedy)
+    def refuse(self, name: str, problem: str, *remedy: str) -> SourceError:
+        return SourceError(self.path, f"{name or '/'}: {problem}", *remedy)
+
+    def count(self, path: str, more: int) -> None:
+        self.objects += more
+        if self.objects > _MAX_OBJECTS:
+            raise self.refuse(path, f"more than {_MAX_OBJECTS} objects and names.")
 
     def group(self, group: h5py.h5g.GroupID, path: str, above: tuple[int, ...]) -> None:
         address = h5py.h5o.get_info(group).addr
@@ -119,27 +171,23 @@ class _Walker:
             raise self.refuse(path, "a group that contains itself.")
         if len(above) > _MAX_DEPTH:
             raise self.refuse(path, "groups nested too deep.")
-        self.attributes(group, path)
+        self.read_attributes(group, path)
         for raw in group:
             name = f"{path}/{raw.decode('utf-8')}" if path else raw.decode("utf-8")
-            self.objects += 1
-            if self.objects > _MAX_OBJECTS:
-                raise self.refuse(path, f"more than {_MAX_OBJECTS} objects.")
+            self.count(path, 1)
             if group.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
                 raise self.refuse(
                     name,
-                    "a soft or external link, which may point to another file; it is not followed.",
-                    "Keras never writes links. Only convert files that you trust, saved by Keras itself.",
+                    "a soft or external link, which is not followed: it may read another file.",
+                    f"Keras never writes that. {_SAVE_AGAIN}",
                 )
             child = h5py.h5o.open(group, raw)
             if isinstance(child, h5py.h5g.GroupID):
                 self.group(child, name, (*above, address))
             elif isinstance(child, h5py.h5d.DatasetID):
-                tensor = self.dataset(child, name)
-                if tensor is not None:
-                    self.tree.tensors[name] = tensor
+                self.dataset(child, name)
 
-    def attributes(self, group: h5py.h5g.GroupID, path: str) -> None:
+    def read_attributes(self, group: h5py.h5g.GroupID, path: str) -> None:
         found: dict[str, list[str]] = {}
         for index in range(h5py.h5a.get_num_attrs(group)):
             attribute = h5py.h5a.open(group, index=index)
@@ -149,54 +197,58 @@ class _Walker:
             if math.prod(attribute.shape) * attribute.dtype.itemsize > _MAX_ATTRIBUTE:
                 raise self.refuse(path, f"attribute {name} is larger than any Keras writes.")
             value = np.atleast_1d(h5py.AttributeManager(h5py.Group(group))[name])
+            self.count(path, value.size)
             found[name] = [v.decode("utf-8") if isinstance(v, bytes) else str(v) for v in value.ravel()]
         if found:
-            self.tree.attributes[path] = found
+            self.attributes[path] = found
 
-    def dataset(self, dataset: h5py.h5d.DatasetID, name: str) -> Tensor | None:
-        """The tensor, or None for a dataset that holds no numbers."""
-        stored = dataset.dtype
-        if stored == np.dtype("V2") or (stored == np.uint16 and _is_bfloat16(dataset)):
-            dtype = np.dtype(ml_dtypes.bfloat16)  # which HDF5 does not know: raw 16-bit words
-        elif stored.kind in "fiu":
-            dtype = stored.newbyteorder("<")
-        else:
-            return None
-        shape = tuple(int(n) for n in dataset.shape)
+    def dataset(self, dataset: h5py.h5d.DatasetID, name: str) -> None:
         settings = dataset.get_create_plist()
         layout = settings.get_layout()
-        if settings.get_external_count():
+        if settings.get_external_count() or layout == h5py.h5d.VIRTUAL:
             raise self.refuse(
                 name,
-                "its data is in another file (HDF5 external storage); it is not read.",
-                "Keras never writes that. Save the weights again with Keras itself.",
+                "its data is in another file (HDF5 external storage or virtual dataset).",
+                f"Keras never writes that. {_SAVE_AGAIN}",
             )
-        if layout not in (h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT, h5py.h5d.CHUNKED):
-            raise self.refuse(name, "a virtual dataset, which reads other files; it is not followed.")
-        nbytes, offset = math.prod(shape) * dtype.itemsize, dataset.get_offset()
-        if layout == h5py.h5d.CONTIGUOUS and stored == stored.newbyteorder("<"):
+        stored, kind = dataset.dtype, dataset.get_type()
+        if stored == np.dtype("V2") or (stored == np.uint16 and _is_bfloat16(dataset)):
+            dtype = _BFLOAT16  # which HDF5 does not know: raw 16-bit words
+            plain = kind.get_class() == h5py.h5t.OPAQUE or kind.equal(h5py.h5t.STD_U16LE)
+        elif stored.kind in "fiu" and stored.itemsize <= 8:
+            dtype = stored.newbyteorder("<").str
+            # Not so for big endian numbers, nor for odd ones that libhdf5 turns into the next standard one.
+            plain = kind.equal(h5py.h5t.py_create(np.dtype(dtype)))
+        else:
+            return  # it holds no numbers, or none that a model has
+        shape = tuple(int(n) for n in dataset.shape)
+        nbytes, size = math.prod(shape) * kind.get_size(), dataset.get_storage_size()
+        start = None
+        if layout == h5py.h5d.CONTIGUOUS:
+            offset = dataset.get_offset()
             if nbytes and offset is None:
-                raise self.refuse(name, f"declared but never written; {_DAMAGED}")
-            start = self.base + (offset or 0)
-            if start + nbytes > self.end:
-                raise self.refuse(name, f"lies outside the file; {_DAMAGED}")
-            return Tensor(name, shape, dtype, self.tree.path, start)
-        if nbytes > _BOMB_SIZE and nbytes > _BOMB_RATIO * max(1, dataset.get_storage_size()):
-            raise self.refuse(name, "unpacks to far more than it stores; not read.")
-        return Tensor(name, shape, dtype, self.tree.path, None, self.loader(name, dtype))
+                raise self.refuse(name, "declared but never written, the file is incomplete.")
+            at = self.base + (offset or 0)
+            if size < nbytes or at + nbytes > self.end:
+                raise self.refuse(name, "lies outside the file, which is damaged.")
+            start = at if plain else None
+        elif layout == h5py.h5d.CHUNKED:
+            self.chunks(dataset, settings, name, shape)
+        if start is None and nbytes > _BOMB_SIZE and nbytes > _BOMB_RATIO * max(1, size):
+            raise self.refuse(name, f"unpacks to {nbytes / 1e9:.2f} GB from {size} bytes; not read.")
+        self.tensors.append((name, shape, dtype, start))
 
-    def loader(self, name: str, dtype: np.dtype) -> Callable[[], np.ndarray]:
-        path, part = self.tree.path, self.part
-
-        def load() -> np.ndarray:
-            try:
-                with _open(path, part) as file:
-                    values = np.ascontiguousarray(file[name][()])
-            except Exception as error:
-                raise SourceError(path, f"{name}: cannot be unpacked; {_DAMAGED}") from error
-            return values.view(dtype) if dtype == ml_dtypes.bfloat16 else values.astype(dtype, copy=False)
-
-        return load
+    def chunks(
+        self, dataset: h5py.h5d.DatasetID, settings: h5py.h5p.PropDCID, name: str, shape: tuple[int, ...]
+    ) -> None:
+        for index in range(settings.get_nfilters()):
+            code, _, _, label = settings.get_filter(index)
+            if not h5py.h5z.filter_avail(code):
+                problem = f"compressed by HDF5 filter {code} ({label.decode('utf-8', 'replace')})."
+                raise self.refuse(name, problem, "Unpack the file first: h5repack -f NONE OLD NEW.")
+        wanted = math.prod(-(-n // c) for n, c in zip(shape, settings.get_chunk(), strict=True))
+        if dataset.get_num_chunks() < wanted:  # libhdf5 would make zeros of what is not there
+            raise self.refuse(name, "declared but only partly written, the file is incomplete.")
 
 
 def _is_bfloat16(dataset: h5py.h5d.DatasetID) -> bool:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tempfile
 import zipfile
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.hdf5 import Tree, read_tree
@@ -24,6 +25,7 @@ _WEIGHTS = "model.weights.h5"
 _MAX_INFLATED = 16 << 30
 _MAX_RATIO = 20
 _MAX_JSON = 16 << 20
+_SAVE_AGAIN = "Save the weights again with Keras itself."
 
 
 def read(tree: Tree, container: str = ".weights.h5") -> Source | None:
@@ -55,7 +57,7 @@ def _json(path: Path, text: bytes) -> dict[str, object]:
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        raise SourceError(path, "not a JSON object; the file is damaged.")
+        raise SourceError(path, "not a JSON object, the file is damaged.")
     return data
 
 
@@ -65,24 +67,24 @@ def read_sharded(path: Path) -> Source:
         raise SourceError(path, "too large for the index of a sharded checkpoint.")
     weight_map = _json(path, path.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise SourceError(path, "not the index of a sharded Keras checkpoint (no weight_map).")
-    merged = Tree(path)
-    trees: dict[str, Tree] = {}
+        raise SourceError(path, "not the index of a sharded Keras checkpoint (no weight_map).", _SAVE_AGAIN)
+    wanted: dict[str, set[str]] = {}  # of each shard
     for variables, files in weight_map.items():
         for name in [files] if isinstance(files, str) else files if isinstance(files, list) else [None]:
             if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-                raise SourceError(path, f"names a shard that is not a file beside it: {name!r}.")
-            shard = path.with_name(name)
-            if name not in trees:
-                if not shard.is_file():
-                    raise SourceError(path, f"its shard {name} is missing.", "Put all shards beside it.")
-                trees[name] = read_tree(shard)
-            merged.attributes |= trees[name].attributes
-            prefix = variables.strip("/") + "/"
-            merged.tensors |= {k: t for k, t in trees[name].tensors.items() if k.startswith(prefix)}
+                raise SourceError(path, f"names a shard that is not a file beside it: {name!r}.", _SAVE_AGAIN)
+            wanted.setdefault(name, set()).add(variables.strip("/"))
+    merged = Tree(path)
+    for name, groups in wanted.items():
+        shard = path.with_name(name)
+        if not shard.is_file():
+            raise SourceError(path, f"its shard {name} is missing.", "Put all shards beside it.")
+        tree = read_tree(shard)
+        merged.attributes |= tree.attributes
+        merged.tensors |= {k: t for k, t in tree.tensors.items() if k.rpartition("/")[0] in groups}
     source = read(merged, "sharded .weights.h5")
     if source is None:
-        raise SourceError(path, "its shards hold no Keras layers.")
+        raise SourceError(path, "its shards hold no Keras layers.", _SAVE_AGAIN)
     return source
 
 
@@ -94,7 +96,7 @@ def read_archive(path: Path) -> Source:
                 if name.startswith(("/", "\\")) or ".." in Path(name.replace("\\", "/")).parts:
                     raise SourceError(path, f"has a member outside the archive: {name!r}; not read.")
             if _WEIGHTS not in archive.namelist():
-                raise SourceError(path, f"no {_WEIGHTS} in the archive; not a .keras file.")
+                raise SourceError(path, f"no {_WEIGHTS} in the archive; not a .keras file.", _SAVE_AGAIN)
             member = archive.getinfo(_WEIGHTS)
             version = None
             if "metadata.json" in archive.namelist() and archive.getinfo("metadata.json").file_size < 1 << 16:
@@ -103,11 +105,13 @@ def read_archive(path: Path) -> Source:
                 tree, spool = read_tree(path, _extent(path, archive, member)), None
             else:
                 tree, spool = _inflate(path, archive, member)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError, ValueError) as error:
-        raise SourceError(path, f"damaged .keras archive ({error}).", "Copy or download it again.") from None
+    except (SourceError, OSError):
+        raise
+    except Exception as error:  # zipfile and zlib have many types for what a damaged archive does
+        raise SourceError(path, f"damaged .keras archive ({error}).") from error
     source = read(tree, ".keras archive")
     if source is None:
-        raise SourceError(path, f"its {_WEIGHTS} holds no Keras layers.")
+        raise SourceError(path, f"its {_WEIGHTS} holds no Keras layers.", _SAVE_AGAIN)
     return Source(
         path,
         source.container,
@@ -134,16 +138,24 @@ def _extent(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tu
 
 def _inflate(
     path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo
-) -> tuple[Tree, TemporaryDirectory[str]]:
+) -> tuple[Tree, tempfile.TemporaryDirectory[str]]:
     size = member.file_size
     if size > _MAX_INFLATED or size > _MAX_RATIO * member.compress_size + (64 << 20):
         raise SourceError(path, f"its weights unpack to {size / 2**30:.1f} GiB; refused as a zip bomb.")
-    spool = TemporaryDirectory(prefix="kcv2diffusers-")
+    spool = tempfile.TemporaryDirectory(prefix="kcv2diffusers-")
     target = Path(spool.name) / _WEIGHTS
-    with archive.open(member) as packed, target.open("wb") as unpacked:
-        while block := packed.read(8 << 20):
-            size -= len(block)
-            if size < 0:
-                raise SourceError(path, "its weights unpack to more than declared; refused as a zip bomb.")
-            unpacked.write(block)
-    return read_tree(target), spool
+    try:
+        with archive.open(member) as packed, target.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked, 8 << 20)  # no more than declared: zipfile stops there
+        return read_tree(target), spool
+    except BaseException as error:
+        spool.cleanup()
+        if isinstance(error, SourceError):
+            raise SourceError(path, f"{_WEIGHTS}: {error.problem}", error.remedy) from error
+        if isinstance(error, OSError):
+            raise SourceError(
+                path,
+                f"cannot be unpacked in {tempfile.gettempdir()}: {error.strerror or error}.",
+                f"It needs {size / 1e9:.2f} GB there; free some space or set TMPDIR to another folder.",
+            ) from error
+        raise

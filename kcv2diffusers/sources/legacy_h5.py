@@ -15,7 +15,7 @@ from kcv2diffusers.sources.hdf5 import Tree
 from kcv2diffusers.sources.source import Source, StoredLayer, Style
 from kcv2diffusers.sources.tensor import Tensor
 
-_NUMBER = re.compile(r"^(.+?)(?:_(\d+))?$")
+_NUMBER = re.compile(r"^(.+?)(?:_([0-9]{1,9}))?$", re.DOTALL)
 
 
 def split_number(name: str) -> tuple[str, int | None]:
@@ -33,6 +33,8 @@ def read(tree: Tree) -> Source | None:
     names = _strings(attributes, "layer_names")
     if names is None:
         return None
+    if len(set(names)) < len(names):
+        raise SourceError(tree.path, "lists a layer twice.")
     counts: dict[str, int] = {}
     layers = []
     for name in names:
@@ -67,7 +69,7 @@ def _tensors(tree: Tree, path: str, layer: str, weights: list[str]) -> dict[str,
         tensor = tree.tensors.get(f"{path}/{weight}")
         if tensor is None:
             raise SourceError(
-                tree.path, f"{path}/{weight} is listed but not in the file.", "The file is incomplete."
+                tree.path, f"{path}/{weight} is listed but not in the file.", "Copy or save it again."
             )
         where, _, variable = weight.rpartition("/")
         inner.setdefault(where or layer, {})[variable.split(":")[0]] = tensor

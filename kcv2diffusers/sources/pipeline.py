@@ -12,13 +12,14 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from kcv2diffusers.dtypes import SAFETENSORS
-from kcv2diffusers.errors import SourceError
+from kcv2diffusers.errors import SourceError, reading
 from kcv2diffusers.recognise import Match, fit_diffusers
 from kcv2diffusers.sources.source import Source, Style
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import Table, specs, tables
 
 _MAX_HEADER = 100 << 20
+_RESAVE = "Save the pipeline again with diffusers' save_pretrained."
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,19 @@ def read_pipeline(
     Raises SourceError if the folder is no pipeline, a file is damaged or only pickled weights are there.
     """
     if not folder.is_dir():
-        raise SourceError(folder, "no such folder.")
+        raise SourceError(folder, "no such folder.", "Check the path.")
     found = {}
     for table in tables().values():
         component = folder / table.folder
-        if component.is_dir() and (wanted is None or table.folder in wanted):
-            found[table.folder] = _component(component, table, variant)
+        with reading(component):
+            if component.is_dir() and (wanted is None or table.folder in wanted):
+                found[table.folder] = _component(component, table, variant)
     if not found and wanted is None:
-        raise SourceError(folder, "not a diffusers pipeline folder (no unet/, text_encoder/ or vae/ inside).")
+        raise SourceError(
+            folder,
+            "not a diffusers pipeline folder (no unet/, text_encoder/ or vae/ inside).",
+            "Check the path.",
+        )
     return found
 
 
@@ -69,7 +75,7 @@ def _component(folder: Path, table: Table, variant: str | None) -> Component:
     stray = [t.name for t in source.flat if id(t) not in claimed and table.rename(t.name)]
     if not parts or stray:
         detail = f" ({stray[0]}, ...)" if stray else ""
-        raise SourceError(weights, f"tensors that no Stable Diffusion {table.folder} has{detail}.")
+        raise SourceError(weights, f"tensors that no Stable Diffusion {table.folder} has{detail}.", _RESAVE)
     return Component(folder, _json(folder / "config.json"), parts)
 
 
@@ -87,19 +93,21 @@ def _weights(folder: Path, name: str, variant: str | None) -> Path:
             "Save the pipeline again with diffusers: save_pretrained(..., safe_serialization=True).",
         )
     if list(folder.glob("*.index.json")):
-        raise SourceError(folder, "sharded weights; save the component again with a larger max_shard_size.")
-    raise SourceError(folder, f"no {name} in this folder.")
+        raise SourceError(
+            folder, "sharded weights, which are not read here.", "Save it again with a larger max_shard_size."
+        )
+    raise SourceError(folder, f"no {name} in this folder.", _RESAVE)
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes()[: 1 << 20])
     except FileNotFoundError:
-        raise SourceError(path, "missing.") from None
+        raise SourceError(path, "no such file.") from None
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        raise SourceError(path, "not a JSON object; the file is damaged.")
+        raise SourceError(path, "not a JSON object, the file is damaged.")
     return data
 
 
@@ -116,13 +124,11 @@ def read_safetensors(path: Path) -> list[Tensor]:
         for name, entry in header.items():
             dtype, shape = SAFETENSORS.get(entry["dtype"]), tuple(entry["shape"])
             if dtype is None:
-                raise SourceError(path, f"{name}: dtype {entry['dtype']} is not read here.")
+                raise SourceError(path, f"{name}: dtype {entry['dtype']} is not read here.", _RESAVE)
             start, end = entry["data_offsets"]
             if end - start != math.prod(shape) * dtype.itemsize:
-                raise SourceError(path, f"{name}: size and shape disagree; the file is damaged.")
+                raise SourceError(path, f"{name}: size and shape disagree, the file is damaged.")
             tensors.append(Tensor(name, shape, dtype, path, 8 + length + start))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SourceError(
-            path, f"damaged .safetensors file ({error}).", "Copy or download it again."
-        ) from None
+        raise SourceError(path, f"damaged .safetensors file ({error}).") from error
     return tensors
