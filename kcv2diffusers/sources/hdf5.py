@@ -32,7 +32,7 @@ _MAX_OBJECTS = 50_000
 _MAX_ATTRIBUTE = 4 << 20
 # A compressed dataset larger than this may not be this many times its stored size.
 _BOMB_SIZE, _BOMB_RATIO = 64 << 20, 200
-_ATTRIBUTES = ("layer_names", "weight_names", "keras_version", "name")
+_ATTRIBUTES = ("layer_names", "weight_names", "keras_version")
 _BFLOAT16 = "bfloat16"
 _SAVE_AGAIN = "Save the weights again with Keras itself."
 _CUT_SHORT = re.compile(r"truncated file: eof = (\d+),.*stored_eof = (\d+)")
@@ -114,7 +114,7 @@ def _scan(path: Path, part: tuple[int, int] | None) -> bytes:
     walker = _Walker(path, part)
     try:
         with _open(path, part) as file:
-            walker.group(file.id, "", ())
+            walker.group(file.id, "", (h5py.h5o.get_info(file.id).addr,))
         found: dict[str, Any] = {"tensors": walker.tensors, "attributes": walker.attributes}
     except SourceError as error:
         found = {"refused": [error.problem, error.remedy]}
@@ -166,8 +166,7 @@ class _Walker:
             raise self.refuse(path, f"more than {_MAX_OBJECTS} objects and names.")
 
     def group(self, group: h5py.h5g.GroupID, path: str, above: tuple[int, ...]) -> None:
-        address = h5py.h5o.get_info(group).addr
-        if address in above:
+        if above[-1] in above[:-1]:
             raise self.refuse(path, "a group that contains itself.")
         if len(above) > _MAX_DEPTH:
             raise self.refuse(path, "groups nested too deep.")
@@ -175,7 +174,8 @@ class _Walker:
         for raw in group:
             name = f"{path}/{raw.decode('utf-8')}" if path else raw.decode("utf-8")
             self.count(path, 1)
-            if group.links.get_info(raw).type != h5py.h5l.TYPE_HARD:
+            link = group.links.get_info(raw)
+            if link.type != h5py.h5l.TYPE_HARD:
                 raise self.refuse(
                     name,
                     "a soft or external link, which is not followed: it may read another file.",
@@ -183,7 +183,7 @@ class _Walker:
                 )
             child = h5py.h5o.open(group, raw)
             if isinstance(child, h5py.h5g.GroupID):
-                self.group(child, name, (*above, address))
+                self.group(child, name, (*above, link.u))
             elif isinstance(child, h5py.h5d.DatasetID):
                 self.dataset(child, name)
 
@@ -192,6 +192,8 @@ class _Walker:
         for index in range(h5py.h5a.get_num_attrs(group)):
             attribute = h5py.h5a.open(group, index=index)
             name = attribute.name.decode("utf-8", "replace")
+            if name == "name":
+                found[name] = []  # of hundreds of groups; that it is there says enough
             if not name.startswith(_ATTRIBUTES):
                 continue
             if math.prod(attribute.shape) * attribute.dtype.itemsize > _MAX_ATTRIBUTE:
