@@ -54,9 +54,10 @@ def make(work: Path) -> None:
         return
     environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1"}
     for part in PARTS:
+        script = ROOT / "tests" / "kerascv" / "make_checkpoints.py"
+        wanted = ["--parts", part, "--versions", "1", "--containers", "legacy.h5", "weights.weights.h5"]
         subprocess.run(
-            [sys.executable, ROOT / "tests" / "kerascv" / "make_checkpoints.py", work, "--kind", "full"]
-            + ["--parts", part, "--versions", "1", "--containers", "legacy.h5", "weights.weights.h5"],
+            [sys.executable, script, work, "--kind", "full", *wanted],
             env=environment,
             check=True,
         )
@@ -65,10 +66,16 @@ def make(work: Path) -> None:
 
 def machine() -> str:
     model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").open()
+            if line.startswith("model name")
+        ),
         platform.processor(),
     )
-    return f"{os.cpu_count()} cores of {model}, Linux {platform.release()}, Python {platform.python_version()}"
+    return (
+        f"{os.cpu_count()} cores of {model}, Linux {platform.release()}, Python {platform.python_version()}"
+    )
 
 
 def main() -> None:
@@ -112,7 +119,9 @@ def main() -> None:
             done = run(command)
             if round_:
                 results[kind].append(done)
-            print(f"{round_} {kind}: {done.seconds:.2f} s, {done.peak_mb:.0f} MB", file=sys.stderr, flush=True)
+            print(
+                f"{round_} {kind}: {done.seconds:.2f} s, {done.peak_mb:.0f} MB", file=sys.stderr, flush=True
+            )
     if args.space:
         kinds["the Space's way (UNet, text encoder)"] = [
             sys.executable, ROOT / "benchmarks" / "space_way.py", legacy[0], legacy[1], out

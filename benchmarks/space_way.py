@@ -34,7 +34,9 @@ def main(unet_file: str, text_file: str, out: Path) -> None:
     encoder = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
     wanted = encoder.state_dict()
     weights = {k: torch.from_numpy(v) for k, v in expected.state_dict("text_encoder", text).items()}
-    encoder.load_state_dict({k if k in wanted else k.removeprefix("text_model."): v for k, v in weights.items()})
+    encoder.load_state_dict(
+        {k if k in wanted else k.removeprefix("text_model."): v for k, v in weights.items()}
+    )
     encoder.save_pretrained(out / "text_encoder")
 
 

@@ -40,12 +40,3 @@ class PlanError(Error):
 
 class TargetError(Error):
     """The output cannot be written: it exists, the disk is full, permission is missing."""
-
-
-class MissingExtra(Error):
-    """An optional dependency is not installed."""
-
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"{package} is not installed; it is needed here: pip install 'kcv2diffusers[{extra}]'"
-        )

@@ -24,10 +24,11 @@ SPRINT_PYTHON = Path(os.environ.get("KCV_SPRINT_PYTHON", ROOT / ".venv-sprint" /
 Checkpoints = Callable[..., Path]
 
 
-def _made_by() -> str:
+def _made_by(script: str) -> str:
+    """A name for what the script and the two modules it uses would make."""
     digest = hashlib.sha256()
-    for path in sorted(MAKER.glob("*.py")):
-        digest.update(path.read_bytes())
+    for name in ("stack.py", "expected.py", script):
+        digest.update((MAKER / name).read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -52,7 +53,7 @@ def run_script(stack: str, script: str, *arguments: str | Path) -> str:
 def cached(stack: str, script: str, *arguments: str) -> Path:
     """The folder that `script FOLDER *arguments` filled, now or earlier."""
     label = "_".join([Path(script).stem, *(Path(argument).name for argument in arguments)])
-    folder = CACHE / _made_by() / stack / label
+    folder = CACHE / _made_by(script) / stack / label
     if not folder.exists():
         temporary = folder.with_name(f".{label}-{os.getpid()}")
         temporary.mkdir(parents=True)
@@ -69,7 +70,7 @@ def make(stack: str, out: Path, *arguments: str) -> None:
 def checkpoint(stack: str, part: str, version: int = 1, dtype: str = "float32", *containers: str) -> Path:
     """The folder of one small part; `containers` limits what is written (all by default)."""
     label = "-".join(containers) or "all"
-    home = CACHE / _made_by() / stack / label
+    home = CACHE / _made_by("make_checkpoints.py") / stack / label
     folder = home / f"{part}-sd{version}-{dtype}"
     if not (folder / "expected.json").exists():
         wanted = ["--containers", *containers] if containers else []

@@ -115,9 +115,7 @@ def test_narrower_dtypes_round_to_nearest(checkpoints, tmp_path: Path, dtype: st
     wide, narrow = ({t.name: t for t in read_safetensors(out)} for out in outs.values())
     assert wide.keys() == narrow.keys() and len(wide) == 684
     for name, tensor in wide.items():
-        values = np.fromfile(
-            outs["float32"], np.float32, count=tensor.nbytes // 4, offset=tensor.offset or 0
-        )
+        values = np.fromfile(outs["float32"], np.float32, count=tensor.nbytes // 4, offset=tensor.offset or 0)
         rounded = np.fromfile(
             outs[dtype], np.uint16, count=tensor.nbytes // 4, offset=narrow[name].offset or 0
         )

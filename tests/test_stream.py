@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import google_crc32c
@@ -22,7 +21,11 @@ DTYPES = [np.dtype(d) for d in ("<f4", "<f2", ml_dtypes.bfloat16)]
 
 
 def through(
-    folder: Path, values: np.ndarray, axes: tuple[int, int, int] | None, dtype: np.dtype, crc: int | None = None
+    folder: Path,
+    values: np.ndarray,
+    axes: tuple[int, int, int] | None,
+    dtype: np.dtype,
+    crc: int | None = None,
 ) -> tuple[np.ndarray, list[stream.NotFinite]]:
     """`values` written to a file, streamed to another, read back."""
     source, target = folder / "source", folder / "target"
@@ -119,4 +122,5 @@ def test_progress_and_refusal_name_every_tensor(tmp_path: Path) -> None:
     assert seen[-1] == (80, 80) and len(seen) == 10
     assert stream.run_finite(jobs, lambda *p: None, allow_nonfinite=True) == 80
     assert target.read_bytes() == values.tobytes() * 10
-    assert not [fd for fd in os.listdir("/proc/self/fd") if os.path.realpath(f"/proc/self/fd/{fd}") == str(target)]
+    still_open = [fd.resolve() for fd in Path("/proc/self/fd").iterdir()]
+    assert target not in still_open
