@@ -16,7 +16,8 @@ CONFIG_FILE = "kcv2diffusers.json"
 HEADS = {"unet": "attention_head_dim", "text_encoder": "num_attention_heads"}
 
 # KerasCV's sampler visits integer timesteps of its own choosing. This scheduler, given those as
-# `timesteps=`, replays it; DDIM cannot, because it derives the previous timestep by itself.
+# `timesteps=`, replays it; DDIM cannot, because it derives the previous timestep by itself. Without
+# `timesteps=` the offset counts, and diffusers warns of any but 1.
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler",
     "beta_end": 0.012,
@@ -24,7 +25,7 @@ SCHEDULER = {
     "beta_start": 0.00085,
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
-    "steps_offset": 0,
+    "steps_offset": 1,
     "timestep_spacing": "leading",
     "trained_betas": None,
     "use_karras_sigmas": False,
@@ -128,7 +129,7 @@ def user_config(path: Path, table: Table) -> dict[str, Any]:
         data = json.loads(file.read_bytes()[: 1 << 20])
         entries = data.get(table.folder, {})
         known = {*table.config, *(k for v in table.versions.values() for k in v.config)}
-        unknown = sorted(set(entries) - known)
+        unknown = sorted(entries.keys() - known)
     except (ValueError, AttributeError, TypeError, RecursionError):
         raise SourceError(file, "not a JSON object of component names and their config entries.") from None
     if unknown:

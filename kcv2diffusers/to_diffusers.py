@@ -31,6 +31,7 @@ PARTS = tuple(NAMES)
 _SLACK = 32 << 20  # bytes for everything that is not weights
 _CLIP_VOCABULARY = 49408
 _OUTPUT = {"model_index.json", "unet", "text_encoder", "vae", "tokenizer", "scheduler"}
+_NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}
 _GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 
 
@@ -300,7 +301,8 @@ def _config(
     component = filler.components.get(table.folder)
     if not match.keras:  # the base's own component, with the base's own config
         assert component is not None
-        return {k: v for k, v in component.config.items() if k not in ("_name_or_path", "_diffusers_version")}
+        kept = {k: v for k, v in component.config.items() if k not in _NOT_KEPT}
+        return kept if "_class_name" in kept else kept | {"torch_dtype": dtype}
     overrides: dict[str, Any] = {}
     if match.version == "sd2" and "hidden_act" in table.versions["sd2"].config:
         overrides["hidden_act"] = _GELU[gelu]

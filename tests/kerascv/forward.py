@@ -2,7 +2,8 @@
 
     python forward.py OUT PART VERSION [--kind small|full] [--size PIXELS]
 
-OUT gets <part>.weights.h5, <part>.expected.json and <part>.npz (the inputs and `output`, channels last).
+OUT gets <part>.weights.h5, <part>.expected.json, <part>.npz (the inputs and `output`, channels last) and,
+for a small model, kcv2diffusers.json.
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ def main() -> None:
     parser.add_argument("part")
     parser.add_argument("version", type=int)
     parser.add_argument("--kind", default="small")
-    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--size", type=int, default=128)
     args = parser.parse_args()
     model = stack.build(args.part, args.version, args.kind, args.size, seed=args.version)
     file = args.out / args.part
     model.save_weights(file.with_suffix(".weights.h5"))
+    if args.kind == "small":
+        (args.out / "kcv2diffusers.json").write_text(json.dumps(stack.HEADS))
     given = inputs(args.part, model, args.size)
     output = np.asarray(forward(args.part, model, given))
     np.savez(file.with_suffix(".npz"), output=output, **given)

@@ -24,9 +24,16 @@ import stack
 def freeze(model: Any, seed: int) -> None:
     """Every second layer that has weights of its own, at random."""
     rng = np.random.default_rng(seed)
+    before = written(model)
     for layer in model._flatten_layers(include_self=False):
         if layer.weights and not any(inner.weights for inner in layer._flatten_layers(include_self=False)):
             layer.trainable = bool(rng.integers(2))
+    assert written(model) != before, "nothing is out of order"
+
+
+def written(model: Any) -> list[list[int]]:
+    """The order in which Keras writes each layer's weights."""
+    return [[id(w) for w in layer.trainable_weights + layer.non_trainable_weights] for layer in model.layers]
 
 
 def main() -> None:
@@ -47,6 +54,7 @@ def main() -> None:
             model.save(folder / "model.h5")
             if session == "late":  # names play no part in it
                 model.export(folder / "export", verbose=False)
+        (folder / "kcv2diffusers.json").write_text(json.dumps(stack.HEADS))
         (folder / "expected.json").write_text(json.dumps(expected.digests(args.part, model)))
 
 

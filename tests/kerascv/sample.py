@@ -2,12 +2,15 @@
 
     python sample.py OUT VERSION BPE
 
-OUT gets <part>.weights.h5, text_encoder_<n>.weights.h5 with n rows for placeholder tokens, and sample.npz:
-`noise`, `latent` and `image` of one run, and `context_<n>` of PROMPT with n placeholder tokens.
+OUT gets parts/<part>.weights.h5, inverted_<n>/text_encoder.weights.h5 with n rows for placeholder tokens,
+the numbers of heads beside them, and sample.npz: `noise`, `latent` and `image` of one run, `formula`, the
+latent with a formula for a UNet, and for each n `tokens_<n>` and `context_<n>` of a prompt with n
+placeholder tokens. sample.json has the prompts.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from functools import partial
@@ -61,6 +64,21 @@ class Unet:
         return self.model.predict_on_batch([given[k] for k in ("latent", "timestep_embedding", "context")])
 
 
+class Formula:
+    """A UNet that rounds alike everywhere, so that it is the sampler that is compared."""
+
+    def predict_on_batch(self, given: dict[str, Any]) -> Any:
+        latent, cosine = np.asarray(given["latent"]), np.asarray(given["timestep_embedding"])[:, 0]
+        context = np.asarray(given["context"]).mean((1, 2))
+        return np.sin(latent) * (1 + cosine / 2)[:, None, None, None] + context[:, None, None, None]
+
+
+def save(model: Any, folder: Path, part: str) -> None:
+    folder.mkdir(exist_ok=True)
+    model.save_weights(folder / f"{part}.weights.h5")
+    (folder / "kcv2diffusers.json").write_text(json.dumps(stack.HEADS))
+
+
 def main() -> None:
     out, version, bpe = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     models = {
@@ -68,25 +86,37 @@ def main() -> None:
         for seed, part in enumerate(stack.PARTS)
     }
     for part, model in models.items():
-        model.save_weights(out / f"{part}.weights.h5")
+        save(model, out / "parts", part)
     pipeline = Small(models | {"unet": Unet(models["unet"])}, bpe)
     noise = np.random.default_rng(5).standard_normal((8, 8, 4), dtype=np.float32)
-    image = pipeline.generate_image(
-        pipeline.encode_text(PROMPT),
-        negative_prompt=NEGATIVE,
-        num_steps=STEPS,
-        unconditional_guidance_scale=GUIDANCE,
-        diffusion_noise=noise,
-    )
-    results = {"noise": noise, "latent": pipeline.latent, "image": image}
+
+    def run() -> Any:
+        return pipeline.generate_image(
+            pipeline.encode_text(PROMPT),
+            negative_prompt=NEGATIVE,
+            num_steps=STEPS,
+            unconditional_guidance_scale=GUIDANCE,
+            diffusion_noise=noise,
+        )
+
+    results = {"noise": noise, "image": run(), "latent": pipeline.latent}
+    pipeline.models["unet"] = Formula()
+    run()
+    results["formula"] = pipeline.latent
     for count in (1, 2):
         inverted = stack.build("text_encoder", version, seed=10 + count, vocabulary=VOCABULARY + count)
-        inverted.save_weights(out / f"text_encoder_{count}.weights.h5")
+        save(inverted, out / f"inverted_{count}", "text_encoder")
         pipeline.models["text_encoder"] = inverted
         pipeline._tokenizer = SimpleTokenizer(bpe_path=bpe)
         pipeline._tokenizer.add_tokens(list(PLACEHOLDERS[:count]))
-        results[f"context_{count}"] = pipeline.encode_text(inversion_prompt(count))
+        prompt = inversion_prompt(count)
+        results[f"tokens_{count}"] = np.array(pipeline.tokenizer.encode(prompt))
+        results[f"context_{count}"] = pipeline.encode_text(prompt)
     np.savez(out / "sample.npz", **results)
+    run = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance_scale": GUIDANCE}
+    inversion = {str(count): inversion_prompt(count) for count in (1, 2)}
+    told = {"run": run, "steps": STEPS, "placeholders": PLACEHOLDERS, "inversion": inversion}
+    (out / "sample.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

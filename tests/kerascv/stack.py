@@ -30,6 +30,8 @@ PARTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
 LAYERS = keras.layers
 TEXT_LENGTH = 77
 SMALL_VOCABULARY = 300
+# What has to stand in a kcv2diffusers.json beside a small model, by component and config.json entry.
+HEADS = {"unet": {"attention_head_dim": 2}, "text_encoder": {"num_attention_heads": 2}}
 
 
 def _get(module: str, name: str, home: str = _HOME) -> Any:
