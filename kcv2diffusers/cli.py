@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -52,7 +53,8 @@ Part = Annotated[str | None, typer.Option(metavar="SRC", help="The source for th
 
 def main() -> NoReturn:
     """Run the command line; every refusal is its message on stderr and exit code 1."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except Error as error:
@@ -61,10 +63,13 @@ def main() -> NoReturn:
         if isinstance(error, BrokenPipeError):
             sys.exit(141)
         _fail(f"{error.filename or 'cannot go on'}: {error.strerror or error}.")
-    except KeyboardInterrupt:
-        print("kcv2diffusers: interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(130)
     sys.exit(0)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """Leave by an exception, so that temporary folders go away."""
+    os.write(2, b"kcv2diffusers: interrupted; nothing was written.\n")
+    sys.exit(128 + number)
 
 
 def _fail(message: str) -> NoReturn:

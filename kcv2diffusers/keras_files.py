@@ -6,7 +6,10 @@ from the slots of a weight map. h5py writes the structure and says where each da
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
@@ -25,7 +28,7 @@ _DTYPE = DTYPES["float32"]
 
 def write_weights_h5(path: Path, match: Match) -> list[Job]:
     """Lay out a `.weights.h5` and return the jobs that fill it."""
-    with h5py.File(path, "w") as file:
+    with _new_file(path) as file:
         return list(_lay_out(file, path, match, lambda slot: slot.keras_name))
 
 
@@ -40,7 +43,7 @@ def write_legacy_h5(path: Path, match: Match) -> list[Job]:
         layers.setdefault(layer, []).append(weight)
         return f"{layer}/{weight}"
 
-    with h5py.File(path, "w") as file:
+    with _new_file(path) as file:
         jobs = list(_lay_out(file, path, match, name))
         file.attrs["layer_names"] = [layer.encode() for layer in layers]
         file.attrs["backend"] = b"tensorflow"
@@ -48,6 +51,18 @@ def write_legacy_h5(path: Path, match: Match) -> list[Job]:
         for layer, weights in layers.items():
             file[layer].attrs["weight_names"] = [weight.encode() for weight in weights]
     return jobs
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[h5py.File]:
+    try:
+        with h5py.File(path, "w") as file:
+            yield file
+    except (RuntimeError, OSError) as error:  # h5py says only in words what the system said
+        found = re.search(r"errno = (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def _lay_out(file: h5py.File, path: Path, match: Match, name: Callable[[Slot], str]) -> Iterator[Job]:

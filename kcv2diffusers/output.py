@@ -44,7 +44,7 @@ def new_folder(
 
 def check_free(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
     """Raise TargetError unless `target` is free, empty, or may be overwritten."""
-    with _writing(target.parent):
+    with _writing(target):
         if not (target.exists() or target.is_symlink()):
             return
         folder = target.is_dir() and not target.is_symlink()
@@ -61,7 +61,7 @@ def check_free(target: Path, *, overwrite: bool, replaceable: Callable[[Path], b
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """What the system says about writing in `folder`, as a TargetError."""
+    """What the system says about writing in `folder`, as a TargetError that names no temporary file."""
     try:
         yield
     except OSError as error:
@@ -70,8 +70,10 @@ def _writing(folder: Path) -> Iterator[None]:
                 f"{folder}: no space left while writing; nothing was kept.\n"
                 "Free some space or choose another --out."
             ) from error
+        where = Path(error.filename or folder)
         raise TargetError(
-            f"{error.filename or folder}: cannot be written: {error.strerror or error}.\n"
+            f"{folder if folder in where.parents else where}: cannot be written: "
+            f"{error.strerror or error}.\n"
             "Check the path and its permissions, or choose another --out."
         ) from error
 

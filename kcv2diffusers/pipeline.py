@@ -131,7 +131,10 @@ def user_config(path: Path, table: Table) -> dict[str, Any]:
         known = {*table.config, *(k for v in table.versions.values() for k in v.config)}
         unknown = sorted(entries.keys() - known)
     except (ValueError, AttributeError, TypeError, RecursionError):
-        raise SourceError(file, "not a JSON object of component names and their config entries.") from None
+        example = '{"text_encoder": {"num_attention_heads": 12}}'
+        problem = "not a JSON object of component names and their config entries."
+        raise SourceError(file, problem, f"Correct it; for example: {example}") from None
     if unknown:
-        raise SourceError(file, f"{table.folder}: unknown entries {', '.join(unknown)}.")
+        problem = f"{table.folder}: unknown entries {', '.join(unknown)}."
+        raise SourceError(file, problem, f"Known are {', '.join(sorted(known))}.")
     return dict(entries)

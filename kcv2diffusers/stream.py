@@ -105,7 +105,8 @@ def run_finite(jobs: Sequence[Job], progress: Progress, *, allow_nonfinite: bool
 
     found = run(jobs, advance)
     if found and not allow_nonfinite:
-        lines = [f"  {f.name} {f.problem}" for f in found[:_LISTED]]
+        files = {job.name: job.tensor.path.name for job in jobs}
+        lines = [f"  {files[f.name]}: {f.name} {f.problem}" for f in found[:_LISTED]]
         lines += [f"  and {len(found) - _LISTED} more"] if len(found) > _LISTED else []
         raise Error(
             "Values that are not finite:\n" + "\n".join(lines) + "\nIf they are only too large, convert as "

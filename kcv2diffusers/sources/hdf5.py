@@ -120,7 +120,7 @@ def _scan(path: Path, part: tuple[int, int] | None) -> bytes:
         found = {"refused": [error.problem, error.remedy]}
     except Exception as error:  # whatever libhdf5 says about a damaged file, in any of h5py's types
         cut = _CUT_SHORT.search(str(error))
-        problem = f"cut short, {cut[1]} of {cut[2]} bytes are here." if cut else "a damaged HDF5 file."
+        problem = f"cut short, {cut[1]} of {cut[2]} bytes are here." if cut else walker.damaged()
         found = {"refused": [problem]}
     return json.dumps(found).encode()
 
@@ -154,11 +154,15 @@ class _Walker:
         self.base, size = part or (0, path.stat().st_size)
         self.end = self.base + size
         self.objects = 0
+        self.at = ""
         self.tensors: list[tuple[str, tuple[int, ...], str, int | None]] = []
         self.attributes: dict[str, dict[str, list[str]]] = {}
 
     def refuse(self, name: str, problem: str, *remedy: str) -> SourceError:
         return SourceError(self.path, f"{name or '/'}: {problem}", *remedy)
+
+    def damaged(self) -> str:
+        return f"a damaged HDF5 file{f', near {self.at}' if self.at else ''}."
 
     def count(self, path: str, more: int) -> None:
         self.objects += more
@@ -173,6 +177,7 @@ class _Walker:
         self.read_attributes(group, path)
         for raw in group:
             name = f"{path}/{raw.decode('utf-8')}" if path else raw.decode("utf-8")
+            self.at = name
             self.count(path, 1)
             link = group.links.get_info(raw)
             if link.type != h5py.h5l.TYPE_HARD:
@@ -244,9 +249,9 @@ class _Walker:
         self, dataset: h5py.h5d.DatasetID, settings: h5py.h5p.PropDCID, name: str, shape: tuple[int, ...]
     ) -> None:
         for index in range(settings.get_nfilters()):
-            code, _, _, label = settings.get_filter(index)
+            code = settings.get_filter(index)[0]
             if not h5py.h5z.filter_avail(code):
-                problem = f"compressed by HDF5 filter {code} ({label.decode('utf-8', 'replace')})."
+                problem = f"compressed by HDF5 filter {code}, which is not built in."
                 raise self.refuse(name, problem, "Unpack the file first: h5repack -f NONE OLD NEW.")
         wanted = math.prod(-(-n // c) for n, c in zip(shape, settings.get_chunk(), strict=True))
         if dataset.get_num_chunks() < wanted:  # libhdf5 would make zeros of what is not there
