@@ -68,7 +68,7 @@ def machine() -> str:
     model = next(
         (
             line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").open()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
             if line.startswith("model name")
         ),
         platform.processor(),
