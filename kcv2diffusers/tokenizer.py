@@ -66,7 +66,7 @@ def find_tokenizer(source: Path | None = None, base: Path | None = None) -> Toke
         "no CLIP vocabulary found for the pipeline's tokenizer; provide one with\n"
         f"  --tokenizer FOLDER|{BPE_NAME}, or\n"
         "  --base PIPELINE (its tokenizer/ folder is used), or\n"
-        "  pip install open_clip_torch (it ships the file)"
+        "  pip install --no-deps open_clip_torch (it ships the file)"
     )
 
 
