@@ -171,7 +171,9 @@ def _recolour(image: Image.Image, target: tuple[int, int, int]) -> Image.Image:
     hsv = np.asarray(image.convert("RGB").convert("HSV")).astype("float32") / 255
     hue, saturation, value = hsv[..., 0], hsv[..., 1], hsv[..., 2]
     solid = (pixels[..., 3] > 128) & (saturation > 0.25)
-    main = np.argmax(np.histogram(hue[solid], 24, (0, 1), weights=(saturation * value)[solid])[0]) / 24 + 1 / 48
+    main = (
+        np.argmax(np.histogram(hue[solid], 24, (0, 1), weights=(saturation * value)[solid])[0]) / 24 + 1 / 48
+    )
     near = np.abs((hue - main + 0.5) % 1 - 0.5) < 0.1
     mask = np.clip((saturation - 0.15) / 0.1, 0, 1) * near
     light = pixels[..., :3] @ np.array([0.3, 0.59, 0.11], "float32")
@@ -223,16 +225,22 @@ def _distance(glyph: Image.Image, ground: tuple[int, int, int]) -> float:
     pixels = np.asarray(glyph).astype("float32")
     mean = (pixels[..., :3] * pixels[..., 3:]).sum((0, 1)) / pixels[..., 3].sum()
     hue_glyph, hue_ground = (colorsys.rgb_to_hsv(*(np.array(c) / 255)) for c in (mean, ground))
-    same_hue = abs((hue_glyph[0] - hue_ground[0] + 0.5) % 1 - 0.5) < 0.06 and min(hue_glyph[1], hue_ground[1]) > 0.15
+    same_hue = (
+        abs((hue_glyph[0] - hue_ground[0] + 0.5) % 1 - 0.5) < 0.06 and min(hue_glyph[1], hue_ground[1]) > 0.15
+    )
     return 0.0 if same_hue else float(np.linalg.norm(mean - np.array(ground)))
 
 
 def caption(concept: Concept, rng: Rng) -> str:
     """A caption of the picture; one in ten leaves the ground out."""
-    phrase = concept.phrase(with_ground=rng.random() > 0.1)
     lead = ("", "", "", "", "a photo of ", "a picture of ")[rng.integers(6)]
-    article = "an" if phrase[0] in "aeiou" else "a"
-    return f"{lead}{article} {phrase}"
+    return lead + prompt(concept, with_ground=rng.random() > 0.1)
+
+
+def prompt(concept: Concept, with_ground: bool = True) -> str:
+    """The plainest caption of `concept`, such as "a red car on a pink background"."""
+    phrase = concept.phrase(with_ground)
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def words() -> list[str]:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 os.environ["KERAS_BACKEND"] = "torch"  # the fastest of the three on a CPU at these sizes
 
+import h5py
 import keras
 import numpy as np
 import tiny_pictures
+import tiny_quality
 import torch
 
 from kcv2diffusers.models import (
@@ -31,9 +33,51 @@ from kcv2diffusers.models import (
     build_text_encoder,
     build_unet,
 )
+from kcv2diffusers.models.sampler import PROMPT_LENGTH, TextToImage, alphas_cumprod, timestep_embedding
+from kcv2diffusers.models.tokenizer import Tokenizer
 
 SEED = 20240
 VAE = VAEConfig(widths=(24, 48, 64, 64), norm_groups=8)
+VAE_STEPS = 4000
+UNET_STEPS = 9000
+PICTURES = 20_000
+BATCH = 32
+GUIDANCE = 5.0
+SHOWN = [
+    "a red car on a white background",
+    "a blue car in a meadow",
+    "a green balloon at sunset",
+    "a purple heart on a yellow background",
+    "a yellow star at night",
+    "an orange fish on a blue background",
+    "a red flower in the snow",
+    "a blue book on the beach",
+    "a purple mushroom in a meadow",
+    "a yellow umbrella on the beach",
+    "a red bird in the snow",
+    "a green apple on a pink background",
+    "a cat in a meadow",
+    "a dog on the beach",
+    "a panda in the snow",
+    "a frog on a pink background",
+    "a fox in the snow",
+    "a pig at sunset",
+    "a penguin on a blue background",
+    "a tree at night",
+    "a house at sunset",
+    "a boat on the beach",
+    "a rocket at night",
+    "a cake on a gray background",
+]
+
+
+def tiny_config(tokenizer: Tokenizer) -> ModelConfig:
+    """SD1's topology; few norm groups, because 32 groups of narrow layers would be instance normalisation."""
+    return ModelConfig(
+        unet=UNetConfig(widths=(80, 96, 48, 32), heads=(4, 4, 4, 4), context_width=96, norm_groups=8),
+        text_encoder=TextEncoderConfig(width=96, layers=2, heads=4, vocabulary=len(tokenizer.vocabulary)),
+        vae=VAE,
+    )
 
 
 class Trainer:
@@ -42,7 +86,9 @@ class Trainer:
     The learning rate warms up over 100 steps, stays, and falls linearly to zero over the last third.
     """
 
-    def __init__(self, models: Sequence[keras.Model], state: Path, steps: int, lr: float, decay: float) -> None:
+    def __init__(
+        self, models: Sequence[keras.Model], state: Path, steps: int, lr: float, decay: float
+    ) -> None:
         self.weights = [w.value for model in models for w in model.trainable_variables]
         self.average = [w.detach().clone() for w in self.weights]
         self.optimizer = torch.optim.AdamW(self.weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
@@ -77,10 +123,13 @@ class Trainer:
             self.step += 1
             decay = min(self.decay, self.step / (self.step + 10))
             torch._foreach_lerp_(self.average, [w.detach() for w in self.weights], 1 - decay)
-            losses.append(float(value))
+            losses.append(value.item())
             if self.step % 50 == 0:
                 pace, started = (time.monotonic() - started) / len(losses), time.monotonic()
-                print(f"{self.state.stem} {self.step}/{self.steps} loss {np.mean(losses):.4f} {pace:.2f} s/step", flush=True)
+                print(
+                    f"{self.state.stem} {self.step}/{self.steps} loss {np.mean(losses):.4f} {pace:.2f} s/step",
+                    flush=True,
+                )
                 losses = []
             if self.step % every == 0 or self.step == self.steps:
                 self.swap()
@@ -164,16 +213,178 @@ def train_vae(folder: Path, steps: int) -> tuple[keras.Model, keras.Model]:
     return encoder, decoder
 
 
+def whiten(encoder: keras.Model, decoder: keras.Model) -> None:
+    """Give scaled latents zero mean and unit deviation per channel, folded into the 1x1 convolutions around them.
+
+    The pair computes the same pictures as before; only the latents between them change.
+    """
+    with torch.no_grad():
+        images = to_tensor(pictures(512, (SEED, 3))[0])
+        means = torch.cat([encoder(part)[..., :4] for part in images.split(32)])
+        mean, deviation = means.mean((0, 1, 2)), means.std((0, 1, 2))
+        scale = deviation * LATENT_SCALE
+        kernel, bias = (w.value for w in encoder.layers[-1].weights)
+        bias[:4] = (bias[:4] - mean) / scale
+        bias[4:] -= 2 * scale.log()
+        kernel[..., :4] /= scale
+        first = next(layer for layer in decoder.layers if layer.weights)
+        kernel, bias = (w.value for w in first.weights)
+        bias += mean @ kernel[0, 0]
+        kernel *= scale[:, None]
+
+
+def train_unet(folder: Path, encoder: keras.Model, decoder: keras.Model, steps: int) -> TextToImage:
+    """UNet and text encoder trained together on cached latents; returned as averaged over the last steps.
+
+    Noise prediction on Stable Diffusion's schedule, weighted by min-SNR with gamma 5; one caption in ten is empty
+    so that guidance has something to guide away from.
+    """
+    keras.utils.set_random_seed(SEED)
+    tokenizer = Tokenizer.of_words(tiny_pictures.words())
+    config = tiny_config(tokenizer)
+    unet, text_encoder = build_unet(config.unet), build_text_encoder(config.text_encoder)
+    for layer in unet.layers:  # every block starts as the identity, the network as zero
+        last = {"ResBlock": lambda x: x.exit_flow[-1], "SpatialTransformer": lambda x: x.proj2}.get(
+            type(layer).__name__
+        )
+        if last is not None:
+            last(layer).weights[0].assign(last(layer).weights[0] * 0)
+    unet.layers[-1].weights[0].assign(unet.layers[-1].weights[0] * 0)
+    trainer = Trainer([unet, text_encoder], folder / "unet.pt", steps, lr=1e-3, decay=0.999)
+
+    latents, captions = cached_latents(folder, encoder)
+    tokens = torch.tensor(
+        [tokenizer.encode(caption, PROMPT_LENGTH) for caption in captions], dtype=torch.int32
+    )
+    empty = torch.tensor(tokenizer.encode("", PROMPT_LENGTH), dtype=torch.int32)
+    positions = torch.arange(PROMPT_LENGTH, dtype=torch.int32).expand(BATCH, -1)
+    signal = torch.from_numpy(alphas_cumprod())
+    weight = (signal / (1 - signal)).clamp(max=5) / (signal / (1 - signal))
+    sampler = TextToImage(text_encoder, unet, decoder, tokenizer)
+
+    def loss(step: int) -> torch.Tensor:
+        draw = torch.Generator().manual_seed(SEED + step)
+        chosen = torch.randint(len(latents), (BATCH,), generator=draw)
+        clean = latents[chosen]
+        ids = torch.where(torch.rand((BATCH, 1), generator=draw) < 0.1, empty, tokens[chosen])
+        timesteps = torch.randint(len(signal), (BATCH,), generator=draw)
+        noise = torch.randn(clean.shape, generator=draw)
+        share = signal[timesteps, None, None, None]
+        embedding = torch.from_numpy(timestep_embedding(timesteps.numpy(), config.unet.timestep_width))
+        predicted = unet(
+            [share.sqrt() * clean + (1 - share).sqrt() * noise, embedding, text_encoder([ids, positions])]
+        )
+        return (((predicted - noise) ** 2).mean((1, 2, 3)) * weight[timesteps]).mean()
+
+    def report() -> str:
+        noise = np.random.default_rng(7).standard_normal((len(SHOWN), 8, 8, 4)).astype("float32")
+        images = sampler.decode(sampler.sample(SHOWN, noise, steps=25, guidance_scale=GUIDANCE))
+        tiny_pictures.grid(images, 8).save(folder / "samples.png")
+        return "samples.png is new"
+
+    trainer.run(loss, report, every=500)
+    trainer.swap()
+    return sampler
+
+
+def cached_latents(folder: Path, encoder: keras.Model) -> tuple[torch.Tensor, list[str]]:
+    """Scaled latents of the training pictures, (pictures, 8, 8, 4), from the cache if it is there, and captions."""
+    images, captions, _ = pictures(PICTURES, (SEED, 4))
+    cache = folder / "latents.npy"
+    if not cache.exists():
+        with torch.no_grad():
+            parts = [
+                encoder(to_tensor(images[i : i + 32]))[..., :4] * LATENT_SCALE
+                for i in range(0, len(images), 32)
+            ]
+        with cache.with_suffix(".part").open("wb") as part:
+            np.save(part, torch.cat(parts).numpy())
+        cache.with_suffix(".part").replace(cache)
+    return torch.from_numpy(np.load(cache)), captions
+
+
+def measure(sampler: TextToImage, encoder: keras.Model, folder: Path) -> None:
+    """Print and keep in `quality.txt` how good the base is, in figures that `tiny_quality` explains."""
+    unseen, _, concepts = pictures(512, (SEED, 1), unseen=True)
+    with torch.no_grad():
+        latents = [encoder(part)[..., :4] * LATENT_SCALE for part in to_tensor(unseen).split(32)]
+        decoded = np.concatenate([to_uint8(sampler.decoder(part)) for part in latents])
+    judge = tiny_quality.train_judge()
+    lines = [
+        f"VAE on {len(unseen)} held-out pictures: {psnr(unseen, decoded):.2f} dB PSNR",
+        f"judge on held-out drawn pictures: {tiny_quality.score(judge, unseen, concepts)}",
+        f"judge on their VAE reconstructions: {tiny_quality.score(judge, decoded, concepts)}",
+    ]
+    concepts = tiny_quality.prompts_to_judge()
+    prompts = [tiny_pictures.prompt(concept) for concept in concepts]
+    seeds = (0, 1, 2)
+    generated = []
+    for seed in seeds:
+        noise = np.random.default_rng(seed).standard_normal((len(prompts), 8, 8, 4)).astype("float32")
+        for i in range(0, len(prompts), 24):
+            part = sampler.sample(prompts[i : i + 24], noise[i : i + 24], steps=25, guidance_scale=GUIDANCE)
+            generated.append(sampler.decode(part))
+    images = np.concatenate(generated)
+    trained = np.tile([not tiny_pictures.held_out(c) for c in concepts], len(seeds))
+    for name, chosen in (("trained", trained), ("never trained", ~trained)):
+        these = [c for c, wanted in zip(concepts * len(seeds), chosen, strict=True) if wanted]
+        result = tiny_quality.score(judge, images[chosen], these)
+        lines.append(f"generated, {len(these)} pictures of {name} combinations, {len(seeds)} seeds: {result}")
+    text = "\n".join(lines) + "\n"
+    (folder / "quality.txt").write_text(text)
+    print(text, end="", flush=True)
+
+
+def export(sampler: TextToImage, encoder: keras.Model, target: Path) -> None:
+    """Write the base to `target`: float16 weights as KerasCV's own models save them, config, tokenizer, grid."""
+    target.mkdir(parents=True, exist_ok=True)
+    config = tiny_config(sampler.tokenizer)
+    config.save(target / "config.json")
+    sampler.tokenizer.save(target / "tokenizer")
+    models = {
+        "diffusion_model": (build_unet(config.unet, "float16"), sampler.unet),
+        "text_encoder": (build_text_encoder(config.text_encoder, "float16"), sampler.text_encoder),
+        "decoder": (build_decoder(config.vae, "float16"), sampler.decoder),
+        "image_encoder": (build_image_encoder(config.vae, dtype="float16"), encoder),
+    }
+    for name, (half, full) in models.items():
+        half.set_weights(full.get_weights())
+        path = target / f"{name}.weights.h5"
+        half.save_weights(path)
+        _compact(path)
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    count = sum(full.count_params() for _, full in models.values())
+    print(f"{target}: {count / 1e6:.2f} M parameters, {size / 1e6:.2f} MB", flush=True)
+
+
+def _compact(path: Path) -> None:
+    """Rewrite an HDF5 file with the newer group format, which takes a tenth of the space for Keras' many groups."""
+    part = path.with_suffix(".part")
+    with h5py.File(path) as old, h5py.File(part, "w", libver="latest") as new:
+        for name in old:
+            old.copy(name, new)
+        new.attrs.update(old.attrs)
+    part.replace(path)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where state, log pictures and the result go")
-    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--vae-steps", type=int, default=VAE_STEPS)
+    parser.add_argument("--unet-steps", type=int, default=UNET_STEPS)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    (arguments.folder / "pid").write_text(str(os.getpid()))
-    train_vae(arguments.folder, arguments.vae_steps)
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "pid").write_text(str(os.getpid()))
+    encoder, decoder = train_vae(folder, arguments.vae_steps)
+    whiten(encoder, decoder)
+    sampler = train_unet(folder, encoder, decoder, arguments.unet_steps)
+    export(sampler, encoder, folder / "tiny")
+    measure(sampler, encoder, folder)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ class UNetConfig:
             raise ValueError(f"{len(self.widths)} widths need as many heads, not {len(self.heads)}")
         for width, heads in zip(self.widths, self.heads, strict=True):
             if width % heads or width % self.norm_groups:
-                raise ValueError(f"width {width} does not divide into {heads} heads and {self.norm_groups} groups")
+                raise ValueError(
+                    f"width {width} does not divide into {heads} heads and {self.norm_groups} groups"
+                )
 
     @property
     def timestep_width(self) -> int:

@@ -1,0 +1,152 @@
+"""CLIP's byte-pair tokenizer, from the `vocab.json` and `merges.txt` of a `tokenizer/` folder.
+
+It gives the ids of OpenAI's tokenizer, which KerasCV's `SimpleTokenizer` and transformers' `CLIPTokenizer` also
+give, without needing either.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `vocabulary` maps a token to its id; a token that ends a word carries `</w>`. `merges` are the pairs of tokens
+    to join, most urgent first.
+    """
+
+    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
+        self.vocabulary = vocabulary
+        self.texts = {index: token for token, index in vocabulary.items()}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.start, self.end = vocabulary[START], vocabulary[END]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """Read the files of a `tokenizer/` folder as transformers writes them."""
+        vocabulary = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
+        lines = (Path(folder) / "merges.txt").read_text(encoding="utf-8").splitlines()
+        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
+        return cls(vocabulary, [(first, second) for first, second in pairs])
+
+    @classmethod
+    def of_words(cls, words: list[str]) -> Tokenizer:
+        """A tokenizer for which each of `words` is one token; anything else is spelled in longer or shorter pieces.
+
+        Ids are in the order that OpenAI's tokenizer has: bytes, bytes that end a word, merges, start, end.
+        """
+        tokens = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values())]
+        ranks: dict[tuple[str, str], int] = {}
+        for word in words:
+            # New merges rank below all earlier ones, so words that are already one token stay so.
+            pieces = _merge([*word[:-1], word[-1] + "</w>"], ranks)
+            joined = pieces[0]
+            for piece in pieces[1:]:
+                ranks[joined, piece] = len(ranks)
+                joined += piece
+        tokens += dict.fromkeys(first + second for first, second in ranks)
+        vocabulary = {token: index for index, token in enumerate([*tokens, START, END])}
+        return cls(vocabulary, list(ranks))
+
+    def save(self, folder: str | Path) -> None:
+        """Write `vocab.json` and `merges.txt`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "vocab.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.ranks)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def encode(self, text: str, length: int | None = None) -> list[int]:
+        """The ids of `text` between start and end; with `length`, padded with end or cut to that many ids."""
+        ids = [self.start]
+        for word in split(text):
+            ids += self._spell(word)
+        ids.append(self.end)
+        if length is not None:
+            ids = ids[: length - 1] + [self.end] * max(1, length - len(ids) + 1)
+        return ids[:length]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, without start and end."""
+        symbols = "".join(self.texts[index] for index in ids if index not in (self.start, self.end))
+        return symbols_to_text(symbols)
+
+    def _spell(self, word: str) -> list[int]:
+        if word in (START, END):
+            return [self.vocabulary[word]]
+        pieces = [BYTES[byte] for byte in word.encode()]
+        pieces[-1] += "</w>"
+        return [self.vocabulary[piece] for piece in _merge(pieces, self.ranks)]
+
+
+def _merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Join the most urgent pair of neighbours, wherever it is, until no pair is in `ranks`."""
+    while len(pieces) > 1:
+        pairs = zip(pieces, pieces[1:], strict=False)
+        rank, first, second = min((ranks.get(pair, len(ranks)), *pair) for pair in pairs)
+        if rank == len(ranks):
+            break
+        pieces = list(_join(pieces, first, second))
+    return pieces
+
+
+def _join(pieces: list[str], first: str, second: str) -> Iterator[str]:
+    """`pieces` with every `first` that `second` follows joined to it."""
+    index = 0
+    while index < len(pieces):
+        if pieces[index : index + 2] == [first, second]:
+            yield first + second
+            index += 2
+        else:
+            yield pieces[index]
+            index += 1
+
+
+def split(text: str) -> Iterator[str]:
+    """The words CLIP sees in `text`: runs of letters, single digits, runs of anything else, English contractions."""
+    text = " ".join(html.unescape(html.unescape(text)).split()).lower()
+    index = 0
+    while index < len(text):
+        special = next((word for word in (START, END, *CONTRACTIONS) if text.startswith(word, index)), None)
+        kind = _kind(text[index])
+        stop = index + len(special) if special else index + 1
+        while not special and kind != "N" and stop < len(text) and _kind(text[stop]) == kind:
+            stop += 1
+        if kind != " ":
+            yield text[index:stop]
+        index = stop
+
+
+def _kind(character: str) -> str:
+    """Letter, number, space or other."""
+    if character.isspace():
+        return " "
+    category = unicodedata.category(character)[0]
+    return category if category in "LN" else "other"
+
+
+def _byte_symbols() -> dict[int, str]:
+    """A visible character for each byte: itself where it is printable, otherwise one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTES = _byte_symbols()
+
+
+def symbols_to_text(symbols: str) -> str:
+    """Byte symbols back to text; `</w>` becomes a space."""
+    bytes_of = {symbol: byte for byte, symbol in BYTES.items()}
+    words = symbols.split("</w>")
+    return " ".join(
+        bytes(bytes_of[symbol] for symbol in word).decode(errors="replace") for word in words
+    ).strip()
