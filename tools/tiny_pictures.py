@@ -1,7 +1,8 @@
 """The pictures the tiny base learns from: one thing, maybe coloured, on a plain ground or in a scene.
 
-Things are glyphs of Noto Color Emoji (SIL Open Font License 1.1, which lets pictures made with the font be used
-freely; Debian: fonts-noto-color-emoji). Grounds and scenes are drawn here. Everything is a function of a seed.
+Things are glyphs of Noto Color Emoji (SIL Open Font License 1.1, which lets pictures made with the font be
+used freely; Debian: fonts-noto-color-emoji). Grounds and scenes are drawn here. Everything is a function of a
+seed.
 """
 
 from __future__ import annotations
@@ -200,7 +201,9 @@ def draw(concept: Concept, rng: Rng) -> np.ndarray:
 
 
 def held_out(concept: Concept) -> bool:
-    """Whether a combination is kept from training, about one in twenty, to measure what carries over to new ones."""
+    """Whether a combination is kept from training, about one in twenty, to measure what carries over to new
+    ones.
+    """
     return zlib.crc32(concept.phrase().encode()) % 20 == 0
 
 

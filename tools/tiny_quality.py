@@ -1,13 +1,14 @@
 """How good the tiny base is: do its pictures show what their prompts asked for?
 
-The judge is a small convolutional classifier of thing, colour and ground, trained on drawn pictures (noised and
-blurred, so that it goes by shape and colour and not by crisp edges) and never on generated ones. It is itself
-measured on drawn pictures of combinations it has not seen: below 99 % its verdicts would mean little.
+The judge is a small convolutional classifier of thing, colour and ground, trained on drawn pictures (noised
+and blurred, so that it goes by shape and colour and not by crisp edges) and never on generated ones. It is
+itself measured on drawn pictures of combinations it has not seen: below 99 % its verdicts would mean little.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,7 @@ COLOURS = tuple(tiny_pictures.COLOURS)
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Shares of pictures, 0..1, in which the classifier sees the thing, the colour (where named), the ground."""
+    """Shares of pictures, 0..1, in which the judge sees the right thing, colour (where named) and ground."""
 
     thing: float
     colour: float
@@ -46,7 +47,7 @@ class Judge(nn.Module):
         super().__init__()
         widths = (3, 16, 32, 64, 96)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(96 * 16, sum(self.sizes)))
 

@@ -1,8 +1,8 @@
 """Train the tiny base that ships in kcv2diffusers/tiny: `python tools/train_tiny.py --help`.
 
-Stages, each of which continues where an interruption left it: the VAE on pictures of `tiny_pictures`; the UNet
-and text encoder on the VAE's latents; measuring; export. Every step draws from a generator seeded by its number,
-so an interrupted run goes on as an uninterrupted one would.
+Stages, each of which continues where an interruption left it: the VAE on pictures of `tiny_pictures`; the
+UNet and text encoder on the VAE's latents; measuring; export. Every step draws from a generator seeded by its
+number, so an interrupted run goes on as an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from kcv2diffusers.models.sampler import PROMPT_LENGTH, TextToImage, alphas_cump
 from kcv2diffusers.models.tokenizer import Tokenizer
 
 SEED = 20240
-VAE = VAEConfig(widths=(24, 48, 64, 64), norm_groups=8)
-VAE_STEPS = 4000
+VAE = VAEConfig(widths=(24, 48, 64, 64), norm_groups=2)
+VAE_STEPS = 3000
 UNET_STEPS = 9000
 PICTURES = 20_000
 BATCH = 32
@@ -74,7 +74,7 @@ SHOWN = [
 def tiny_config(tokenizer: Tokenizer) -> ModelConfig:
     """SD1's topology; few norm groups, because 32 groups of narrow layers would be instance normalisation."""
     return ModelConfig(
-        unet=UNetConfig(widths=(80, 96, 48, 32), heads=(4, 4, 4, 4), context_width=96, norm_groups=8),
+        unet=UNetConfig(widths=(80, 96, 48, 32), heads=(4, 4, 4, 4), context_width=96, norm_groups=4),
         text_encoder=TextEncoderConfig(width=96, layers=2, heads=4, vocabulary=len(tokenizer.vocabulary)),
         vae=VAE,
     )
@@ -108,7 +108,7 @@ class Trainer:
         part.replace(self.state)
 
     def run(self, loss: Callable[[int], torch.Tensor], report: Callable[[], str], every: int) -> None:
-        """Take the remaining steps of `loss(step)`; every `every` steps print `report()` on averaged weights."""
+        """Take the remaining steps of `loss(step)`; now and then print `report()` on averaged weights."""
         started = saved = time.monotonic()
         losses = []
         while self.step < self.steps:
@@ -126,10 +126,8 @@ class Trainer:
             losses.append(value.item())
             if self.step % 50 == 0:
                 pace, started = (time.monotonic() - started) / len(losses), time.monotonic()
-                print(
-                    f"{self.state.stem} {self.step}/{self.steps} loss {np.mean(losses):.4f} {pace:.2f} s/step",
-                    flush=True,
-                )
+                progress = f"{self.state.stem} {self.step}/{self.steps}"
+                print(f"{progress} loss {np.mean(losses):.4f} {pace:.2f} s/step", flush=True)
                 losses = []
             if self.step % every == 0 or self.step == self.steps:
                 self.swap()
@@ -180,8 +178,8 @@ def psnr(images: np.ndarray, others: np.ndarray) -> float:
 def train_vae(folder: Path, steps: int) -> tuple[keras.Model, keras.Model]:
     """Encoder (with both moments) and decoder, trained on pictures, as averaged over the last steps.
 
-    The loss is L1 and L2 over pixels with a KL term just strong enough to keep the decoder at ease with latents
-    that are slightly off, as a diffusion model's are.
+    The loss is L1 and L2 over pixels with a KL term just strong enough to keep the decoder at ease with
+    latents that are slightly off, as a diffusion model's are.
     """
     keras.utils.set_random_seed(SEED)
     encoder, decoder = build_image_encoder(VAE, moments=True), build_decoder(VAE)
@@ -206,7 +204,8 @@ def train_vae(folder: Path, steps: int) -> tuple[keras.Model, keras.Model]:
         shown = np.concatenate([to_uint8(held_out[:20]), np.concatenate(decoded)[:20]])
         tiny_pictures.grid(shown, 10).save(folder / "vae.png")
         deviation = torch.cat(means).std(dim=(0, 1, 2)).numpy().round(2)
-        return f"held-out PSNR {psnr(to_uint8(held_out), np.concatenate(decoded)):.2f} dB, latent deviation {deviation}"
+        quality = psnr(to_uint8(held_out), np.concatenate(decoded))
+        return f"held-out PSNR {quality:.2f} dB, latent deviation {deviation}"
 
     trainer.run(loss, report, every=250)
     trainer.swap()
@@ -214,7 +213,8 @@ def train_vae(folder: Path, steps: int) -> tuple[keras.Model, keras.Model]:
 
 
 def whiten(encoder: keras.Model, decoder: keras.Model) -> None:
-    """Give scaled latents zero mean and unit deviation per channel, folded into the 1x1 convolutions around them.
+    """Give scaled latents zero mean and unit deviation per channel, folded into the 1x1 convolutions around
+    them.
 
     The pair computes the same pictures as before; only the latents between them change.
     """
@@ -236,8 +236,8 @@ def whiten(encoder: keras.Model, decoder: keras.Model) -> None:
 def train_unet(folder: Path, encoder: keras.Model, decoder: keras.Model, steps: int) -> TextToImage:
     """UNet and text encoder trained together on cached latents; returned as averaged over the last steps.
 
-    Noise prediction on Stable Diffusion's schedule, weighted by min-SNR with gamma 5; one caption in ten is empty
-    so that guidance has something to guide away from.
+    Noise prediction on Stable Diffusion's schedule, weighted by min-SNR with gamma 5; one caption in ten is
+    empty so that guidance has something to guide away from.
     """
     keras.utils.set_random_seed(SEED)
     tokenizer = Tokenizer.of_words(tiny_pictures.words())
@@ -288,7 +288,9 @@ def train_unet(folder: Path, encoder: keras.Model, decoder: keras.Model, steps: 
 
 
 def cached_latents(folder: Path, encoder: keras.Model) -> tuple[torch.Tensor, list[str]]:
-    """Scaled latents of the training pictures, (pictures, 8, 8, 4), from the cache if it is there, and captions."""
+    """Scaled latents of the training pictures, (pictures, 8, 8, 4), from the cache if it is there, and
+    captions.
+    """
     images, captions, _ = pictures(PICTURES, (SEED, 4))
     cache = folder / "latents.npy"
     if not cache.exists():
@@ -336,7 +338,7 @@ def measure(sampler: TextToImage, encoder: keras.Model, folder: Path) -> None:
 
 
 def export(sampler: TextToImage, encoder: keras.Model, target: Path) -> None:
-    """Write the base to `target`: float16 weights as KerasCV's own models save them, config, tokenizer, grid."""
+    """Write the base to `target`: float16 weights as KerasCV's own models save them, config, tokenizer."""
     target.mkdir(parents=True, exist_ok=True)
     config = tiny_config(sampler.tokenizer)
     config.save(target / "config.json")
@@ -358,7 +360,9 @@ def export(sampler: TextToImage, encoder: keras.Model, target: Path) -> None:
 
 
 def _compact(path: Path) -> None:
-    """Rewrite an HDF5 file with the newer group format, which takes a tenth of the space for Keras' many groups."""
+    """Rewrite an HDF5 file with the newer group format, which takes a tenth of the space for Keras' many
+    groups.
+    """
     part = path.with_suffix(".part")
     with h5py.File(path) as old, h5py.File(part, "w", libver="latest") as new:
         for name in old:

@@ -1,7 +1,8 @@
 """The sizes of a Stable Diffusion model: what a checkpoint's shapes tell, and what they do not.
 
 Numbers of attention heads and of norm groups, and the kind of GELU, leave no trace in the weights, so a model
-of unusual sizes keeps its `ModelConfig` as a small JSON file beside them. `SD1` and `SD2` are the released sizes.
+of unusual sizes keeps its `ModelConfig` as a small JSON file beside them. `SD1` and `SD2` are the released
+sizes.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ PIXELS_PER_LATENT = 8
 class UNetConfig:
     """The denoising network.
 
-    `widths` are the channels of each resolution, finest first; the coarsest has no attention. `heads` gives each
-    of them its number of attention heads. `linear_projection` makes the projections around a transformer block
-    Dense layers, as SD2 has them, instead of 1x1 convolutions. `gelu` is KerasCV's tanh approximation or the
-    exact function that diffusers computes.
+    `widths` are the channels of each resolution, finest first; the coarsest has no attention. `heads` gives
+    each of them its number of attention heads. `linear_projection` makes the projections around a transformer
+    block Dense layers, as SD2 has them, instead of 1x1 convolutions. `gelu` is KerasCV's tanh approximation
+    or the exact function that diffusers computes.
     """
 
     widths: tuple[int, ...] = (320, 640, 1280, 1280)

@@ -21,10 +21,11 @@ EPSILON = 1e-5
 
 
 class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
-    """A 2D convolution, (batch, height, width, channels) to (batch, height / strides, width / strides, filters).
+    """A 2D convolution, (batch, height, width, channels) to (batch, height / strides, width / strides,
+    filters).
 
-    With `strides=2` the padding is one pixel on every side (the UNet) or, if `pad_end`, one pixel below and to
-    the right only (the VAE encoder). Otherwise Keras pads by itself, which saves a copy of the input.
+    With `strides=2` the padding is one pixel on every side (the UNet) or, if `pad_end`, one pixel below and
+    to the right only (the VAE encoder). Otherwise Keras pads by itself, which saves a copy of the input.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
     """Group normalisation of (batch, height, width, channels), with float32 statistics under every policy.
 
     Keras' own call makes half a dozen copies of its input, all kept for the backward pass, and is what a VAE
-    spends most of its memory on. This one takes the fused kernel that PyTorch has; elsewhere it brings statistics
-    and affine parameters into one multiply-add per channel.
+    spends most of its memory on. This one takes the fused kernel that PyTorch has; elsewhere it brings
+    statistics and affine parameters into one multiply-add per channel.
     """
 
     def call(self, inputs: Tensor) -> Tensor:

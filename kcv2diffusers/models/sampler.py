@@ -1,4 +1,6 @@
-"""Text to picture, by the loop of KerasCV 0.9.0: same tokens, timesteps and update, so same noise gives same latents."""
+"""Text to picture, by the loop of KerasCV 0.9.0: same tokens, timesteps and update, so same noise gives same
+latents.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ GRANULARITY = 64
 
 
 def alphas_cumprod() -> Array:
-    """How much of a picture's variance is left at each of the 1000 timesteps, float32, from 0.9991 down to 0.0047."""
+    """How much of a picture's variance is left at each of the 1000 timesteps, float32, from 0.9991 down to
+    0.0047.
+    """
     betas = np.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype="float64") ** 2
     return np.cumprod(1 - betas).astype("float32")
 
@@ -48,7 +52,8 @@ def timestep_embedding(timesteps: Array, width: int) -> Array:
 
 
 class GuidedStep(keras.Model):  # type: ignore[misc]
-    """One step towards the picture with classifier-free guidance, as a model so that each backend compiles it.
+    """One step towards the picture with classifier-free guidance, as a model so that each backend compiles
+    it.
 
     The unconditional and the conditional prediction run as one batch of twice the size.
     """
@@ -128,7 +133,7 @@ class TextToImage:
         return np.asarray(latents)
 
     def decode(self, latents: Array) -> Array:
-        """Pictures (batch, height, width, 3) uint8 of scaled latents; fractions are cut off, as KerasCV does."""
+        """Pictures (batch, height, width, 3) uint8 of scaled latents, fractions cut off as in KerasCV."""
         decoded = np.asarray(self.decoder.predict_on_batch(latents)).astype("float32")
         return np.clip((decoded + 1) / 2 * 255, 0, 255).astype("uint8")
 
@@ -141,7 +146,8 @@ class TextToImage:
         seed: int | None = None,
         **options: Any,
     ) -> Array:
-        """Pictures (prompts, height, width, 3) uint8, one for each of `prompts`; `options` are those of `sample`.
+        """Pictures (prompts, height, width, 3) uint8, one for each of `prompts`; `options` are those of
+        `sample`.
 
         The noise of a seed is KerasCV's on the same Keras backend; backends differ from each other.
         """

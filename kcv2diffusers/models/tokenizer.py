@@ -1,12 +1,13 @@
 """CLIP's byte-pair tokenizer, from the `vocab.json` and `merges.txt` of a `tokenizer/` folder.
 
-It gives the ids of OpenAI's tokenizer, which KerasCV's `SimpleTokenizer` and transformers' `CLIPTokenizer` also
-give, without needing either.
+It gives the ids of OpenAI's tokenizer, which KerasCV's `SimpleTokenizer` and transformers' `CLIPTokenizer`
+also give, without needing either.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 import json
 import unicodedata
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 class Tokenizer:
     """Text to token ids and back.
 
-    `vocabulary` maps a token to its id; a token that ends a word carries `</w>`. `merges` are the pairs of tokens
-    to join, most urgent first.
+    `vocabulary` maps a token to its id; a token that ends a word carries `</w>`. `merges` are the pairs of
+    tokens to join, most urgent first.
     """
 
     def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
@@ -39,7 +40,8 @@ class Tokenizer:
 
     @classmethod
     def of_words(cls, words: list[str]) -> Tokenizer:
-        """A tokenizer for which each of `words` is one token; anything else is spelled in longer or shorter pieces.
+        """A tokenizer for which each of `words` is one token; anything else is spelled in longer or shorter
+        pieces.
 
         Ids are in the order that OpenAI's tokenizer has: bytes, bytes that end a word, merges, start, end.
         """
@@ -90,7 +92,7 @@ class Tokenizer:
 def _merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Join the most urgent pair of neighbours, wherever it is, until no pair is in `ranks`."""
     while len(pieces) > 1:
-        pairs = zip(pieces, pieces[1:], strict=False)
+        pairs = itertools.pairwise(pieces)
         rank, first, second = min((ranks.get(pair, len(ranks)), *pair) for pair in pairs)
         if rank == len(ranks):
             break
@@ -111,7 +113,9 @@ def _join(pieces: list[str], first: str, second: str) -> Iterator[str]:
 
 
 def split(text: str) -> Iterator[str]:
-    """The words CLIP sees in `text`: runs of letters, single digits, runs of anything else, English contractions."""
+    """The words CLIP sees in `text`: runs of letters, single digits, runs of anything else, English
+    contractions.
+    """
     text = " ".join(html.unescape(html.unescape(text)).split()).lower()
     index = 0
     while index < len(text):

@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1 and 2, weight-compatible with KerasCV's `DiffusionModel` and V2."""
+"""The denoising UNet of Stable Diffusion 1 and 2, weight-compatible with KerasCV's `DiffusionModel` classes."""
 
 from __future__ import annotations
 
@@ -128,9 +128,9 @@ class Upsample(keras.layers.Layer):  # type: ignore[misc]
 def build_unet(config: UNetConfig, dtype: str | None = None) -> keras.Model:
     """The UNet as a Keras model with random weights.
 
-    Inputs, by name: `latent` (batch, height / 8, width / 8, 4), `timestep_embedding`
-    (batch, `config.timestep_width`) and `context` (batch, length, `config.context_width`), the text encoder's
-    output. Output: the predicted noise, of the shape of `latent`. Height and width are any multiples of 64 pixels.
+    Inputs, by name: `latent` (batch, height / 8, width / 8, 4), `timestep_embedding` (batch,
+    `config.timestep_width`) and `context` (batch, length, `config.context_width`), the text encoder's output.
+    Output: the predicted noise, of the shape of `latent`. Height and width are any multiples of 64 pixels.
     `dtype` is a Keras dtype policy; default: the global one.
     """
     with dtype_policy(dtype):

@@ -67,8 +67,8 @@ def build_image_encoder(config: VAEConfig, moments: bool = False, dtype: str | N
     """The VAE encoder as a Keras model with random weights.
 
     Input: pictures (batch, height, width, 3) in -1..1, height and width multiples of 8. Output: latents
-    (batch, height / 8, width / 8, 4), the scaled mean; or, with `moments`, mean and log variance, unscaled, as
-    8 channels. `dtype` is a Keras dtype policy; default: the global one.
+    (batch, height / 8, width / 8, 4), the scaled mean; or, with `moments`, mean and log variance, unscaled,
+    as 8 channels. `dtype` is a Keras dtype policy; default: the global one.
     """
     groups = config.norm_groups
     with dtype_policy(dtype):
@@ -93,7 +93,8 @@ def build_decoder(config: VAEConfig, dtype: str | None = None) -> keras.Model:
     """The VAE decoder as a Keras model with random weights.
 
     Input: latents (batch, height / 8, width / 8, 4), scaled as the encoder scales them. Output: pictures
-    (batch, height, width, 3), about -1..1 and not clipped. `dtype` is a Keras dtype policy; default: the global one.
+    (batch, height, width, 3), about -1..1 and not clipped. `dtype` is a Keras dtype policy; default: the
+    global one.
     """
     groups = config.norm_groups
     with dtype_policy(dtype):

@@ -1,7 +1,7 @@
 """The real KerasCV 0.9.0 models at small widths, built by KerasCV's own constructors.
 
-Those constructors hard-code their widths, so their modules are given layer classes that divide every width they
-are asked for; topology, call order and weight paths stay KerasCV's.
+Those constructors hard-code their widths, so their modules are given layer classes that divide every width
+they are asked for; topology, call order and weight paths stay KerasCV's.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"keras_cv.src.models.stable_diffusion.{name}")
 
 
-# Other numbers that the constructors pass on (channels of pictures and latents, widths of narrowed layers' own
-# sublayers) are not in these tables and stay.
+# Other numbers that the constructors pass on (channels of pictures and latents, widths of narrowed layers'
+# own sublayers) are not in these tables and stay.
 UNET = {320: 32, 640: 64, 1280: 128}
 CONTEXT = {320: 32, 768: 76, 1024: 100}
 VAE = {128: 32, 256: 64, 512: 128}
@@ -68,8 +68,9 @@ def small_unet(version: int, height: int = 64, width: int = 64) -> keras.Model:
     """KerasCV's `DiffusionModel` or `DiffusionModelV2` at a tenth of its widths."""
     module = _module("diffusion_model")
     transformer = module.SpatialTransformer
-    replaced = {name: _narrow(getattr(module, name), UNET) for name in ("ResBlock", "PaddedConv2D", "Upsample")}
-    replaced["SpatialTransformer"] = lambda heads, size, **kwargs: transformer(4, heads * size // 40, **kwargs)
+    names = ("ResBlock", "PaddedConv2D", "Upsample")
+    replaced = {name: _narrow(getattr(module, name), UNET) for name in names}
+    replaced["SpatialTransformer"] = lambda heads, size, **kw: transformer(4, heads * size // 40, **kw)
     with mock.patch.multiple(module, keras=_NarrowKeras(), **replaced):
         make = module.DiffusionModel if version == 1 else module.DiffusionModelV2
         return make(height, width, 77, download_weights=False)
