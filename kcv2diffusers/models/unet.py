@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1 and 2, weight-compatible with KerasCV's `DiffusionModel` classes."""
+"""The denoising UNet of Stable Diffusion 1 and 2, weight-compatible with KerasCV's own classes."""
 
 from __future__ import annotations
 
