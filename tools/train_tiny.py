@@ -80,8 +80,47 @@ def tiny_config(tokenizer: Tokenizer) -> ModelConfig:
     )
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, for matrices (Jordan et al. 2024); kernels count as (inputs,
+    outputs).
+
+    It takes about half as many steps as AdamW here. Updates are scaled to the size that AdamW's have, so that
+    both share a learning rate. Matrices of one shape are orthogonalised together.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[torch.Tensor]] = {}
+            for weight in group["params"]:
+                by_shape.setdefault((weight[..., 0].numel(), weight.shape[-1]), []).append(weight)
+            for (rows, columns), weights in by_shape.items():
+                updates = []
+                for weight in weights:
+                    held = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                    held.lerp_(weight.grad, 1 - group["momentum"])
+                    updates.append(weight.grad.lerp(held, group["momentum"]).reshape(rows, columns))
+                rate = 0.2 * max(rows, columns) ** 0.5 * group["lr"]
+                for weight, update in zip(weights, _orthogonalise(torch.stack(updates)), strict=True):
+                    weight.mul_(1 - 0.01 * group["lr"]).sub_(update.reshape(weight.shape), alpha=rate)
+
+
+def _orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+    """(n, rows, columns) with all singular values brought near 1, by five Newton-Schulz iterations."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
 class Trainer:
-    """AdamW with an exponential moving average of the weights, and a state file that is always whole.
+    """Muon and AdamW with a moving average of the weights, and a state file that is always whole.
 
     The learning rate warms up over 100 steps, stays, and falls linearly to zero over the last third.
     """
@@ -91,12 +130,19 @@ class Trainer:
     ) -> None:
         self.weights = [w.value for model in models for w in model.trainable_variables]
         self.average = [w.detach().clone() for w in self.weights]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+        matrices = [v.value for model in models for v in model.trainable_variables if _is_matrix(v)]
+        taken = {id(weight) for weight in matrices}
+        others = [weight for weight in self.weights if id(weight) not in taken]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr),
+            torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0),
+        ]
         self.state, self.steps, self.lr, self.decay, self.step = state, steps, lr, decay, 0
         if state.exists():
             saved = torch.load(state, weights_only=True)
             self.step = saved["step"]
-            self.optimizer.load_state_dict(saved["optimizer"])
+            for optimizer, state_dict in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state_dict)
             _copy(saved["weights"], self.weights)
             _copy(saved["average"], self.average)
 
@@ -104,7 +150,7 @@ class Trainer:
         """Replace the state file in one go."""
         part = self.state.with_suffix(".part")
         saved = {"step": self.step, "weights": self.weights, "average": self.average}
-        torch.save({**saved, "optimizer": self.optimizer.state_dict()}, part)
+        torch.save({**saved, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, part)
         part.replace(self.state)
 
     def run(self, loss: Callable[[int], torch.Tensor], report: Callable[[], str], every: int) -> None:
@@ -113,13 +159,15 @@ class Trainer:
         losses = []
         while self.step < self.steps:
             rate = min(1.0, (self.step + 1) / 100, 3 * (self.steps - self.step) / self.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * rate
             value = loss(self.step)
-            self.optimizer.zero_grad()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+                for group in optimizer.param_groups:
+                    group["lr"] = self.lr * rate
             value.backward()
             torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.step += 1
             decay = min(self.decay, self.step / (self.step + 10))
             torch._foreach_lerp_(self.average, [w.detach() for w in self.weights], 1 - decay)
@@ -142,6 +190,12 @@ class Trainer:
         held = [w.detach().clone() for w in self.weights]
         _copy(self.average, self.weights)
         _copy(held, self.average)
+
+
+def _is_matrix(variable: keras.Variable) -> bool:
+    """Whether a weight is one for Muon: not an embedding, and not next to pixels, latents or moments."""
+    shape = variable.shape
+    return len(shape) > 1 and "embedding" not in variable.path and min(shape[-1], shape[-2]) >= 16
 
 
 def _copy(source: Sequence[torch.Tensor], target: Sequence[torch.Tensor]) -> None:
