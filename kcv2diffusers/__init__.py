@@ -1,0 +1,39 @@
+"""Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.
+
+The modules, in the order a checkpoint passes them: `sources` (readers, one a container), `tables` and
+`layouts` (the weight maps), `recognise` (what a checkpoint is), `plan` and `keras_files` (what goes where),
+`stream` (the bytes), `pipeline` and `tokenizer` (what stands around the weights), `output` (all or nothing).
+`to_diffusers` and `to_kerascv` put them together.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kcv2diffusers.errors import Error
+    from kcv2diffusers.inspection import Inspected, inspect
+    from kcv2diffusers.to_diffusers import Converted, convert
+    from kcv2diffusers.to_kerascv import ToKeras, to_keras
+
+__version__ = "0.1.0"
+__all__ = ["Converted", "Error", "Inspected", "ToKeras", "convert", "inspect", "to_keras"]
+
+_HOME = {
+    "Converted": "to_diffusers",
+    "Error": "errors",
+    "Inspected": "inspection",
+    "ToKeras": "to_kerascv",
+    "convert": "to_diffusers",
+    "inspect": "inspection",
+    "to_keras": "to_kerascv",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily, so that `kcv2diffusers --help` does not wait for NumPy and h5py.
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,11 +1,14 @@
 """What can go wrong, and the one or two lines a user reads when it does.
 
 Every refusal in the package is an `Error`; the command line prints its text and exits with code 1.
-Anything else that reaches the command line is a bug and keeps its traceback.
+Anything else that reaches the command line, what the system says about files excepted, is a bug and keeps
+its traceback.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -16,8 +19,19 @@ class Error(Exception):
 class SourceError(Error):
     """A file that cannot be read as a checkpoint: damaged, hostile, or of a kind nobody writes."""
 
-    def __init__(self, path: str | Path, problem: str, remedy: str = "") -> None:
-        super().__init__(f"{path}: {problem}" + (f"\n{remedy}" if remedy else ""))
+    def __init__(self, path: str | Path, problem: str, remedy: str = "Copy or download it again.") -> None:
+        super().__init__(f"{path}: {problem}\n{remedy}")
+        self.problem, self.remedy = problem, remedy
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system says about `path`, or about a file below it, as a SourceError."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}."
+        raise SourceError(error.filename or path, problem, "Check the path and its permissions.") from error
 
 
 class PlanError(Error):
@@ -26,12 +40,3 @@ class PlanError(Error):
 
 class TargetError(Error):
     """The output cannot be written: it exists, the disk is full, permission is missing."""
-
-
-class MissingExtra(Error):
-    """An optional dependency is not installed."""
-
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"{package} is not installed; it is needed here: pip install 'kcv2diffusers[{extra}]'"
-        )

@@ -1,0 +1,104 @@
+"""Checkpoint readers, one a container. `open_sources` finds the right one from the contents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import BinaryIO
+
+from kcv2diffusers.errors import SourceError, reading
+from kcv2diffusers.sources.source import Source
+
+_KINDS = (
+    "Legacy .h5, whole-model .h5, .weights.h5 (or the .weights.json of its shards), .keras, "
+    "SavedModel folders and TensorFlow checkpoints are read."
+)
+
+
+def open_sources(path: Path) -> list[Source]:
+    """The checkpoints at `path`: one for a file, a SavedModel or a checkpoint prefix, all for a folder.
+
+    Raises SourceError if there is none or one cannot be read.
+    """
+    with reading(path):
+        return _open(path)
+
+
+def _open(path: Path) -> list[Source]:
+    if not path.exists():
+        index = path.with_name(path.name + ".index")
+        if index.is_file():
+            return [_checkpoint(path)]
+        raise SourceError(path, "no such file or folder.", "Check the path.")
+    if path.is_file():
+        return [_file(path)]
+    if not path.is_dir():
+        raise SourceError(path, "neither a file nor a folder.", "Check the path.")
+    if (path / "variables" / "variables.index").is_file():
+        from kcv2diffusers.sources.tensorflow import read_saved_model
+
+        return [read_saved_model(path)]
+    return _folder(path)
+
+
+def _checkpoint(prefix: Path) -> Source:
+    from kcv2diffusers.sources.tensorflow import read_checkpoint
+
+    return read_checkpoint(prefix)
+
+
+def _folder(path: Path) -> list[Source]:
+    if (path / "model_index.json").is_file():
+        raise SourceError(
+            path, "a diffusers pipeline, not a Keras checkpoint.", "Give it with --base, or to to-keras."
+        )
+    if (path / "saved_model.pb").is_file():
+        raise SourceError(
+            path, "a SavedModel without its variables/ folder.", "Download that folder as well."
+        )
+    entries = sorted(path.iterdir())
+    shards = {name for e in entries if e.name.endswith(".weights.json") for name in _shards(e)}
+    found: list[Source] = []
+    for entry in entries:
+        if entry.is_dir():
+            if (entry / "saved_model.pb").is_file() or (entry / "variables").is_dir():
+                found += _open(entry)
+        elif entry.suffix == ".index":
+            found.append(_checkpoint(entry.with_suffix("")))
+        elif entry.name.endswith((".h5", ".hdf5", ".keras", ".weights.json")) and entry.name not in shards:
+            found.append(_file(entry))
+    if not found:
+        raise SourceError(path, "no checkpoint in this folder.", _KINDS)
+    return found
+
+
+def _shards(index: Path) -> list[str]:
+    stem = index.name.removesuffix(".weights.json")
+    return [p.name for p in index.parent.glob("*.weights.h5") if p.name.startswith(f"{stem}_")]
+
+
+def _file(path: Path) -> Source:
+    from kcv2diffusers.sources import hdf5, keras3_h5, legacy_h5
+
+    with path.open("rb") as file:
+        head = file.read(8)
+        if not head:
+            raise SourceError(path, "the file is empty.")
+        start = next((s for s in (0, 512, 1024, 2048) if _at(file, s) == hdf5.SIGNATURE), None)
+    if path.name.endswith(".weights.json"):
+        return keras3_h5.read_sharded(path)
+    if path.suffix == ".index":
+        return _checkpoint(path.with_suffix(""))
+    if head[:4] == b"PK\x03\x04":
+        return keras3_h5.read_archive(path)
+    if start is None:
+        raise SourceError(path, "not a Keras checkpoint (unknown kind of file).", _KINDS)
+    tree = hdf5.read_tree(path)
+    source = legacy_h5.read(tree) or keras3_h5.read(tree)
+    if source is None:
+        raise SourceError(path, "an HDF5 file, but not one that Keras saved weights in.", _KINDS)
+    return source
+
+
+def _at(file: BinaryIO, offset: int) -> bytes:
+    file.seek(offset)
+    return file.read(8)

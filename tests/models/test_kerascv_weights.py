@@ -112,7 +112,7 @@ def test_moments_begin_with_the_mean() -> None:
     assert relative_error(moments[..., :4] * models.LATENT_SCALE, mean) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize("part", ["unet", "text", "decoder", "image-encoder"])
 @pytest.mark.parametrize("version", [1, 2])
 def test_full_size_agrees(version: int, part: str) -> None:

@@ -1,0 +1,49 @@
+# Everything a newcomer needs: `make demo`, `make test`. Each installs what it needs into .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
+
+.PHONY: venv venv-sprint test test-quick lint demo benchmark clean
+
+# The development environment: exact versions from constraints/dev.txt. torch comes first and by exact
+# version, because an open range would fetch whatever build is newest.
+venv: $(VENV)/.done
+$(VENV)/.done: pyproject.toml constraints/dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -c constraints/dev.txt -e '.[dev]'
+	# for CLIP's vocabulary, which it carries; its own dependencies (torchvision, ...) are not needed
+	$(PIP) --no-deps open_clip_torch==3.3.0
+	# transformers 4, to check that its loader takes our files too; beside, not instead of, transformers 5
+	$(PIP) --no-deps --target $(VENV)/transformers4 'transformers==4.57.6' 'huggingface-hub==0.36.0' 'tokenizers==0.22.1'
+	touch $@
+
+# keras-cv 0.4.2 on TensorFlow 2.12, the stack of the 2023 DreamBooth sprint (Python 3.8 to 3.11).
+venv-sprint: .venv-sprint/.done
+.venv-sprint/.done: constraints/sprint.txt
+	$(PYTHON) -m venv .venv-sprint
+	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-sprint/bin/pip install --quiet -r constraints/sprint.txt
+	touch $@
+
+test: venv venv-sprint
+	$(BIN)/python -m pytest -q
+
+# Without the full-size models.
+test-quick: venv venv-sprint
+	$(BIN)/python -m pytest -q -m 'not full_size'
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# A genuine full-size KerasCV SD1 checkpoint, converted, loaded in diffusers, both sides compared.
+demo: venv
+	$(BIN)/python tools/demo_full.py demo
+
+benchmark: venv venv-sprint
+	$(BIN)/python benchmarks/convert.py --space
+
+clean:
+	rm -rf $(VENV) .venv-sprint .cache demo

@@ -1,0 +1,150 @@
+"""Time and peak memory of a full-size SD1 conversion, interleaved with `cp` of the same files.
+
+    python benchmarks/convert.py [--work DIR] [--runs 5] [--space] [--json FILE]
+
+Makes genuine KerasCV files in DIR first if they are not there (6 GB of memory, 8.5 GB of disk), as legacy
+`.h5` and `.weights.h5`. Every run is a process of its own: wall time from start to exit, peak resident
+memory as the kernel counts it (wait4). One run of each kind in turn, after one round of warm-up; medians.
+`--space` adds what the former conversion Space did: build the Keras models, load, copy into torch modules,
+`save_pretrained` (UNet and text encoder only, as the Space; one run).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PARTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
+
+
+@dataclass
+class Run:
+    seconds: float
+    peak_mb: float
+
+
+def run(command: list[str | Path]) -> Run:
+    """Run a command to its end; raises if it fails."""
+    os.sync()  # so that nobody pays for writing back the run before
+    started = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert child.stderr is not None
+    error = child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    seconds = time.perf_counter() - started
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise RuntimeError(f"{command}: {error.decode()[-2000:]}")
+    return Run(seconds, usage.ru_maxrss / 1024)
+
+
+def make(work: Path) -> None:
+    """Genuine KerasCV files of all four parts, once."""
+    if (work / "done").exists():
+        return
+    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1"}
+    for part in PARTS:
+        script = ROOT / "tests" / "kerascv" / "make_checkpoints.py"
+        wanted = ["--parts", part, "--versions", "1", "--containers", "legacy.h5", "weights.weights.h5"]
+        subprocess.run(
+            [sys.executable, script, work, "--kind", "full", *wanted],
+            env=environment,
+            check=True,
+        )
+    (work / "done").touch()
+
+
+def machine() -> str:
+    model = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").open()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    return (
+        f"{os.cpu_count()} cores of {model}, Linux {platform.release()}, Python {platform.python_version()}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmark")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--space", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    make(args.work)
+    folders = [args.work / f"{part}-sd1-float32" for part in PARTS]
+    legacy = [folder / "legacy.h5" for folder in folders]
+    keras3 = [folder / "weights.weights.h5" for folder in folders]
+    unet = legacy[0]
+    out, copies = args.work / "out", args.work / "copies"
+    cli: list[str | Path] = [sys.executable, "-m", "kcv2diffusers.cli"]
+    convert = [*cli, "convert", "--out", out, "--base", "none"]
+    kinds: dict[str, list[str | Path]] = {
+        "cp of the legacy .h5 files": ["cp", *legacy, copies],
+        "convert legacy .h5, fp32": [*convert, *legacy],
+        "convert .weights.h5, fp32": [*convert, *keras3],
+        "convert legacy .h5, fp16": [*convert, *legacy, "--dtype", "float16"],
+        "convert .weights.h5, fp16": [*convert, *keras3, "--dtype", "float16"],
+        "kcv2diffusers --help": [*cli, "--help"],
+        "inspect the UNet": [*cli, "inspect", unet],
+    }
+    # cp of four files of one name needs one folder each; hard links give them names of their own.
+    named = args.work / "named"
+    shutil.rmtree(named, ignore_errors=True)
+    named.mkdir()
+    for part, path in zip(PARTS, legacy, strict=True):
+        os.link(path, named / f"{part}.h5")
+    kinds["cp of the legacy .h5 files"] = ["cp", *sorted(named.iterdir()), copies]
+    results: dict[str, list[Run]] = {kind: [] for kind in kinds}
+    for round_ in range(args.runs + 1):
+        for kind, command in kinds.items():
+            for folder in (out, copies):
+                shutil.rmtree(folder, ignore_errors=True)
+            copies.mkdir()
+            done = run(command)
+            if round_:
+                results[kind].append(done)
+            print(
+                f"{round_} {kind}: {done.seconds:.2f} s, {done.peak_mb:.0f} MB", file=sys.stderr, flush=True
+            )
+    if args.space:
+        kinds["the Space's way (UNet, text encoder)"] = [
+            sys.executable, ROOT / "benchmarks" / "space_way.py", legacy[0], legacy[1], out
+        ]  # fmt: skip
+        shutil.rmtree(out, ignore_errors=True)
+        results["the Space's way (UNet, text encoder)"] = [run(kinds["the Space's way (UNet, text encoder)"])]
+        shutil.rmtree(out, ignore_errors=True)
+        same = [*convert, *legacy[:2]]
+        results["convert legacy .h5, fp32 (UNet, text encoder)"] = [run(same)]
+    for folder in (out, copies, named):
+        shutil.rmtree(folder, ignore_errors=True)
+    base = statistics.median(r.seconds for r in results["cp of the legacy .h5 files"])
+    print(f"{machine()}; medians of {args.runs} runs, in turn")
+    print(f"| {'':46} | seconds | to cp | peak MB |\n|{'-' * 48}|--------:|------:|--------:|")
+    for kind, runs in results.items():
+        seconds = statistics.median(r.seconds for r in runs)
+        peak = max(r.peak_mb for r in runs)
+        ratio = f"{seconds / base:.2f}" if "GB" in kind or "cp" in kind or "convert" in kind else ""
+        print(f"| {kind:46} | {seconds:7.2f} | {ratio:>5} | {peak:7.0f} |")
+    if args.json:
+        data = {kind: [vars(r) for r in runs] for kind, runs in results.items()}
+        args.json.write_text(json.dumps({"machine": machine(), "runs": data}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

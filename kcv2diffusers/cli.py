@@ -1,0 +1,270 @@
+"""The command line: options in, messages out, no logic of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from kcv2diffusers.errors import Error
+
+app = typer.Typer(
+    help="Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+maps_app = typer.Typer(help="The weight maps: list, show and check them.", no_args_is_help=True)
+app.add_typer(maps_app, name="maps")
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Gelu(StrEnum):
+    exact = "exact"
+    tanh = "tanh"
+
+
+class KerasFormat(StrEnum):
+    weights_h5 = "weights.h5"
+    h5 = "h5"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output at --out.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Write values that are NaN, infinite or overflow.")
+]
+Part = Annotated[str | None, typer.Option(metavar="SRC", help="The source for this part.")]
+
+
+def main() -> NoReturn:
+    """Run the command line; every refusal is its message on stderr and exit code 1."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app()
+    except Error as error:
+        _fail(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        _fail(f"{error.filename or 'cannot go on'}: {error.strerror or error}.")
+    sys.exit(0)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """Leave by an exception, so that temporary folders go away."""
+    os.write(2, b"kcv2diffusers: interrupted; nothing was written.\n")
+    sys.exit(128 + number)
+
+
+def _fail(message: str) -> NoReturn:
+    """Print what went wrong; names come from files, so nothing in them may control the terminal."""
+    lines = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in message.split("\n"))
+    print("kcv2diffusers:", "\n".join(lines), file=sys.stderr)
+    sys.exit(1)
+
+
+@app.command()
+def convert(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SRC ...]", help="KerasCV checkpoints, or folders of them, in any order."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The pipeline folder to write.")] = ...,  # type: ignore[assignment]
+    unet: Part = None,
+    text_encoder: Part = None,
+    vae_decoder: Part = None,
+    vae_encoder: Part = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC|none",
+            help="Where missing parts come from: a diffusers pipeline folder or KerasCV checkpoints; "
+            "none writes only the given parts.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="A folder with vocab.json and merges.txt, or CLIP's bpe_simple_vocab_16e6.txt.gz. "
+            "Default: the base's, then KerasCV's cached copy, then an installed open_clip or clip.",
+        ),
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights (default: as stored).")] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Variant in the file names, such as fp16.")
+    ] = None,
+    placeholder_token: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TOKEN", help="Name of an extra token embedding (textual inversion), in order."),
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Default size of generated images in pixels.")] = 512,
+    gelu: Annotated[
+        Gelu,
+        typer.Option(help="Activation of an SD2 text encoder; tanh if trained on keras-cv 0.6.4 or newer."),
+    ] = Gelu.exact,
+    allow_nonfinite: AllowNonfinite = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert KerasCV checkpoints into a diffusers pipeline."""
+    from kcv2diffusers.recognise import NAMES
+    from kcv2diffusers.to_diffusers import convert as run
+
+    with _progress("Converting") as progress:
+        result = run(
+            *(sources or ()),
+            out=out,
+            unet=unet,
+            text_encoder=text_encoder,
+            vae_decoder=vae_decoder,
+            vae_encoder=vae_encoder,
+            base=base or None,
+            tokenizer=tokenizer,
+            dtype=dtype and dtype.value,
+            variant=variant,
+            placeholder_tokens=placeholder_token or (),
+            image_size=image_size,
+            gelu=gelu.value,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+    if as_json:
+        return _print_json(result.to_dict())
+    version = "" if result.version == "any" else f" ({result.version.upper()})"
+    print(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
+    for part, source in result.parts.items():
+        print(f"  {NAMES[part]}: {source}")
+    for note in result.notes:
+        print(note)
+    if result.complete:
+        print(f'Use it: StableDiffusionPipeline.from_pretrained("{result.out}"{_loading(variant)})')
+    else:
+        needs = ", ".join(NAMES[part] for part in result.missing)
+        print(f"A full pipeline still needs: {needs or 'nothing; leave away --base none to write one'}.")
+    print(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
+
+
+def _loading(variant: str | None) -> str:
+    return f', variant="{variant}"' if variant else ""
+
+
+@app.command()
+def to_keras(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
+    format: Annotated[
+        KerasFormat, typer.Option(help="weights.h5 for Keras 3, h5 for Keras 2 (legacy).")
+    ] = KerasFormat.weights_h5,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Read this variant.")] = None,
+    allow_nonfinite: AllowNonfinite = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a diffusers pipeline into files that KerasCV's load_weights takes (float32)."""
+    from kcv2diffusers.to_kerascv import to_keras as run
+
+    with _progress("Converting") as progress:
+        result = run(
+            pipeline,
+            out=out,
+            format=format.value,
+            variant=variant,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+    if as_json:
+        return _print_json(result.to_dict())
+    print(f"KerasCV weights written to {result.out}")
+    for part, file in result.files.items():
+        print(f"  {file}: for the load_weights of {result.models[part]}")
+    print(f"{result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
+
+
+@app.command()
+def inspect(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint, or a folder of them.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a checkpoint holds: part, version, container, dtype, Keras version, what is wrong."""
+    from kcv2diffusers.inspection import inspect as run
+
+    found = run(source)
+    if as_json:
+        return _print_json([entry.to_dict() for entry in found])
+    for entry in found:
+        print(entry.text())
+
+
+@maps_app.command("list")
+def maps_list() -> None:
+    """List the weight maps with their parts and versions."""
+    from kcv2diffusers import maps
+
+    print(maps.listing())
+
+
+@maps_app.command("show")
+def maps_show(
+    name: Annotated[str, typer.Argument(metavar="MAP", help="A map's name, such as unet.")],
+    version: Annotated[str | None, typer.Option(help="sd1 or sd2.")] = None,
+) -> None:
+    """Show a weight map expanded: one line for each tensor, Keras on the left, diffusers on the right."""
+    from kcv2diffusers import maps
+
+    print(maps.show(name, version))
+
+
+@maps_app.command("check")
+def maps_check(as_json: Json = False) -> None:
+    """Check that every map is bijective, invertible and complete."""
+    from kcv2diffusers import maps
+
+    results = maps.check()
+    if as_json:
+        _print_json([result.to_dict() for result in results])
+    else:
+        print("\n".join(result.text() for result in results))
+    if any(result.problems for result in results):
+        raise typer.Exit(1)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, default=str))
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes and rate on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (title, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

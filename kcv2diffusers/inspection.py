@@ -1,0 +1,70 @@
+"""What a checkpoint holds, found from its contents."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.recognise import NAMES, recognise
+from kcv2diffusers.sources import open_sources
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """One part: `sizes` are the symbols of its weight map, `problems` the report if it is incomplete."""
+
+    path: Path
+    part: str
+    version: str
+    container: str
+    keras_version: str | None
+    dtypes: list[str]
+    tensors: int
+    parameters: int
+    bytes: int
+    sizes: dict[str, int]
+    standard: bool
+    problems: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        version = "" if self.version == "any" else f" {self.version.upper()}"
+        keras = f", Keras {self.keras_version}" if self.keras_version else ""
+        lines = [
+            f"{self.path}",
+            f"  {NAMES[self.part]}{version}{'' if self.standard else ' of unusual sizes'}",
+            f"  {self.container}{keras}, {', '.join(self.dtypes)}",
+            f"  {self.tensors} tensors, {self.parameters / 1e6:.1f} M parameters, {self.bytes / 1e9:.2f} GB",
+            "  " + ", ".join(f"{name} {value}" for name, value in sorted(self.sizes.items())),
+        ]
+        return "\n".join([*lines, *([self.problems] if self.problems else [])])
+
+
+def inspect(source: str | PathLike[str]) -> list[Inspected]:
+    """What is at `source`: one entry for each checkpoint. Raises SourceError for what cannot be read."""
+    found = []
+    for opened in open_sources(Path(source)):
+        match = recognise(opened)
+        tensors = [tensor for _, tensor in match.slots()]
+        found.append(
+            Inspected(
+                path=opened.path,
+                part=match.part,
+                version=match.version,
+                container=opened.container,
+                keras_version=opened.keras_version,
+                dtypes=match.dtypes,
+                tensors=len(tensors),
+                parameters=sum(t.nbytes // t.dtype.itemsize for t in tensors),
+                bytes=sum(t.nbytes for t in tensors),
+                sizes=match.dims,
+                standard=match.known,
+                problems=match.report() if match.problems else None,
+            )
+        )
+    return found

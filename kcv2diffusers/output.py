@@ -1,0 +1,116 @@
+"""Output folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from kcv2diffusers.errors import TargetError
+
+
+@contextmanager
+def new_folder(
+    target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool], needed: int
+) -> Iterator[Path]:
+    """A temporary folder beside `target` that becomes it when the block ends without an error.
+
+    `replaceable` says whether an existing folder may be replaced (with `overwrite`); anything else is
+    left alone. `needed` is the size in bytes of what will be written. Raises TargetError.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100  (a link is replaced, not followed)
+    check_free(target, overwrite=overwrite, replaceable=replaceable)
+    parent = target.parent
+    with _writing(parent), _made(parent):
+        _remove_stale(target)
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise TargetError(
+                f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free.\n"
+                "Free some space or choose another --out."
+            )
+        temporary = parent / f".{target.name}.tmp-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir()
+            yield temporary
+            _move_into_place(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_free(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
+    """Raise TargetError unless `target` is free, empty, or may be overwritten."""
+    with _writing(target):
+        if not (target.exists() or target.is_symlink()):
+            return
+        folder = target.is_dir() and not target.is_symlink()
+        if folder and not any(target.iterdir()):
+            return
+        if not overwrite:
+            raise TargetError(f"{target}: exists already.\nUse --overwrite to replace it, or another --out.")
+        if not folder or not replaceable(target):
+            raise TargetError(
+                f"{target}: exists and is not an earlier output, so --overwrite leaves it alone.\n"
+                "Remove it yourself or choose another --out."
+            )
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the system says about writing in `folder`, as a TargetError that names no temporary file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise TargetError(
+                f"{folder}: no space left while writing; nothing was kept.\n"
+                "Free some space or choose another --out."
+            ) from error
+        where = Path(error.filename or folder)
+        raise TargetError(
+            f"{folder if folder in where.parents else where}: cannot be written: "
+            f"{error.strerror or error}.\n"
+            "Check the path and its permissions, or choose another --out."
+        ) from error
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """`folder`, with the folders above it; those that were not there go away after an error."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in new:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def _move_into_place(temporary: Path, target: Path) -> None:
+    """Rename; what is replaced is moved aside first and comes back if the rename fails."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    aside = temporary.with_name(f"{temporary.name}-old")
+    try:
+        target.rename(aside)
+        temporary.rename(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove the temporary folders of runs that were killed before they could."""
+    for path in target.parent.glob(f".{target.name}.tmp-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+            shutil.rmtree(path, ignore_errors=True)

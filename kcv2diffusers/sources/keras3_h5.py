@@ -1,0 +1,161 @@
+"""`.weights.h5` (Keras 3, and Keras 2.12 and newer), sharded or not, and the one inside a `.keras` archive.
+
+A tensor's path is `layers/res_block_3/entry_flow/group_normalization/vars/0`: the class of the layer, its
+number among the layers of that class in model order, the path inside it and the variable's index.
+Keras 2 calls the top group `_layer_checkpoint_dependencies` and counts every layer twice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+from kcv2diffusers.errors import SourceError
+from kcv2diffusers.sources.hdf5 import Tree, read_tree
+from kcv2diffusers.sources.legacy_h5 import split_number
+from kcv2diffusers.sources.source import Source, StoredLayer, Style
+from kcv2diffusers.sources.tensor import Tensor
+
+_PATH = re.compile(r"^(layers|_layer_checkpoint_dependencies)/([^/]+)/((?:.+/)?vars/\d+)$")
+_WEIGHTS = "model.weights.h5"
+_MAX_INFLATED = 16 << 30
+_MAX_RATIO = 20
+_MAX_JSON = 16 << 20
+_SAVE_AGAIN = "Save the weights again with Keras itself."
+
+
+def read(tree: Tree, container: str = ".weights.h5") -> Source | None:
+    """The layers of a `.weights.h5` tree, or None if it has no such paths."""
+    found: dict[str, dict[str, Tensor]] = {}
+    top = ""
+    for path, tensor in tree.tensors.items():
+        match = _PATH.match(path)
+        if match:
+            top = match[1]
+            found.setdefault(match[2], {})[match[3]] = tensor
+    if not found:
+        return None
+    keras2 = top != "layers"
+    layers = []
+    for name, tensors in found.items():
+        stem, number = split_number(name)
+        ordinal = (number or 0) // 2 if keras2 else number or 0
+        layers.append(StoredLayer(name, stem, ordinal, tensors))
+    # Keras 3 leaves every layer's name beside its variables, tf-keras does not.
+    named = any("name" in attributes for attributes in tree.attributes.values())
+    version = "2" if keras2 else "3" if named else None
+    return Source(tree.path, container, Style.PATH, layers, keras_version=version)
+
+
+def _json(path: Path, text: bytes) -> dict[str, object]:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise SourceError(path, "not a JSON object, the file is damaged.")
+    return data
+
+
+def read_sharded(path: Path) -> Source:
+    """`NAME.weights.json` and the `.weights.h5` shards beside it, as Keras 3 writes with max_shard_size."""
+    if path.stat().st_size > _MAX_JSON:
+        raise SourceError(path, "too large for the index of a sharded checkpoint.")
+    weight_map = _json(path, path.read_bytes()).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise SourceError(path, "not the index of a sharded Keras checkpoint (no weight_map).", _SAVE_AGAIN)
+    wanted: dict[str, set[str]] = {}  # of each shard
+    for variables, files in weight_map.items():
+        for name in [files] if isinstance(files, str) else files if isinstance(files, list) else [None]:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+                raise SourceError(path, f"names a shard that is not a file beside it: {name!r}.", _SAVE_AGAIN)
+            wanted.setdefault(name, set()).add(variables.strip("/"))
+    merged = Tree(path)
+    for name, groups in wanted.items():
+        shard = path.with_name(name)
+        if not shard.is_file():
+            raise SourceError(path, f"its shard {name} is missing.", "Put all shards beside it.")
+        tree = read_tree(shard)
+        merged.attributes |= tree.attributes
+        merged.tensors |= {k: t for k, t in tree.tensors.items() if k.rpartition("/")[0] in groups}
+    source = read(merged, "sharded .weights.h5")
+    if source is None:
+        raise SourceError(path, "its shards hold no Keras layers.", _SAVE_AGAIN)
+    return source
+
+
+def read_archive(path: Path) -> Source:
+    """A `.keras` archive: its stored `model.weights.h5` read in place, a deflated one unpacked first."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.startswith(("/", "\\")) or ".." in Path(name.replace("\\", "/")).parts:
+                    raise SourceError(path, f"has a member outside the archive: {name!r}; not read.")
+            if _WEIGHTS not in archive.namelist():
+                raise SourceError(path, f"no {_WEIGHTS} in the archive; not a .keras file.", _SAVE_AGAIN)
+            member = archive.getinfo(_WEIGHTS)
+            version = None
+            if "metadata.json" in archive.namelist() and archive.getinfo("metadata.json").file_size < 1 << 16:
+                version = _json(path, archive.read("metadata.json")).get("keras_version")
+            if member.compress_type == zipfile.ZIP_STORED:
+                tree, spool = read_tree(path, _extent(path, archive, member)), None
+            else:
+                tree, spool = _inflate(path, archive, member)
+    except (SourceError, OSError):
+        raise
+    except Exception as error:  # zipfile and zlib have many types for what a damaged archive does
+        raise SourceError(path, f"damaged .keras archive ({error}).") from error
+    source = read(tree, ".keras archive")
+    if source is None:
+        raise SourceError(path, f"its {_WEIGHTS} holds no Keras layers.", _SAVE_AGAIN)
+    return Source(
+        path,
+        source.container,
+        source.style,
+        source.layers,
+        keras_version=str(version) if version else source.keras_version,
+        spool=spool,
+    )
+
+
+def _extent(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[int, int]:
+    """Start and size of a stored member's bytes; zipfile checks its local header while opening it."""
+    if member.compress_size != member.file_size:
+        raise SourceError(path, "damaged .keras archive: sizes of the weights disagree.")
+    with archive.open(member), path.open("rb") as file:
+        file.seek(member.header_offset + 26)
+        lengths = file.read(4)
+    start = member.header_offset + 30
+    start += int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
+    if start + member.file_size > path.stat().st_size:
+        raise SourceError(path, "damaged .keras archive: the weights lie outside the file.")
+    return start, member.file_size
+
+
+def _inflate(
+    path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo
+) -> tuple[Tree, tempfile.TemporaryDirectory[str]]:
+    size = member.file_size
+    if size > _MAX_INFLATED or size > _MAX_RATIO * member.compress_size + (64 << 20):
+        raise SourceError(path, f"its weights unpack to {size / 2**30:.1f} GiB; refused as a zip bomb.")
+    spool = tempfile.TemporaryDirectory(prefix="kcv2diffusers-")
+    target = Path(spool.name) / _WEIGHTS
+    try:
+        with archive.open(member) as packed, target.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked, 8 << 20)  # no more than declared: zipfile stops there
+        return read_tree(target), spool
+    except BaseException as error:
+        spool.cleanup()
+        if isinstance(error, SourceError):
+            raise SourceError(path, f"{_WEIGHTS}: {error.problem}", error.remedy) from error
+        if isinstance(error, OSError):
+            raise SourceError(
+                path,
+                f"cannot be unpacked in {tempfile.gettempdir()}: {error.strerror or error}.",
+                f"It needs {size / 1e9:.2f} GB there; free some space or set TMPDIR to another folder.",
+            ) from error
+        raise

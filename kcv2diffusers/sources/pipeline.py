@@ -1,0 +1,134 @@
+"""The diffusers side as a source: a pipeline folder's `.safetensors` files, fitted to the same tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from kcv2diffusers.dtypes import SAFETENSORS
+from kcv2diffusers.errors import SourceError, reading
+from kcv2diffusers.recognise import Match, fit_diffusers
+from kcv2diffusers.sources.source import Source, Style
+from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.tables import Table, specs, tables
+
+_MAX_HEADER = 100 << 20
+_RESAVE = "Save the pipeline again with diffusers' save_pretrained."
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component folder of a pipeline: its config.json and the parts its weights hold."""
+
+    path: Path
+    config: dict[str, Any]
+    parts: dict[str, Match]
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether `path` is a folder with diffusers components (model_index.json may be missing)."""
+    return (path / "model_index.json").is_file() or any(
+        (path / table.folder / "config.json").is_file() for table in tables().values()
+    )
+
+
+def read_pipeline(
+    folder: Path, wanted: Collection[str] | None = None, variant: str | None = None
+) -> dict[str, Component]:
+    """The components of a diffusers pipeline by folder name: those `wanted` that are there, or all.
+
+    Raises SourceError if the folder is no pipeline, a file is damaged or only pickled weights are there.
+    """
+    if not folder.is_dir():
+        raise SourceError(folder, "no such folder.", "Check the path.")
+    found = {}
+    for table in tables().values():
+        component = folder / table.folder
+        with reading(component):
+            if component.is_dir() and (wanted is None or table.folder in wanted):
+                found[table.folder] = _component(component, table, variant)
+    if not found and wanted is None:
+        raise SourceError(
+            folder,
+            "not a diffusers pipeline folder (no unet/, text_encoder/ or vae/ inside).",
+            "Check the path.",
+        )
+    return found
+
+
+def _component(folder: Path, table: Table, variant: str | None) -> Component:
+    weights = _weights(folder, table.weights, variant)
+    source = Source(weights, "diffusers .safetensors", Style.FLAT, flat=read_safetensors(weights))
+    parts = {}
+    for part in table.parts:
+        matches = [fit_diffusers(source, spec) for spec in specs() if spec.part == part]
+        best = max(matches, key=lambda m: (len(m.found) - m.problems, m.known))
+        if best.found:
+            parts[part] = best
+    claimed = {id(t) for match in parts.values() for t in match.found.values()}
+    stray = [t.name for t in source.flat if id(t) not in claimed and table.rename(t.name)]
+    if not parts or stray:
+        detail = f" ({stray[0]}, ...)" if stray else ""
+        raise SourceError(weights, f"tensors that no Stable Diffusion {table.folder} has{detail}.", _RESAVE)
+    return Component(folder, _json(folder / "config.json"), parts)
+
+
+def _weights(folder: Path, name: str, variant: str | None) -> Path:
+    stem, suffix = name.rsplit(".", 1)
+    plain = folder / name
+    wanted = folder / f"{stem}.{variant}.{suffix}"
+    for path in (wanted, plain) if variant else (plain, *sorted(folder.glob(f"{stem}.*.{suffix}"))):
+        if path.is_file():
+            return path
+    if list(folder.glob("*.bin")):
+        raise SourceError(
+            folder,
+            "only pickled weights (.bin), which can run code and are never opened.",
+            "Save the pipeline again with diffusers: save_pretrained(..., safe_serialization=True).",
+        )
+    if list(folder.glob("*.index.json")):
+        raise SourceError(
+            folder, "sharded weights, which are not read here.", "Save it again with a larger max_shard_size."
+        )
+    raise SourceError(folder, f"no {name} in this folder.", _RESAVE)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes()[: 1 << 20])
+    except FileNotFoundError:
+        raise SourceError(path, "no such file.") from None
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise SourceError(path, "not a JSON object, the file is damaged.")
+    return data
+
+
+def read_safetensors(path: Path) -> list[Tensor]:
+    """The tensors of a `.safetensors` file; the safetensors library checks its header first."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, _MAX_HEADER)))
+        header.pop("__metadata__", None)
+        tensors = []
+        for name, entry in header.items():
+            dtype, shape = SAFETENSORS.get(entry["dtype"]), tuple(entry["shape"])
+            if dtype is None:
+                raise SourceError(path, f"{name}: dtype {entry['dtype']} is not read here.", _RESAVE)
+            start, end = entry["data_offsets"]
+            if end - start != math.prod(shape) * dtype.itemsize:
+                raise SourceError(path, f"{name}: size and shape disagree, the file is damaged.")
+            tensors.append(Tensor(name, shape, dtype, path, 8 + length + start))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(path, f"damaged .safetensors file ({error}).") from error
+    return tensors

@@ -1,0 +1,368 @@
+"""KerasCV checkpoints -> a diffusers pipeline: gather the parts, check them against each other, write."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import safe_open
+
+from kcv2diffusers import pipeline
+from kcv2diffusers.dtypes import DTYPES
+from kcv2diffusers.errors import Error
+from kcv2diffusers.output import check_free, new_folder
+from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetensors
+from kcv2diffusers.recognise import NAMES, Match, recognise
+from kcv2diffusers.sources import open_sources
+from kcv2diffusers.sources.pipeline import Component, is_pipeline, read_pipeline
+from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.stream import Job, Progress, run_finite
+from kcv2diffusers.tables import Table, spec, table_of, tables
+from kcv2diffusers.tokenizer import TokenizerFiles, find_tokenizer, write_tokenizer
+
+Source = str | PathLike[str]
+PARTS = tuple(NAMES)
+_SLACK = 32 << 20  # bytes for everything that is not weights
+_CLIP_VOCABULARY = 49408
+_OUTPUT = {"model_index.json", "unet", "text_encoder", "vae", "tokenizer", "scheduler"}
+_NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}
+_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did. Sizes are in bytes; `parts` maps each part to where it came from."""
+
+    out: Path
+    version: str
+    complete: bool
+    parts: dict[str, str]
+    dtypes: dict[str, str]
+    missing: list[str]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out)}
+
+
+@dataclass(frozen=True)
+class _Base:
+    """What fills the gaps: components of a diffusers pipeline, or more KerasCV parts."""
+
+    path: Path | None = None
+    components: Mapping[str, Component] = field(default_factory=dict)
+    parts: Mapping[str, Match] = field(default_factory=dict)
+
+
+def convert(
+    *sources: Source,
+    out: Source,
+    unet: Source | None = None,
+    text_encoder: Source | None = None,
+    vae_decoder: Source | None = None,
+    vae_encoder: Source | None = None,
+    base: Source | Sequence[Source] | Literal["none"] | None = None,
+    tokenizer: Source | None = None,
+    dtype: str | None = None,
+    variant: str | None = None,
+    placeholder_tokens: Sequence[str] = (),
+    image_size: int = 512,
+    gelu: Literal["exact", "tanh"] = "exact",
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Converted:
+    """Write the diffusers pipeline of KerasCV checkpoints into folder `out`.
+
+    `sources` are files or folders whose parts are recognised by content; the named arguments say which
+    part a source is for. `base` fills in what is not given: a diffusers pipeline folder, KerasCV parts, or
+    "none" to write only the given parts. `dtype` is float32, float16 or bfloat16 (default: as stored).
+    `gelu` is the text encoder's activation for SD2 (see the README). `progress` is told bytes done and
+    in total. Raises Error with a message for the user; `out` is then as it was.
+    """
+    started = time.monotonic()
+    target = Path(out)
+    if dtype is not None and dtype not in DTYPES:
+        raise Error(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
+    if image_size < 64 or image_size % 64:
+        raise Error(f"--image-size {image_size}: give a multiple of 64.")
+    check_free(target, overwrite=overwrite, replaceable=_is_output)
+    named = {
+        "unet": unet, "text_encoder": text_encoder, "vae_decoder": vae_decoder, "vae_encoder": vae_encoder
+    }  # fmt: skip
+    parts = _gather(sources, named)
+    filler, only_given = _base(base, parts, variant)
+    parts |= {part: match for part, match in filler.parts.items() if part not in parts}
+    missing = [part for part in PARTS if part not in parts]
+    _check_missing(parts, missing, only_given)
+    complete = not missing and not only_given
+    parts = _check_together({part: parts[part].require_complete() for part in PARTS if part in parts})
+    files = _tokenizer(parts.get("text_encoder"), tokenizer, filler, placeholder_tokens, only_given)
+
+    plans: list[tuple[Table, list[Entry], np.dtype]] = []
+    configs, dtypes, notes = {}, {}, []
+    for table in tables().values():
+        mine = [parts[part] for part in table.parts if part in parts]
+        if not mine:
+            continue
+        entries = [entry for match in mine for entry in to_diffusers(match)]
+        kind = DTYPES[dtype] if dtype else common_dtype(entry.tensor for entry in entries)
+        plans.append((table, entries, kind))
+        dtypes[table.folder] = kind.name
+        configs[table.folder] = _config(mine[0], filler, image_size, kind.name, gelu, files)
+    embeddings = _embeddings(parts.get("text_encoder"), placeholder_tokens, dtypes.get("text_encoder"))
+
+    for match in parts.values():
+        if match.source.path.resolve().is_relative_to(target.resolve()):
+            raise Error(
+                f"{match.source.path}: lies inside {target}, which would be replaced.\nChoose another --out."
+            )
+    needed = sum(math.prod(e.shape) * kind.itemsize for _, entries, kind in plans for e in entries)
+    with new_folder(target, overwrite=overwrite, replaceable=_is_output, needed=needed + _SLACK) as folder:
+        jobs: list[Job] = []
+        for table, entries, kind in plans:
+            pipeline.write_json(folder / table.folder / "config.json", configs[table.folder])
+            path = folder / table.folder / _with_variant(table.weights, variant)
+            jobs += write_safetensors(path, entries, kind)
+        for name, entry, kind in embeddings:
+            jobs += write_safetensors(folder / name, [entry], kind)
+        total = run_finite(jobs, progress, allow_nonfinite=allow_nonfinite)
+        for path in {job.target for job in jobs}:
+            with safe_open(path, framework="numpy"):  # the library's own check of the header
+                pass
+        if files is not None:
+            length = parts["text_encoder"].dims["length"] if "text_encoder" in parts else 77
+            write_tokenizer(files, folder / "tokenizer", placeholder_tokens, length)
+        if complete:
+            pipeline.write_json(folder / "scheduler" / "scheduler_config.json", pipeline.SCHEDULER)
+            pipeline.write_json(
+                folder / "model_index.json", pipeline.model_index({t.folder: t for t, _, _ in plans})
+            )
+            notes.append("The safety checker is off: KerasCV has none.")
+    return Converted(
+        out=target,
+        version=_version(parts),
+        complete=complete,
+        parts={part: f"{m.source.path} ({m.source.container})" for part, m in parts.items()},
+        dtypes=dtypes,
+        missing=missing,
+        bytes_read=total,
+        bytes_written=needed,
+        seconds=time.monotonic() - started,
+        notes=notes,
+    )
+
+
+def _gather(sources: Sequence[Source], named: Mapping[str, Source | None]) -> dict[str, Match]:
+    """One match a part, from positional sources and from those given for a part."""
+    parts: dict[str, Match] = {}
+    for given in sources:
+        for source in open_sources(Path(given)):
+            _add(parts, recognise(source))
+    for part, path in named.items():
+        if path is None:
+            continue
+        matches = [recognise(source) for source in open_sources(Path(path))]
+        fitting = [match for match in matches if match.part == part]
+        if not fitting:
+            held = " and a ".join(NAMES[match.part] for match in matches)
+            raise Error(
+                f"{path}: holds a {held}, not a {NAMES[part]}.\n"
+                "Leave the option away: parts are recognised by their contents."
+            )
+        for match in fitting:
+            _add(parts, match)
+    return parts
+
+
+def _add(parts: dict[str, Match], match: Match) -> None:
+    if match.part in parts:
+        other = parts[match.part].source.path
+        raise Error(f"Two {NAMES[match.part]}s: {other} and {match.source.path}.\nGive only one of them.")
+    parts[match.part] = match
+
+
+def _base(
+    base: Source | Sequence[Source] | None, parts: Mapping[str, Match], variant: str | None
+) -> tuple[_Base, bool]:
+    """The filler, and whether only the given parts are to be written."""
+    bases = [] if base is None else [base] if isinstance(base, (str, PathLike)) else list(base)
+    if "none" in map(str, bases):
+        if len(bases) > 1:
+            raise Error("--base none cannot be combined with another --base.")
+        return _Base(), True
+    paths = [Path(b) for b in bases]
+    folders = [path for path in paths if is_pipeline(path)]
+    if not folders:
+        return _Base(parts=_gather(paths, {})), False
+    if len(paths) > 1:
+        raise Error("Give one pipeline folder as --base, or KerasCV files, not both.")
+    wanted = {table_of(part).folder for part in PARTS if part not in parts} | {
+        match.spec.table.folder for match in parts.values() if not match.known
+    }
+    components = read_pipeline(folders[0], wanted, variant)
+    found = {part: match for component in components.values() for part, match in component.parts.items()}
+    return _Base(folders[0], components, found), False
+
+
+def _check_missing(parts: Mapping[str, Match], missing: Sequence[str], only_given: bool) -> None:
+    if not parts:
+        raise Error("Nothing to convert: give checkpoint files or folders.")
+    if missing and not only_given:
+        options = " ".join("--" + part.replace("_", "-") + " SRC" for part in missing)
+        raise Error(
+            f"A pipeline still needs: {', '.join(NAMES[part] for part in missing)}.\n"
+            f"Give {options}, or --base PIPELINE to take them from there; --base none writes only the rest."
+        )
+    halves = [part for part in ("vae_decoder", "vae_encoder") if part in missing]
+    if len(halves) == 1:
+        option = "--" + halves[0].replace("_", "-")
+        raise Error(f"A VAE needs both halves and the {NAMES[halves[0]]} is missing.\nGive {option} SRC.")
+
+
+def _check_together(parts: dict[str, Match]) -> dict[str, Match]:
+    """The parts, if they belong to one model; the version of an unusual text encoder is its UNet's."""
+    unet, text = parts.get("unet"), parts.get("text_encoder")
+    if unet and text:
+        if unet.dims["context"] != text.dims["width"]:
+            sides = [
+                f"{m.source.path} ({m.version.upper()}, text embeddings {m.dims[size]} wide)"
+                for m, size in ((unet, "context"), (text, "width"))
+            ]
+            raise Error(
+                f"{sides[0]} and {sides[1]} do not belong together.\n"
+                "Give a UNet and a text encoder of the same model."
+            )
+        if not text.known:
+            parts["text_encoder"] = text = replace(text, spec=spec("text_encoder", unet.version))
+    encoder, decoder = parts.get("vae_encoder"), parts.get("vae_decoder")
+    for one, other, names in (
+        (encoder, decoder, ("c0", "c1", "c2", "c3", "latent")),
+        (unet, decoder, ("latent",)),
+    ):
+        if one and other and any(one.dims[name] != other.dims[name] for name in names):
+            raise Error(f"{one.source.path} and {other.source.path} are of different sizes.")
+    return parts
+
+
+def _tokenizer(
+    text: Match | None,
+    tokenizer: Source | None,
+    filler: _Base,
+    placeholder_tokens: Sequence[str],
+    only_given: bool,
+) -> TokenizerFiles | None:
+    """The tokenizer to write, checked against the rows of the token embedding."""
+    if text is None or (only_given and tokenizer is None and not placeholder_tokens):
+        _check_rows(text, _CLIP_VOCABULARY, placeholder_tokens)
+        return None
+    files = find_tokenizer(Path(tokenizer) if tokenizer is not None else None, filler.path)
+    _check_rows(text, len(files.vocab) + len(files.placeholder_tokens), placeholder_tokens)
+    return files
+
+
+def _check_rows(text: Match | None, vocabulary: int, placeholder_tokens: Sequence[str]) -> None:
+    if text is None:
+        if placeholder_tokens:
+            raise Error("--placeholder-token names rows of a text encoder, and none is given.")
+        return
+    rows = text.dims["vocabulary"]
+    extra = rows - vocabulary
+    if extra < 0 and text.known:
+        raise Error(f"{text.source.path}: {rows} token embeddings, fewer than the tokenizer's {vocabulary}.")
+    if extra < 0 and placeholder_tokens:
+        raise Error("--placeholder-token for a text encoder of unusual vocabulary needs its --tokenizer.")
+    if extra > 0 and not placeholder_tokens and (text.known or vocabulary != _CLIP_VOCABULARY):
+        raise Error(
+            f"{text.source.path}: {extra} token embedding{'s' if extra > 1 else ''} beyond the vocabulary's "
+            f"{vocabulary} (textual inversion).\nName {'them' if extra > 1 else 'it'} with "
+            f"{extra} time{'s' if extra > 1 else ''} --placeholder-token TOKEN, in order."
+        )
+    if placeholder_tokens and len(placeholder_tokens) != extra:
+        raise Error(
+            f"{text.source.path}: {max(extra, 0)} extra token embeddings and {len(placeholder_tokens)} "
+            f"--placeholder-token.\nGive {max(extra, 0)} of them."
+        )
+
+
+def _config(
+    match: Match, filler: _Base, image_size: int, dtype: str, gelu: str, files: TokenizerFiles | None
+) -> dict[str, Any]:
+    table = match.spec.table
+    component = filler.components.get(table.folder)
+    if not match.keras:  # the base's own component, with the base's own config
+        assert component is not None
+        kept = {k: v for k, v in component.config.items() if k not in _NOT_KEPT}
+        return kept if "_class_name" in kept else kept | {"torch_dtype": dtype}
+    overrides: dict[str, Any] = {}
+    if match.version == "sd2" and "hidden_act" in table.versions["sd2"].config:
+        overrides["hidden_act"] = _GELU[gelu]
+    if component is not None and not match.known:
+        base = next(iter(component.parts.values()))
+        if all(base.dims.get(k) == v for k, v in match.dims.items() if k != "vocabulary"):
+            stated = {*table.versions[match.version].config, "norm_num_groups"}
+            overrides |= {k: v for k, v in component.config.items() if k in stated}
+    overrides |= pipeline.user_config(match.source.path, table)
+    pipeline.require_heads(match, overrides)
+    words = len(files.vocab) if files else min(_CLIP_VOCABULARY, match.dims.get("vocabulary", 0))
+    return pipeline.config_of(
+        table,
+        match.version,
+        match.dims | {"words": words},
+        image_size=image_size,
+        dtype=dtype,
+        overrides=overrides,
+    )
+
+
+def _embeddings(
+    text: Match | None, placeholder_tokens: Sequence[str], dtype: str | None
+) -> list[tuple[str, Entry, np.dtype]]:
+    """A file for each placeholder token, as `load_textual_inversion` takes it: {token: [1, width]}."""
+    if text is None or not placeholder_tokens or dtype is None:
+        return []
+    table = next(tensor for slot, tensor in text.slots() if slot.target.endswith("token_embedding.weight"))
+    rows, width = table.shape
+    found = []
+    for index, token in enumerate(placeholder_tokens):
+        row = rows - len(placeholder_tokens) + index
+        name = (
+            "learned_embeds.safetensors"
+            if len(placeholder_tokens) == 1
+            else f"learned_embeds-{index}.safetensors"
+        )
+        found.append((name, Entry(token, (1, width), _row(table, row), None), DTYPES[dtype]))
+    return found
+
+
+def _row(tensor: Tensor, row: int) -> Tensor:
+    width = tensor.shape[1]
+    if tensor.load is not None:
+        load = tensor.load
+        return replace(tensor, shape=(1, width), load=lambda: load()[row : row + 1], crc32c=None)
+    offset = (tensor.offset or 0) + row * width * tensor.dtype.itemsize
+    return replace(tensor, shape=(1, width), offset=offset, crc32c=None)
+
+
+def _is_output(path: Path) -> bool:
+    return all(
+        entry.name in _OUTPUT or entry.match("learned_embeds*.safetensors") for entry in path.iterdir()
+    )
+
+
+def _version(parts: Mapping[str, Match]) -> str:
+    return next((m.version for m in parts.values() if m.version != "any"), "any")
+
+
+def _with_variant(name: str, variant: str | None) -> str:
+    stem, suffix = name.rsplit(".", 1)
+    return f"{stem}.{variant}.{suffix}" if variant else name

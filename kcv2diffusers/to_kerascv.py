@@ -1,0 +1,76 @@
+"""A diffusers pipeline -> weight files for KerasCV: the same tables, run backwards."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from kcv2diffusers.errors import Error
+from kcv2diffusers.keras_files import WRITERS
+from kcv2diffusers.output import new_folder
+from kcv2diffusers.recognise import NAMES
+from kcv2diffusers.sources.pipeline import read_pipeline
+from kcv2diffusers.stream import Progress, run_finite
+
+_SLACK = 32 << 20
+
+
+@dataclass(frozen=True)
+class ToKeras:
+    """What was written: a file for each part, and the KerasCV class that loads it. Sizes in bytes."""
+
+    out: Path
+    files: dict[str, str]
+    models: dict[str, str]
+    bytes_written: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"out": str(self.out)}
+
+
+def to_keras(
+    pipeline: str | PathLike[str],
+    *,
+    out: str | PathLike[str],
+    format: Literal["weights.h5", "h5"] = "weights.h5",
+    variant: str | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> ToKeras:
+    """Write the parts of a diffusers pipeline folder as float32 files that KerasCV's `load_weights` takes.
+
+    `format` is "weights.h5" (Keras 3) or "h5" (Keras 2 and 3). Raises Error with a message for the user;
+    `out` is then as it was.
+    """
+    started = time.monotonic()
+    if format not in WRITERS:
+        raise Error(f"--format {format}: choose one of {', '.join(WRITERS)}.")
+    components = read_pipeline(Path(pipeline), variant=variant)
+    parts = {p: m.require_complete() for component in components.values() for p, m in component.parts.items()}
+    needed = sum(4 * math.prod(t.shape) for match in parts.values() for _, t in match.slots())
+    ours = {f"{part}.{name}" for part in NAMES for name in WRITERS}
+    with new_folder(
+        Path(out),
+        overwrite=overwrite,
+        replaceable=lambda path: all(entry.name in ours for entry in path.iterdir()),
+        needed=needed + _SLACK,
+    ) as folder:
+        files = {part: f"{part}.{format}" for part in parts}
+        jobs = [job for part, match in parts.items() for job in WRITERS[format](folder / files[part], match)]
+        run_finite(jobs, progress, allow_nonfinite=allow_nonfinite)
+    models = {
+        part: match.spec.keras_class
+        + (
+            f" (vocab_size={match.dims['vocabulary']})"
+            if match.dims.get("vocabulary", 49408) != 49408
+            else ""
+        )
+        for part, match in parts.items()
+    }
+    return ToKeras(Path(out), files, models, needed, time.monotonic() - started)
