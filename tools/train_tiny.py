@@ -8,6 +8,7 @@ number, so an interrupted run goes on as an uninterrupted one would.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,8 @@ from kcv2diffusers.models import (
 )
 from kcv2diffusers.models.sampler import PROMPT_LENGTH, TextToImage, alphas_cumprod, timestep_embedding
 from kcv2diffusers.models.tokenizer import Tokenizer
+from kcv2diffusers.pipeline import CONFIG_FILE
+from kcv2diffusers.tokenizer import write_tokenizer
 
 SEED = 20240
 VAE = VAEConfig(widths=(24, 48, 64, 64), norm_groups=2)
@@ -392,16 +395,23 @@ def measure(sampler: TextToImage, encoder: keras.Model, folder: Path) -> None:
 
 
 def export(sampler: TextToImage, encoder: keras.Model, target: Path) -> None:
-    """Write the base to `target`: float16 weights as KerasCV's own models save them, config, tokenizer."""
+    """Write the base to `target`: float16 weights as KerasCV's own models save them, what weights cannot
+    tell, tokenizer.
+    """
     target.mkdir(parents=True, exist_ok=True)
     config = tiny_config(sampler.tokenizer)
-    config.save(target / "config.json")
-    sampler.tokenizer.save(target / "tokenizer")
+    stated = {
+        "unet": {"attention_head_dim": config.unet.heads[0], "norm_num_groups": config.unet.norm_groups},
+        "text_encoder": {"num_attention_heads": config.text_encoder.heads},
+        "vae": {"norm_num_groups": config.vae.norm_groups},
+    }
+    (target / CONFIG_FILE).write_text(json.dumps(stated, indent=2) + "\n")
+    write_tokenizer(sampler.tokenizer.files, target / "tokenizer")
     models = {
-        "diffusion_model": (build_unet(config.unet, "float16"), sampler.unet),
+        "unet": (build_unet(config.unet, "float16"), sampler.unet),
         "text_encoder": (build_text_encoder(config.text_encoder, "float16"), sampler.text_encoder),
-        "decoder": (build_decoder(config.vae, "float16"), sampler.decoder),
-        "image_encoder": (build_image_encoder(config.vae, dtype="float16"), encoder),
+        "vae_decoder": (build_decoder(config.vae, "float16"), sampler.decoder),
+        "vae_encoder": (build_image_encoder(config.vae, dtype="float16"), encoder),
     }
     for name, (half, full) in models.items():
         half.set_weights(full.get_weights())

@@ -1,18 +1,13 @@
 """The sizes of a Stable Diffusion model: what a checkpoint's shapes tell, and what they do not.
 
-Numbers of attention heads and of norm groups, and the kind of GELU, leave no trace in the weights, so a model
-of unusual sizes keeps its `ModelConfig` as a small JSON file beside them. `SD1` and `SD2` are the released
-sizes.
+Numbers of attention heads and of norm groups, and the kind of GELU, leave no trace in the weights; `base`
+finds them elsewhere. `SD1` and `SD2` are the released sizes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
-from typing import Any, Literal
-
-from kcv2diffusers.errors import SourceError
+from typing import Literal
 
 Gelu = Literal["tanh", "exact"]
 
@@ -82,27 +77,6 @@ class ModelConfig:
     unet: UNetConfig = UNetConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     vae: VAEConfig = VAEConfig()
-
-    def save(self, path: str | Path) -> None:
-        """Write the sizes as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> ModelConfig:
-        """Read what `save` wrote; unknown, missing or misshapen entries are refused by name."""
-        try:
-            parts: dict[str, dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))
-            kinds = {"unet": UNetConfig, "text_encoder": TextEncoderConfig, "vae": VAEConfig}
-            if set(parts) != set(kinds):
-                raise ValueError(f"its entries are {sorted(parts)}, not {sorted(kinds)}")
-            made: dict[str, Any] = {name: kind(**_tuples(parts[name])) for name, kind in kinds.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as problem:
-            raise SourceError(path, f"not a model configuration: {problem}") from problem
-        return cls(**made)
-
-
-def _tuples(entries: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
 
 
 SD1 = ModelConfig()

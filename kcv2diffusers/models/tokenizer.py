@@ -1,4 +1,5 @@
-"""CLIP's byte-pair tokenizer, from the `vocab.json` and `merges.txt` of a `tokenizer/` folder.
+"""CLIP's byte-pair tokenizer at work: prompts to ids. Its files are the business of
+`kcv2diffusers.tokenizer`.
 
 It gives the ids of OpenAI's tokenizer, which KerasCV's `SimpleTokenizer` and transformers' `CLIPTokenizer`
 also give, without needing either.
@@ -8,12 +9,12 @@ from __future__ import annotations
 
 import html
 import itertools
-import json
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-START, END = "<|startoftext|>", "<|endoftext|>"
+from kcv2diffusers.tokenizer import BOS, EOS, TokenizerFiles
+
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 
 
@@ -21,22 +22,33 @@ class Tokenizer:
     """Text to token ids and back.
 
     `vocabulary` maps a token to its id; a token that ends a word carries `</w>`. `merges` are the pairs of
-    tokens to join, most urgent first.
+    tokens to join, most urgent first. `placeholders` (textual inversion) get the ids after the vocabulary.
     """
 
-    def __init__(self, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
-        self.vocabulary = vocabulary
-        self.texts = {index: token for token, index in vocabulary.items()}
+    def __init__(
+        self,
+        vocabulary: dict[str, int],
+        merges: list[tuple[str, str]],
+        placeholders: Sequence[str] = (),
+    ) -> None:
+        self.vocabulary, self.placeholders = vocabulary, tuple(placeholders)
+        ids = vocabulary | {token: len(vocabulary) + n for n, token in enumerate(placeholders)}
+        self.special = {token: ids[token] for token in (BOS, EOS, *placeholders)}
+        self.texts = {index: token for token, index in ids.items()}
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.start, self.end = vocabulary[START], vocabulary[END]
+        self.start, self.end = vocabulary[BOS], vocabulary[EOS]
 
     @classmethod
-    def load(cls, folder: str | Path) -> Tokenizer:
-        """Read the files of a `tokenizer/` folder as transformers writes them."""
-        vocabulary = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
-        lines = (Path(folder) / "merges.txt").read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
-        return cls(vocabulary, [(first, second) for first, second in pairs])
+    def of_files(cls, files: TokenizerFiles) -> Tokenizer:
+        """From what `find_tokenizer` has read."""
+        pairs = [tuple(merge.split(" ")) for merge in files.merges]
+        return cls(files.vocab, [(first, second) for first, second in pairs], files.placeholder_tokens)
+
+    @property
+    def files(self) -> TokenizerFiles:
+        """As `write_tokenizer` takes it."""
+        merges = [" ".join(pair) for pair in self.ranks]
+        return TokenizerFiles(self.vocabulary, merges, self.placeholders, Path())
 
     @classmethod
     def of_words(cls, words: list[str]) -> Tokenizer:
@@ -55,21 +67,13 @@ class Tokenizer:
                 ranks[joined, piece] = len(ranks)
                 joined += piece
         tokens += dict.fromkeys(first + second for first, second in ranks)
-        vocabulary = {token: index for index, token in enumerate([*tokens, START, END])}
+        vocabulary = {token: index for index, token in enumerate([*tokens, BOS, EOS])}
         return cls(vocabulary, list(ranks))
-
-    def save(self, folder: str | Path) -> None:
-        """Write `vocab.json` and `merges.txt`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocab.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
-        lines = ["#version: 0.2", *(" ".join(pair) for pair in self.ranks)]
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def encode(self, text: str, length: int | None = None) -> list[int]:
         """The ids of `text` between start and end; with `length`, padded with end or cut to that many ids."""
         ids = [self.start]
-        for word in split(text):
+        for word in split(text, tuple(self.special)):
             ids += self._spell(word)
         ids.append(self.end)
         if length is not None:
@@ -82,8 +86,8 @@ class Tokenizer:
         return symbols_to_text(symbols)
 
     def _spell(self, word: str) -> list[int]:
-        if word in (START, END):
-            return [self.vocabulary[word]]
+        if word in self.special:
+            return [self.special[word]]
         pieces = [BYTES[byte] for byte in word.encode()]
         pieces[-1] += "</w>"
         return [self.vocabulary[piece] for piece in _merge(pieces, self.ranks)]
@@ -112,14 +116,16 @@ def _join(pieces: list[str], first: str, second: str) -> Iterator[str]:
             index += 1
 
 
-def split(text: str) -> Iterator[str]:
+def split(text: str, special_tokens: Sequence[str] = (BOS, EOS)) -> Iterator[str]:
     """The words CLIP sees in `text`: runs of letters, single digits, runs of anything else, English
     contractions.
     """
     text = " ".join(html.unescape(html.unescape(text)).split()).lower()
     index = 0
     while index < len(text):
-        special = next((word for word in (START, END, *CONTRACTIONS) if text.startswith(word, index)), None)
+        special = next(
+            (word for word in (*special_tokens, *CONTRACTIONS) if text.startswith(word, index)), None
+        )
         kind = _kind(text[index])
         stop = index + len(special) if special else index + 1
         while not special and kind != "N" and stop < len(text) and _kind(text[stop]) == kind:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from kcv2diffusers import models
-from kcv2diffusers.errors import SourceError
 from kcv2diffusers.models import layers, unet
 from tests.models.backend_run import TEXT, UNET, VAE, gradients
 
@@ -118,22 +116,7 @@ def test_decoder_undoes_the_size_of_the_encoder() -> None:
     assert decoder.predict_on_batch(latents).shape == (1, 48, 80, 3)
 
 
-def test_config_survives_its_file(tmp_path: Path) -> None:
-    config = models.ModelConfig(UNET, TEXT, VAE)
-    config.save(tmp_path / "config.json")
-    assert models.ModelConfig.load(tmp_path / "config.json") == config
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("{", "config.json"),
-        ("{}", "not a model configuration"),
-        ('{"unet": {"widths": [32], "heads": [5]}, "text_encoder": {}, "vae": {}}', "does not divide"),
-        ('{"unet": {"depth": 3}, "text_encoder": {}, "vae": {}}', "depth"),
-    ],
-)
-def test_a_bad_config_is_refused_with_its_reason(tmp_path: Path, text: str, complaint: str) -> None:
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(SourceError, match=complaint):
-        models.ModelConfig.load(tmp_path / "config.json")
+@pytest.mark.parametrize("change", [{"heads": (5, 4)}, {"norm_groups": 7}, {"heads": (2,)}])
+def test_sizes_that_do_not_fit_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"divide|heads"):
+        dataclasses.replace(UNET, **change)
