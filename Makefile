@@ -26,12 +26,13 @@ venv-sprint: .venv-sprint/.done
 	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-sprint/bin/pip install --quiet -r constraints/sprint.txt
 	touch $@
 
+# Two at a time, one file each: a full-size model takes up to 8 GB.
 test: venv venv-sprint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Without the full-size models.
 test-quick: venv venv-sprint
-	$(BIN)/python -m pytest -q -m 'not full_size'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not full_size'
 
 lint: venv
 	$(BIN)/ruff check .

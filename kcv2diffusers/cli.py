@@ -83,7 +83,7 @@ def _fail(message: str) -> NoReturn:
 def convert(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SRC ...]", help="KerasCV checkpoints, or folders of them, in any order."),
+        typer.Argument(metavar="SRC", help="KerasCV checkpoints, or folders of them, in any order."),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The pipeline folder to write.")] = ...,  # type: ignore[assignment]
     unet: Part = None,

@@ -69,6 +69,7 @@ def _lay_out(file: h5py.File, path: Path, match: Match, name: Callable[[Slot], s
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    settings.set_obj_track_times(False)  # the same pipeline makes the same file
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
     kind = h5py.h5t.py_create(_DTYPE)

@@ -79,6 +79,12 @@ def config_of(
     return own | {key: _value(value, sizes) for key, value in entries.items()}
 
 
+def untold(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a component's config.json that its weights do not tell."""
+    names = {"norm_num_groups", *(name for version in table.versions.values() for name in version.config)}
+    return {name: value for name, value in config.items() if name in names}
+
+
 def require_heads(match: Match, overrides: Mapping[str, Any]) -> None:
     """Raise Error for a model of unusual widths whose number of heads nobody states, or states wrongly."""
     folder = match.spec.table.folder

@@ -200,7 +200,7 @@ class _Worker:
         """(few, rows, columns) -> (columns, rows, few): kernels on their way to diffusers.
 
         A slab of target columns at a time; into it, blocks of source rows: read each of the few planes,
-        bring rows of all planes together, transpose by tiles. Rows of a block are kept a cache line apart
+        bring rows of all planes together, transpose. Rows of a block are kept a cache line apart
         from a power of two, or all of them would compete for the same few cache sets.
         """
         planes, rows, columns = core
@@ -219,9 +219,7 @@ class _Worker:
                 scan(block)
                 cast(block.transpose(1, 0, 2), padded[:height, :, :columns])
                 flat = padded[:height].reshape(height * planes, columns + _PAD)
-                into = target[:, top * planes : (top + height) * planes]
-                for tile in range(0, width, _TILE):
-                    into[tile : tile + _TILE] = flat[:, left + tile : left + min(tile + _TILE, width)].T
+                target[:, top * planes : (top + height) * planes] = flat[:, left : left + width].T
             self.write(job, target, left * rows * planes)
 
     def reverse_back(self, job: Job, source: _Reader, scan: _Scan, core: tuple[int, int, int]) -> None:

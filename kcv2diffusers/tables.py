@@ -28,6 +28,7 @@ class Size:
     terms: tuple[tuple[str, int], ...]
 
     @classmethod
+    @cache
     def parse(cls, text: str) -> Size:
         terms: dict[str, int] = {}
         for term in text.split("+"):

@@ -309,8 +309,7 @@ def _config(
     if component is not None and not match.known:
         base = next(iter(component.parts.values()))
         if all(base.dims.get(k) == v for k, v in match.dims.items() if k != "vocabulary"):
-            stated = {*table.versions[match.version].config, "norm_num_groups"}
-            overrides |= {k: v for k, v in component.config.items() if k in stated}
+            overrides |= pipeline.untold(table, component.config)
     overrides |= pipeline.user_config(match.source.path, table)
     pipeline.require_heads(match, overrides)
     words = len(files.vocab) if files else min(_CLIP_VOCABULARY, match.dims.get("vocabulary", 0))

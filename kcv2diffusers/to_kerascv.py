@@ -12,6 +12,7 @@ from typing import Any, Literal
 from kcv2diffusers.errors import Error
 from kcv2diffusers.keras_files import WRITERS
 from kcv2diffusers.output import new_folder
+from kcv2diffusers.pipeline import CONFIG_FILE, untold, write_json
 from kcv2diffusers.recognise import NAMES
 from kcv2diffusers.sources.pipeline import read_pipeline
 from kcv2diffusers.stream import Progress, run_finite
@@ -45,8 +46,9 @@ def to_keras(
 ) -> ToKeras:
     """Write the parts of a diffusers pipeline folder as float32 files that KerasCV's `load_weights` takes.
 
-    `format` is "weights.h5" (Keras 3) or "h5" (Keras 2 and 3). Raises Error with a message for the user;
-    `out` is then as it was.
+    `format` is "weights.h5" (Keras 3) or "h5" (Keras 2 and 3). For a model of unusual widths the small
+    config that `convert` asks for is written beside them. Raises Error with a message for the user; `out`
+    is then as it was.
     """
     started = time.monotonic()
     if format not in WRITERS:
@@ -54,7 +56,12 @@ def to_keras(
     components = read_pipeline(Path(pipeline), variant=variant)
     parts = {p: m.require_complete() for component in components.values() for p, m in component.parts.items()}
     needed = sum(4 * math.prod(t.shape) for match in parts.values() for _, t in match.slots())
-    ours = {f"{part}.{name}" for part in NAMES for name in WRITERS}
+    ours = {CONFIG_FILE, *(f"{part}.{name}" for part in NAMES for name in WRITERS)}
+    unusual = {
+        match.spec.table.folder: untold(match.spec.table, components[match.spec.table.folder].config)
+        for match in parts.values()
+        if not match.known
+    }
     with new_folder(
         Path(out),
         overwrite=overwrite,
@@ -63,6 +70,8 @@ def to_keras(
     ) as folder:
         files = {part: f"{part}.{format}" for part in parts}
         jobs = [job for part, match in parts.items() for job in WRITERS[format](folder / files[part], match)]
+        if unusual:
+            write_json(folder / CONFIG_FILE, unusual)
         run_finite(jobs, progress, allow_nonfinite=allow_nonfinite)
     models = {
         part: match.spec.keras_class

@@ -7,8 +7,10 @@ with TensorFlow 2.12, which `make test` installs as .venv-sprint.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -51,33 +53,29 @@ def run_script(stack: str, script: str, *arguments: str | Path) -> str:
 
 
 def cached(stack: str, script: str, *arguments: str) -> Path:
-    """The folder that `script FOLDER *arguments` filled, now or earlier."""
+    """The folder that `script FOLDER *arguments` filled, now or earlier; it appears whole.
+
+    Test processes that need the same one wait for the first to make it.
+    """
     label = "_".join([Path(script).stem, *(Path(argument).name for argument in arguments)])
     folder = CACHE / _made_by(script) / stack / label
-    if not folder.exists():
-        temporary = folder.with_name(f".{label}-{os.getpid()}")
-        temporary.mkdir(parents=True)
-        run_script(stack, script, temporary, *arguments)
-        temporary.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{label}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            temporary = folder.with_name(f".{label}.part")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            run_script(stack, script, temporary, *arguments)
+            temporary.rename(folder)
     return folder
-
-
-def make(stack: str, out: Path, *arguments: str) -> None:
-    """Run make_checkpoints.py in the interpreter and Keras of a stack: keras3, keras2 or sprint."""
-    run_script(stack, "make_checkpoints.py", out, *arguments)
 
 
 def checkpoint(stack: str, part: str, version: int = 1, dtype: str = "float32", *containers: str) -> Path:
     """The folder of one small part; `containers` limits what is written (all by default)."""
-    label = "-".join(containers) or "all"
-    home = CACHE / _made_by("make_checkpoints.py") / stack / label
-    folder = home / f"{part}-sd{version}-{dtype}"
-    if not (folder / "expected.json").exists():
-        wanted = ["--containers", *containers] if containers else []
-        make(
-            stack, home, "--parts", part, "--versions", str(version), "--dtypes", dtype, *wanted
-        )  # fmt: skip
-    return folder
+    wanted = ["--containers", *containers] if containers else []
+    chosen = ["--parts", part, "--versions", str(version), "--dtypes", dtype, *wanted]
+    return cached(stack, "make_checkpoints.py", *chosen) / f"{part}-sd{version}-{dtype}"
 
 
 @pytest.fixture(scope="session")

@@ -91,6 +91,10 @@ def last(tensor: torch.Tensor) -> np.ndarray:
 def assert_comes_back(folder: Path, *parts: str) -> None:
     """Back in Keras 3's format the file holds the datasets it came from, bit for bit."""
     to_keras(folder / "out", out=folder / "back")
+    # Beside the weights only what a small model needs: its numbers of heads.
+    files = {file.name for file in (folder / "back").iterdir()}
+    small = (folder / "kcv2diffusers.json").exists()
+    assert files == {f"{part}.weights.h5" for part in parts} | ({"kcv2diffusers.json"} if small else set())
     for part in parts:
         with (
             h5py.File(folder / f"{part}.weights.h5") as old,

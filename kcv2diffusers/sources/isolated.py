@@ -7,6 +7,7 @@ and no second import.
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -34,6 +35,7 @@ def isolated(work: Callable[[], bytes | memoryview], extra: int = 0) -> bytes:
     if not child:
         try:  # nothing of the parent's may run here: no handlers, no clean-up, no messages
             os.close(read)
+            gc.disable()  # the child is gone before there is anything to collect
             _limit(extra)
             with os.fdopen(write, "wb") as pipe:
                 pipe.write(work())
