@@ -27,11 +27,10 @@ _BLOCK = 1 << 20  # bytes of source transposed at a time: a block and its result
 _SLAB = 64 << 20  # bytes of target collected before they are written
 # Larger writes make the kernel look for larger free blocks of memory, which can take longer than copying.
 _WRITE = 128 << 10
-_TILE = 128
-_PAD = 16
-_LISTED = 8
+_TILE = 128  # source rows of a block turned at a time on the way to Keras
+_PAD = 16  # values between the rows of a gathered block, see `_Worker.reverse`
+_LISTED = 8  # tensors that a refusal names
 _WORKERS = min(4, os.cpu_count() or 1)
-
 
 Progress = Callable[[int, int], None]
 
@@ -200,8 +199,8 @@ class _Worker:
         """(few, rows, columns) -> (columns, rows, few): kernels on their way to diffusers.
 
         A slab of target columns at a time; into it, blocks of source rows: read each of the few planes,
-        bring rows of all planes together, transpose. Rows of a block are kept a cache line apart
-        from a power of two, or all of them would compete for the same few cache sets.
+        bring rows of all planes together, transpose. Rows of a block are kept a cache line apart from a
+        power of two, or all of them would compete for the same few cache sets.
         """
         planes, rows, columns = core
         step = max(1, _BLOCK // (planes * columns * job.tensor.dtype.itemsize))
