@@ -3,8 +3,10 @@
     python benchmarks/convert.py [--work DIR] [--runs 5] [--space] [--json FILE]
 
 Makes genuine KerasCV files in DIR first if they are not there (6 GB of memory, 8.5 GB of disk), as legacy
-`.h5` and `.weights.h5`. Every run is a process of its own: wall time from start to exit, peak resident
-memory as the kernel counts it (wait4). One run of each kind in turn, after one round of warm-up; medians.
+`.h5` and `.weights.h5`. Every run is a process of its own: wall time from start to exit; peak memory of it
+and its children together, shared pages counted once (PSS, five times a second), or the largest resident size
+of one of them as the kernel counts it, if that is more. One run of each kind in turn, after one round of
+warm-up; medians.
 `--space` adds what the former conversion Space did: build the Keras models, load, copy into torch modules,
 `save_pretrained` (UNet and text encoder only, as the Space; one run).
 """
@@ -19,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +42,35 @@ def run(command: list[str | Path]) -> Run:
     started = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert child.stderr is not None
+    peak, watching = 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not watching.wait(0.2):
+            peak = max(peak, memory_mb(child.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     error = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - started
+    watching.set()
+    watcher.join()
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise RuntimeError(f"{command}: {error.decode()[-2000:]}")
-    return Run(seconds, usage.ru_maxrss / 1024)
+    return Run(seconds, max(peak, usage.ru_maxrss / 1024))
+
+
+def memory_mb(process: int) -> float:
+    """Proportional set size of a process and its children (Linux; 0 for those that have ended)."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+        rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    own = next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:")) / 1024
+    return own + sum(memory_mb(int(child)) for child in children)
 
 
 def make(work: Path) -> None:

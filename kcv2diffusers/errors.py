@@ -21,7 +21,10 @@ class SourceError(Error):
 
     def __init__(self, path: str | Path, problem: str, remedy: str = "Copy or download it again.") -> None:
         super().__init__(f"{path}: {problem}\n{remedy}")
-        self.problem, self.remedy = problem, remedy
+        self.path, self.problem, self.remedy = path, problem, remedy
+
+    def __reduce__(self) -> tuple[type[SourceError], tuple[str | Path, str, str]]:
+        return type(self), (self.path, self.problem, self.remedy)  # it crosses from process to process
 
 
 @contextmanager
@@ -40,3 +43,14 @@ class PlanError(Error):
 
 class TargetError(Error):
     """The output cannot be written: it exists, the disk is full, permission is missing."""
+
+
+class MissingExtra(Error):
+    """A package is not installed that one of our extras, or Keras' backend, needs."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        if package in ("tensorflow", "jax", "torch"):
+            remedy = f"Install it, or set KERAS_BACKEND to one that is installed (now: {package})."
+        else:
+            remedy = f"pip install 'kcv2diffusers[{extra}]'"
+        super().__init__(f"{package} is not installed.\n{remedy}")

@@ -18,8 +18,8 @@ import numpy as np
 from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.layouts import core
 from kcv2diffusers.recognise import Match
-from kcv2diffusers.stream import Job
 from kcv2diffusers.tables import Slot
+from kcv2diffusers.transfer import Job
 
 # Keras loads a file without a version as one of Keras 1, and turns its kernels around.
 _LEGACY_VERSION = "2.12.0"

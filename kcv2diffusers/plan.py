@@ -19,7 +19,7 @@ from kcv2diffusers.dtypes import DTYPES, SAFETENSORS
 from kcv2diffusers.layouts import core
 from kcv2diffusers.recognise import Match
 from kcv2diffusers.sources.tensor import Tensor
-from kcv2diffusers.stream import Job
+from kcv2diffusers.transfer import Job
 
 
 @dataclass(frozen=True, slots=True)

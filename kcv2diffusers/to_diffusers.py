@@ -22,9 +22,10 @@ from kcv2diffusers.recognise import NAMES, Match, recognise
 from kcv2diffusers.sources import open_sources
 from kcv2diffusers.sources.pipeline import Component, is_pipeline, read_pipeline
 from kcv2diffusers.sources.tensor import Tensor
-from kcv2diffusers.stream import Job, Progress, run_finite
+from kcv2diffusers.stream import Progress, run_finite
 from kcv2diffusers.tables import Table, spec, table_of, tables
 from kcv2diffusers.tokenizer import TokenizerFiles, find_tokenizer, write_tokenizer
+from kcv2diffusers.transfer import Job
 
 Source = str | PathLike[str]
 PARTS = tuple(NAMES)

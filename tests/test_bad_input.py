@@ -1187,12 +1187,12 @@ def test_no_space_to_unpack(
 
 SLOW = """
 import sys, time
-from kcv2diffusers import cli, stream
-do = stream._Worker.do
+from kcv2diffusers import cli, transfer
+do = transfer.Worker.do
 def slowly(self, job):
     time.sleep(0.3)
     return do(self, job)
-stream._Worker.do = slowly
+transfer.Worker.do = slowly
 cli.main()
 """
 
@@ -1222,7 +1222,7 @@ def test_a_run_that_is_stopped(
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)  # also the end of all children: they hold the pipes
     left = {name: entry for name, entry in tree(home).items() if not name.startswith(".out.tmp-")}
     assert left == before
     assert out == "" and "Traceback" not in err

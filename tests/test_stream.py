@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import google_crc32c
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcv2diffusers import stream
+from kcv2diffusers import stream, transfer
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.layouts import LAYOUTS, core, reverse
 from kcv2diffusers.maps import _not_inverse
@@ -26,13 +28,13 @@ def through(
     axes: tuple[int, int, int] | None,
     dtype: np.dtype,
     crc: int | None = None,
-) -> tuple[np.ndarray, list[stream.NotFinite]]:
+) -> tuple[np.ndarray, list[transfer.NotFinite]]:
     """`values` written to a file, streamed to another, read back."""
     source, target = folder / "source", folder / "target"
     source.write_bytes(b"head" + values.tobytes())
     target.write_bytes(b"\0" * (12 + values.size * dtype.itemsize))
     tensor = Tensor("t", values.shape, values.dtype, source, 4, crc32c=crc)
-    found = stream.run([stream.Job("t", tensor, axes, dtype, target, 12)])
+    found = stream.run([transfer.Job("t", tensor, axes, dtype, target, 12)])
     return np.frombuffer(target.read_bytes()[12:], dtype), found
 
 
@@ -49,8 +51,8 @@ def test_any_shape(tmp_path_factory, shape, source, target, turned, block, seed)
     values = (np.random.default_rng(seed).standard_normal(shape) * 100).astype(source)
     with pytest.MonkeyPatch.context() as patch:
         for name in ("_BLOCK", "_SLAB", "_SLICE", "_WRITE"):
-            patch.setattr(stream, name, block)
-        patch.setattr(stream, "_TILE", 7)
+            patch.setattr(transfer, name, block)
+        patch.setattr(transfer, "_TILE", 7)
         got, found = through(tmp_path_factory.mktemp("s"), values, shape if turned else None, target)
     wanted = reverse(values, shape, shape[::-1]) if turned else values
     np.testing.assert_array_equal(got.view(np.uint8), wanted.astype(target).reshape(-1).view(np.uint8))
@@ -105,7 +107,19 @@ def test_file_that_shrinks_meanwhile(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(b"\0" * 400)
     tensor = Tensor("t", (100,), np.dtype("<f4"), tmp_path / "source", 0)
     with pytest.raises(SourceError, match="the file ends"):
-        stream.run([stream.Job("t", tensor, None, np.dtype("<f4"), tmp_path / "target", 0)])
+        stream.run([transfer.Job("t", tensor, None, np.dtype("<f4"), tmp_path / "target", 0)])
+
+
+def test_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel does where memory runs out."""
+    (tmp_path / "source").write_bytes(b"\0" * 400)
+    (tmp_path / "target").write_bytes(b"\0" * 400)
+    monkeypatch.setattr(transfer.Worker, "do", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    tensor = Tensor("t", (100,), np.dtype("<f4"), tmp_path / "source", 0)
+    with pytest.raises(Error, match="was killed, most likely for lack of memory"):
+        stream.run([transfer.Job("t", tensor, None, np.dtype("<f4"), tmp_path / "target", 0)])
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)  # nobody is left
 
 
 def test_progress_and_refusal_name_every_tensor(tmp_path: Path) -> None:
@@ -114,7 +128,7 @@ def test_progress_and_refusal_name_every_tensor(tmp_path: Path) -> None:
     (tmp_path / "target").write_bytes(b"\0" * 8 * 10)
     tensor = Tensor("t", (2,), np.dtype("<f4"), tmp_path / "source", 0)
     target = tmp_path / "target"
-    jobs = [stream.Job(f"t{i}", tensor, None, np.dtype("<f4"), target, 8 * i) for i in range(10)]
+    jobs = [transfer.Job(f"t{i}", tensor, None, np.dtype("<f4"), target, 8 * i) for i in range(10)]
     seen: list[tuple[int, int]] = []
     with pytest.raises(Error, match=r"(?s)t0 has NaN.*t7 has NaN.*and 2 more") as refusal:
         stream.run_finite(jobs, lambda *p: seen.append(p), allow_nonfinite=False)

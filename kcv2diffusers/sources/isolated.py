@@ -7,7 +7,6 @@ and no second import.
 
 from __future__ import annotations
 
-import gc
 import os
 import resource
 import signal
@@ -15,10 +14,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from kcv2diffusers.processes import fork
+
 CPU_SECONDS = 10.0  # what the largest genuine file needs fifty times over
 WALL_SECONDS = 300.0  # for slow disks; a child that cannot go on for any other reason ends here
 MEMORY = 1 << 30  # bytes beyond those of the parent
-_RESET = ("PROF", "ALRM", "INT", "TERM", "SEGV", "BUS", "ABRT", "FPE", "ILL")
 
 
 class Died(Exception):
@@ -31,17 +31,14 @@ def isolated(work: Callable[[], bytes | memoryview], extra: int = 0) -> bytes:
     `extra` is the size in bytes of a result that is expected to be large.
     """
     read, write = os.pipe()
-    child = os.fork()
-    if not child:
-        try:  # nothing of the parent's may run here: no handlers, no clean-up, no messages
-            os.close(read)
-            gc.disable()  # the child is gone before there is anything to collect
-            _limit(extra)
-            with os.fdopen(write, "wb") as pipe:
-                pipe.write(work())
-            os._exit(0)
-        finally:
-            os._exit(1)
+
+    def run() -> None:
+        os.close(read)
+        _limit(extra)
+        with os.fdopen(write, "wb") as pipe:
+            pipe.write(work())
+
+    child = fork(run)
     os.close(write)
     try:
         with os.fdopen(read, "rb", buffering=0) as pipe:
@@ -57,8 +54,6 @@ def isolated(work: Callable[[], bytes | memoryview], extra: int = 0) -> bytes:
 
 
 def _limit(extra: int) -> None:
-    for name in _RESET:
-        signal.signal(signal.Signals[f"SIG{name}"], signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS + extra / 10e6)
     signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS + extra / 1e6)

@@ -1,0 +1,50 @@
+"""Child processes by fork: no second import, and what they work on is simply there."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+_SIGNALS = [
+    signal.Signals[f"SIG{name}"]
+    for name in ("PROF", "ALRM", "INT", "TERM", "SEGV", "BUS", "ABRT", "FPE", "ILL")
+]
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Start a child process that runs `work` and nothing else of the parent's: no handlers, no clean-up, no
+    messages. Returns its id; its exit status is 0 unless `work` raised something.
+
+    `work` must not touch what other threads may hold a lock of (it is forked beside them).
+    """
+    # What a signal's handler raises during the fork would be lost in some library's after-fork hook.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    with warnings.catch_warnings():
+        # Python 3.12 and JAX warn of forks beside threads; here only NumPy, h5py and system calls run.
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if not child:
+        _only(work, before)
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+    return child
+
+
+def _only(work: Callable[[], object], mask: set[int]) -> NoReturn:
+    try:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        gc.disable()  # the child is gone before there is much to collect
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
