@@ -2,8 +2,8 @@
 
 The modules, in the order a checkpoint passes them: `sources` (readers, one a container), `tables` and
 `layouts` (the weight maps), `recognise` (what a checkpoint is), `plan` and `keras_files` (what goes where),
-`stream` (the bytes), `pipeline` and `tokenizer` (what stands around the weights), `output` (all or nothing).
-`to_diffusers` and `to_kerascv` put them together.
+`stream` and `transfer` (the bytes), `pipeline` and `tokenizer` (what stands around the weights), `output`
+(all or nothing). `to_diffusers` and `to_kerascv` put them together. `models` are the networks in Keras 3.
 """
 
 from __future__ import annotations

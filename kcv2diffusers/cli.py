@@ -93,8 +93,8 @@ def convert(
     base: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SRC|none",
-            help="Where missing parts come from: a diffusers pipeline folder or KerasCV checkpoints; "
+            metavar="SRC|tiny|none",
+            help="Where missing parts come from: a diffusers pipeline folder, KerasCV checkpoints, or tiny; "
             "none writes only the given parts.",
         ),
     ] = None,
@@ -114,7 +114,9 @@ def convert(
         list[str] | None,
         typer.Option(metavar="TOKEN", help="Name of an extra token embedding (textual inversion), in order."),
     ] = None,
-    image_size: Annotated[int, typer.Option(help="Default size of generated images in pixels.")] = 512,
+    image_size: Annotated[
+        int | None, typer.Option(help="The pipeline's default image size in pixels (512).")
+    ] = None,
     gelu: Annotated[
         Gelu,
         typer.Option(help="Activation of an SD2 text encoder; tanh if trained on keras-cv 0.6.4 or newer."),
@@ -214,6 +216,44 @@ def inspect(
         print(entry.text())
 
 
+@app.command()
+def generate(
+    base: Annotated[
+        list[str],
+        typer.Option(metavar="SRC|tiny", help="A diffusers pipeline folder, KerasCV checkpoints, or tiny."),
+    ],
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="As often as there are prompts.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write pictures to.")],
+    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to keep out.")] = "",
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="How strictly to follow the prompt.")] = 7.5,
+    images_per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same pictures.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, a multiple of 64.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels, a multiple of 64.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="SRC", help="As in convert.")] = None,
+) -> None:
+    """Generate pictures with Keras; KERAS_BACKEND chooses TensorFlow, JAX or PyTorch."""
+    from kcv2diffusers.generate import generate as run
+
+    with _steps("Generating") as progress:
+        paths = run(
+            *base,
+            prompts=prompt,
+            out=out,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            images_per_prompt=images_per_prompt,
+            seed=seed,
+            height=height,
+            width=width,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+    print("\n".join(map(str, paths)))
+
+
 @maps_app.command("list")
 def maps_list() -> None:
     """List the weight maps with their parts and versions."""
@@ -261,6 +301,21 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (title, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _steps(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with steps on stderr, where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

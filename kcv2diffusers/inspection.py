@@ -9,6 +9,7 @@ from typing import Any
 
 from kcv2diffusers.recognise import NAMES, recognise
 from kcv2diffusers.sources import open_sources
+from kcv2diffusers.sources.locate import locate
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Inspected:
 def inspect(source: str | PathLike[str]) -> list[Inspected]:
     """What is at `source`: one entry for each checkpoint. Raises SourceError for what cannot be read."""
     found = []
-    for opened in open_sources(Path(source)):
+    for opened in open_sources(locate(source)):
         match = recognise(opened)
         tensors = [tensor for _, tensor in match.slots()]
         found.append(

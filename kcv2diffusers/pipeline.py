@@ -12,6 +12,7 @@ from kcv2diffusers.recognise import NAMES, Match
 from kcv2diffusers.tables import Size, Table
 
 CONFIG_FILE = "kcv2diffusers.json"
+IMAGE_SIZE = 512  # height and width in pixels where nobody states another
 # What cannot be read off the shapes of a model of unusual widths, by component folder.
 HEADS = {"unet": "attention_head_dim", "text_encoder": "num_attention_heads"}
 

@@ -20,6 +20,7 @@ from kcv2diffusers.output import check_free, new_folder
 from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetensors
 from kcv2diffusers.recognise import NAMES, Match, recognise
 from kcv2diffusers.sources import open_sources
+from kcv2diffusers.sources.locate import locate
 from kcv2diffusers.sources.pipeline import Component, is_pipeline, read_pipeline
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.stream import Progress, run_finite
@@ -57,9 +58,9 @@ class Converted:
 
 @dataclass(frozen=True)
 class _Base:
-    """What fills the gaps: components of a diffusers pipeline, or more KerasCV parts."""
+    """What fills the gaps: components of a diffusers pipeline, or more KerasCV parts; a tokenizer too."""
 
-    path: Path | None = None
+    paths: Sequence[Path] = ()
     components: Mapping[str, Component] = field(default_factory=dict)
     parts: Mapping[str, Match] = field(default_factory=dict)
 
@@ -76,7 +77,7 @@ def convert(
     dtype: str | None = None,
     variant: str | None = None,
     placeholder_tokens: Sequence[str] = (),
-    image_size: int = 512,
+    image_size: int | None = None,
     gelu: Literal["exact", "tanh"] = "exact",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -86,7 +87,8 @@ def convert(
 
     `sources` are files or folders whose parts are recognised by content; the named arguments say which
     part a source is for. `base` fills in what is not given: a diffusers pipeline folder, KerasCV parts, or
-    "none" to write only the given parts. `dtype` is float32, float16 or bfloat16 (default: as stored).
+    "none" to write only the given parts, or "tiny". `dtype` is float32, float16 or bfloat16 (default: as
+    stored). `image_size` is the pipeline's default (512, unless a checkpoint's config states another).
     `gelu` is the text encoder's activation for SD2 (see the README). `progress` is told bytes done and
     in total. Raises Error with a message for the user; `out` is then as it was.
     """
@@ -94,7 +96,7 @@ def convert(
     target = Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise Error(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
-    if image_size < 64 or image_size % 64:
+    if image_size is not None and (image_size < 64 or image_size % 64):
         raise Error(f"--image-size {image_size}: give a multiple of 64.")
     check_free(target, overwrite=overwrite, replaceable=_is_output)
     named = {
@@ -107,7 +109,8 @@ def convert(
     _check_missing(parts, missing, only_given)
     complete = not missing and not only_given
     parts = _check_together({part: parts[part].require_complete() for part in PARTS if part in parts})
-    files = _tokenizer(parts.get("text_encoder"), tokenizer, filler, placeholder_tokens, only_given)
+    given = [*map(locate, sources), *filler.paths]
+    files = _tokenizer(parts.get("text_encoder"), tokenizer, given, placeholder_tokens, only_given)
 
     plans: list[tuple[Table, list[Entry], np.dtype]] = []
     configs, dtypes, notes = {}, {}, []
@@ -167,12 +170,12 @@ def _gather(sources: Sequence[Source], named: Mapping[str, Source | None]) -> di
     """One match a part, from positional sources and from those given for a part."""
     parts: dict[str, Match] = {}
     for given in sources:
-        for source in open_sources(Path(given)):
+        for source in open_sources(locate(given)):
             _add(parts, recognise(source))
     for part, path in named.items():
         if path is None:
             continue
-        matches = [recognise(source) for source in open_sources(Path(path))]
+        matches = [recognise(source) for source in open_sources(locate(path))]
         fitting = [match for match in matches if match.part == part]
         if not fitting:
             held = " and a ".join(NAMES[match.part] for match in matches)
@@ -201,10 +204,10 @@ def _base(
         if len(bases) > 1:
             raise Error("--base none cannot be combined with another --base.")
         return _Base(), True
-    paths = [Path(b) for b in bases]
+    paths = [locate(b, base=True) for b in bases]
     folders = [path for path in paths if is_pipeline(path)]
     if not folders:
-        return _Base(parts=_gather(paths, {})), False
+        return _Base(paths, parts=_gather(paths, {})), False
     if len(paths) > 1:
         raise Error("Give one pipeline folder as --base, or KerasCV files, not both.")
     wanted = {table_of(part).folder for part in PARTS if part not in parts} | {
@@ -212,7 +215,7 @@ def _base(
     }
     components = read_pipeline(folders[0], wanted, variant)
     found = {part: match for component in components.values() for part, match in component.parts.items()}
-    return _Base(folders[0], components, found), False
+    return _Base(paths, components, found), False
 
 
 def _check_missing(parts: Mapping[str, Match], missing: Sequence[str], only_given: bool) -> None:
@@ -258,7 +261,7 @@ def _check_together(parts: dict[str, Match]) -> dict[str, Match]:
 def _tokenizer(
     text: Match | None,
     tokenizer: Source | None,
-    filler: _Base,
+    given: Sequence[Path],
     placeholder_tokens: Sequence[str],
     only_given: bool,
 ) -> TokenizerFiles | None:
@@ -266,7 +269,7 @@ def _tokenizer(
     if text is None or (only_given and tokenizer is None and not placeholder_tokens):
         _check_rows(text, _CLIP_VOCABULARY, placeholder_tokens)
         return None
-    files = find_tokenizer(Path(tokenizer) if tokenizer is not None else None, filler.path)
+    files = find_tokenizer(locate(tokenizer, base=True) if tokenizer is not None else None, given)
     _check_rows(text, len(files.vocab) + len(files.placeholder_tokens), placeholder_tokens)
     return files
 
@@ -296,7 +299,7 @@ def _check_rows(text: Match | None, vocabulary: int, placeholder_tokens: Sequenc
 
 
 def _config(
-    match: Match, filler: _Base, image_size: int, dtype: str, gelu: str, files: TokenizerFiles | None
+    match: Match, filler: _Base, image_size: int | None, dtype: str, gelu: str, files: TokenizerFiles | None
 ) -> dict[str, Any]:
     table = match.spec.table
     component = filler.components.get(table.folder)
@@ -312,13 +315,15 @@ def _config(
         if all(base.dims.get(k) == v for k, v in match.dims.items() if k != "vocabulary"):
             overrides |= pipeline.untold(table, component.config)
     overrides |= pipeline.user_config(match.source.path, table)
+    if image_size is not None:
+        overrides.pop("sample_size", None)
     pipeline.require_heads(match, overrides)
     words = len(files.vocab) if files else min(_CLIP_VOCABULARY, match.dims.get("vocabulary", 0))
     return pipeline.config_of(
         table,
         match.version,
         match.dims | {"words": words},
-        image_size=image_size,
+        image_size=image_size or pipeline.IMAGE_SIZE,
         dtype=dtype,
         overrides=overrides,
     )

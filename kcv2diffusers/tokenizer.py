@@ -55,11 +55,11 @@ class TokenizerFiles:
     origin: Path
 
 
-def find_tokenizer(source: Path | None = None, base: Path | None = None) -> TokenizerFiles:
-    """Read the tokenizer at `source`, else the one of pipeline `base`, else one found on this machine."""
+def find_tokenizer(source: Path | None = None, folders: Iterable[Path] = ()) -> TokenizerFiles:
+    """Read the tokenizer at `source`, else in `tokenizer/` of a folder, else one found on this machine."""
     if source is not None:
         return _open(source)
-    for path in _candidates(base):
+    for path in _candidates(folders):
         if path.is_file() or path.is_dir():
             return _open(path)
     raise Error(
@@ -114,10 +114,10 @@ def write_tokenizer(
         raise TargetError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
-def _candidates(base: Path | None) -> Iterator[Path]:
+def _candidates(folders: Iterable[Path]) -> Iterator[Path]:
     """Where a tokenizer may be when none is named, best first."""
-    if base is not None:
-        yield base / "tokenizer"
+    for folder in folders:
+        yield folder / "tokenizer"
     if home := os.environ.get("KERAS_HOME"):
         yield Path(home, "datasets", BPE_NAME)
     with suppress(RuntimeError):  # A user without a home folder.

@@ -238,7 +238,7 @@ def test_base_with_other_padding_is_normalised(
         path = base / "tokenizer" / name
         path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "!"}))
     assert load(base / "tokenizer").pad_token_id == 0
-    found = find_tokenizer(None, base)
+    found = find_tokenizer(None, [base])
     assert found.origin == base / "tokenizer"
     write_tokenizer(found, tmp_path / "out")
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
@@ -302,22 +302,22 @@ def test_order_of_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     base = tmp_path / "pipeline"
     base.mkdir()
     with pytest.raises(Error, match=r"(?s)--tokenizer.*--base.*open_clip_torch"):
-        find_tokenizer(None, base)
+        find_tokenizer(None, [base])
 
     spec = importlib.machinery.ModuleSpec("open_clip", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path / "site" / "open_clip")]
     monkeypatch.setattr(importlib.util, "find_spec", {"open_clip": spec, "clip": None}.get)
     package = place(tmp_path / "site" / "open_clip" / BPE_NAME)
-    assert find_tokenizer(None, base).origin == package
+    assert find_tokenizer(None, [base]).origin == package
     cached = place(tmp_path / "home" / ".keras" / "datasets" / BPE_NAME)
-    assert find_tokenizer(None, base).origin == cached
+    assert find_tokenizer(None, [base]).origin == cached
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
-    assert find_tokenizer(None, base).origin == cached
+    assert find_tokenizer(None, [base]).origin == cached
     moved = place(tmp_path / "keras" / "datasets" / BPE_NAME)
-    assert find_tokenizer(None, base).origin == moved
+    assert find_tokenizer(None, [base]).origin == moved
     save_small(base / "tokenizer")
-    assert find_tokenizer(None, base).origin == base / "tokenizer"
-    assert find_tokenizer(save_small(tmp_path / "mine"), base).origin == tmp_path / "mine"
+    assert find_tokenizer(None, [base]).origin == base / "tokenizer"
+    assert find_tokenizer(save_small(tmp_path / "mine"), [base]).origin == tmp_path / "mine"
 
 
 def test_packages_are_not_imported(tmp_path: Path) -> None:

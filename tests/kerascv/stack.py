@@ -60,16 +60,17 @@ def _swish() -> Any:
 
 def small_unet(
     version: int,
-    size: int = 64,
+    size: int | tuple[int, int] = 64,
     widths: tuple[int, ...] = (32, 64, 64, 64),
     context: int = 48,
     heads: int = 2,
 ) -> Any:
-    """KerasCV's UNet at other widths: latents (size//8, size//8, 4), context (77, `context`)."""
+    """KerasCV's UNet at other widths, for pictures of `size` pixels (a side, or height and width)."""
+    sides = size if isinstance(size, tuple) else (size, size)
     fully = version == 2
     inputs_context = LAYERS.Input((TEXT_LENGTH, context))
     inputs_time = LAYERS.Input((widths[0],))
-    latent = LAYERS.Input((size // 8, size // 8, 4))
+    latent = LAYERS.Input((sides[0] // 8, sides[1] // 8, 4))
     t = LAYERS.Dense(widths[0] * 4)(inputs_time)
     t = LAYERS.Dense(widths[0] * 4)(_swish()(t))
 

@@ -1,0 +1,209 @@
+"""A whole model from any source that `convert` reads, or from a diffusers pipeline folder.
+
+Tensors go from the files into the Keras variables one at a time, so that memory peaks near the size of the
+weights. What weights cannot tell (heads, norm groups) comes from the pipeline's configs or, for KerasCV
+checkpoints of unusual widths, from the `kcv2diffusers.json` beside them; otherwise it is Stable Diffusion's
+own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+import keras
+import numpy as np
+
+from kcv2diffusers import pipeline
+from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.layouts import core, reverse
+from kcv2diffusers.models.config import (
+    PIXELS_PER_LATENT,
+    Gelu,
+    ModelConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    VAEConfig,
+)
+from kcv2diffusers.models.sampler import TextToImage
+from kcv2diffusers.models.text_encoder import build_text_encoder
+from kcv2diffusers.models.tokenizer import Tokenizer
+from kcv2diffusers.models.unet import build_unet
+from kcv2diffusers.models.vae import build_decoder, build_image_encoder
+from kcv2diffusers.recognise import NAMES, Match, recognise
+from kcv2diffusers.sources import open_sources
+from kcv2diffusers.sources.locate import locate
+from kcv2diffusers.sources.pipeline import is_pipeline, read_pipeline
+from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.tables import spec
+from kcv2diffusers.tokenizer import find_tokenizer
+
+PARTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
+_ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact", "gelu_pytorch_tanh": "tanh"}
+
+
+@dataclass
+class Base:
+    """All parts of a Stable Diffusion model.
+
+    `version` is "sd1" or "sd2"; `image_size` the height and width in pixels that it was trained for.
+    """
+
+    version: str
+    image_size: int
+    config: ModelConfig
+    unet: keras.Model
+    text_encoder: keras.Model
+    decoder: keras.Model
+    image_encoder: keras.Model
+    tokenizer: Tokenizer
+
+    def sampler(self) -> TextToImage:
+        """Text to picture with these models."""
+        return TextToImage(self.text_encoder, self.unet, self.decoder, self.tokenizer)
+
+
+def load_base(
+    *sources: str | PathLike[str],
+    tokenizer: str | PathLike[str] | None = None,
+    gelu: Gelu | None = None,
+    moments: bool = False,
+    dtype: str | None = None,
+) -> Base:
+    """Build and load the models of `sources`: a diffusers pipeline folder, KerasCV checkpoints, or "tiny".
+
+    Variables are float32 whatever the files hold. `tokenizer` is a folder or CLIP's file of merges (default:
+    the one beside the weights, then one found on this machine). `gelu` is the UNet's: by default KerasCV's
+    "tanh" for its checkpoints and "exact" for pipelines, each as it was trained. `moments` makes the image
+    encoder give mean and log variance. `dtype` is a Keras dtype policy. Raises Error with a message for the
+    user.
+    """
+    paths = [locate(source, base=True) for source in sources]
+    if len(paths) == 1 and is_pipeline(paths[0]):
+        components = read_pipeline(paths[0])
+        configs = {part: (m, c.config) for c in components.values() for part, m in c.parts.items()}
+        gelu = gelu or "exact"
+    else:
+        matches = _by_part(recognise(source) for path in paths for source in open_sources(path))
+        configs = {part: (m, _beside(m)) for part, m in matches.items()}
+        gelu = gelu or "tanh"
+    if missing := [NAMES[part] for part in PARTS if part not in configs]:
+        raise Error(f"Not a whole model, {', '.join(missing)} missing: {', '.join(map(str, paths))}.")
+    unet, text = configs["unet"][0], configs["text_encoder"][0]
+    if not text.known:  # an unusual text encoder looks alike in both versions
+        configs["text_encoder"] = (
+            replace(text, spec=spec("text_encoder", unet.version)),
+            configs["text_encoder"][1],
+        )
+    config = ModelConfig(
+        unet_config(*configs["unet"], gelu=gelu),
+        text_encoder_config(*configs["text_encoder"]),
+        vae_config(*configs["vae_decoder"]),
+    )
+    files = find_tokenizer(locate(tokenizer, base=True) if tokenizer is not None else None, paths)
+    base = Base(
+        unet.version,
+        PIXELS_PER_LATENT * configs["unet"][1].get("sample_size", pipeline.IMAGE_SIZE // PIXELS_PER_LATENT),
+        config,
+        build_unet(config.unet, dtype),
+        build_text_encoder(config.text_encoder, dtype),
+        build_decoder(config.vae, dtype),
+        build_image_encoder(config.vae, moments, dtype),
+        Tokenizer.of_files(files),
+    )
+    for part, model in zip(
+        PARTS, (base.unet, base.text_encoder, base.decoder, base.image_encoder), strict=True
+    ):
+        load_weights(model, configs[part][0])
+    return base
+
+
+def load_weights(model: keras.Model, match: Match) -> None:
+    """Give the variables of one of our models the tensors of a recognised part, turned round if from
+    diffusers.
+    """
+    slots = list(match.require_complete().slots())
+    if len(slots) != len(model.weights):
+        raise Error(f"{match.source.path}: {len(slots)} tensors for {len(model.weights)} variables.")
+    for (slot, tensor), variable in zip(slots, model.weights, strict=True):
+        values, shape = _read(tensor), tuple(variable.shape)
+        if not match.keras and slot.variable.reverses:
+            values = reverse(values, core(shape)[::-1], shape)
+        if values.shape != shape:
+            raise Error(f"{match.source.path}: {tensor.name} is {list(values.shape)}, not {list(shape)}.")
+        variable.assign(values.astype("float32", copy=False))
+
+
+def unet_config(match: Match, stated: Mapping[str, Any], gelu: Gelu) -> UNetConfig:
+    """The sizes of a UNet from its shapes and from config entries of diffusers' names."""
+    widths = _widths(match)
+    heads = _stated(match, stated, "attention_head_dim")
+    return UNetConfig(
+        widths=widths,
+        heads=tuple(heads) if isinstance(heads, list) else (heads,) * len(widths),
+        context_width=match.dims["context"],
+        linear_projection=match.version == "sd2",
+        norm_groups=_stated(match, stated, "norm_num_groups"),
+        gelu=gelu,
+    )
+
+
+def text_encoder_config(match: Match, stated: Mapping[str, Any]) -> TextEncoderConfig:
+    """The sizes of a text encoder; SD2's GELU is KerasCV's tanh approximation unless a pipeline states its
+    own.
+    """
+    activation = stated.get("hidden_act", "quick_gelu" if match.version == "sd1" else "gelu_pytorch_tanh")
+    if activation not in _ACTIVATIONS:
+        raise Error(f"{match.source.path}: unknown activation {activation!r} in the text encoder's config.")
+    return TextEncoderConfig(
+        width=match.dims["width"],
+        layers=match.dims["repeat"],
+        heads=_stated(match, stated, "num_attention_heads"),
+        vocabulary=match.dims["vocabulary"],
+        max_length=match.dims["length"],
+        activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
+    )
+
+
+def vae_config(match: Match, stated: Mapping[str, Any]) -> VAEConfig:
+    """The sizes of the autoencoder from either half."""
+    return VAEConfig(_widths(match), _stated(match, stated, "norm_num_groups"))
+
+
+def _widths(match: Match) -> tuple[int, ...]:
+    return tuple(match.dims[name] for name in ("c0", "c1", "c2", "c3"))
+
+
+def _stated(match: Match, stated: Mapping[str, Any], name: str) -> Any:
+    table = match.spec.table
+    return {**table.config, **table.versions[match.version].config, **stated}[name]
+
+
+def _beside(match: Match) -> dict[str, Any]:
+    """Entries of the `kcv2diffusers.json` beside a checkpoint, which must state heads that are unusual."""
+    stated = pipeline.user_config(match.source.path, match.spec.table)
+    pipeline.require_heads(match, stated)
+    return stated
+
+
+def _by_part(matches: Iterable[Match]) -> dict[str, Match]:
+    parts: dict[str, Match] = {}
+    for match in matches:
+        if match.part in parts:
+            other = parts[match.part].source.path
+            raise Error(f"Two {NAMES[match.part]}s: {other} and {match.source.path}.\nGive only one of them.")
+        parts[match.part] = match
+    return parts
+
+
+def _read(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """All values of a stored tensor."""
+    if tensor.load is not None:
+        return np.asarray(tensor.load()).reshape(tensor.shape)
+    count = tensor.nbytes // tensor.dtype.itemsize
+    values = np.fromfile(tensor.path, tensor.dtype, count, offset=tensor.offset or 0)
+    if values.size != count:
+        raise SourceError(tensor.path, f"{tensor.name}: the file ends within it.")
+    return values.reshape(tensor.shape)

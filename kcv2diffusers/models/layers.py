@@ -1,0 +1,163 @@
+"""What the three networks share: padded convolutions, blocks that can rematerialise, attention, GELU.
+
+Layer classes and attributes carry KerasCV's names, because Keras builds the paths inside a `.weights.h5` from
+them: that is what makes the weights of one loadable by the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+Tensor = Any
+"""A tensor of whichever backend Keras runs on."""
+
+EPSILON = 1e-5
+"""Added to the variance in every normalisation; KerasCV uses one value throughout."""
+
+
+class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
+    """A 2D convolution, (batch, height, width, channels) to (batch, height / strides, width / strides,
+    filters).
+
+    With `strides=2` the padding is one pixel on every side (the UNet) or, if `pad_end`, one pixel below and
+    to the right only (the VAE encoder). Otherwise Keras pads by itself, which saves a copy of the input.
+    """
+
+    def __init__(
+        self, filters: int, kernel_size: int, strides: int = 1, pad_end: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        pad_here = strides == 2 and not pad_end
+        self.padding2d = keras.layers.ZeroPadding2D(1) if pad_here else None
+        self.conv2d = keras.layers.Conv2D(
+            filters, kernel_size, strides=strides, padding="valid" if pad_here else "same"
+        )
+
+    def call(self, inputs: Tensor) -> Tensor:
+        if self.padding2d is not None:
+            inputs = self.padding2d(inputs)
+        return self.conv2d(inputs)
+
+
+class Block(keras.layers.Layer):  # type: ignore[misc]
+    """A layer whose activations may be recomputed in the backward pass instead of kept (`rematerialise`).
+
+    Subclasses define `compute`. Inputs come as one tensor or, as in KerasCV, as a list of them.
+    """
+
+    remat = False
+
+    def call(self, inputs: Tensor) -> Tensor:
+        tensors = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+        return (keras.remat(self.compute) if self.remat else self.compute)(*tensors)
+
+    def compute(self, *tensors: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def rematerialise(model: keras.Model, enabled: bool = True) -> None:
+    """Trade time for memory: keep only the inputs of each block of `model` for the backward pass.
+
+    It is a switch on a built model, not an argument of its builder, because variables must not be created
+    inside a rematerialised call.
+    """
+    for layer in model.layers:
+        if isinstance(layer, Block):
+            layer.remat = enabled
+
+
+class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
+    """Group normalisation of (batch, height, width, channels), with float32 statistics under every policy.
+
+    Keras' own call makes half a dozen copies of its input, all kept for the backward pass, and is what a VAE
+    spends most of its memory on. This one takes the fused kernel that PyTorch has; elsewhere it brings
+    statistics and affine parameters into one multiply-add per channel.
+    """
+
+    def call(self, inputs: Tensor) -> Tensor:
+        if keras.backend.backend() == "torch":
+            return _torch_group_norm(inputs, self)
+        batch, channels = ops.shape(inputs)[0], inputs.shape[-1]
+        x = ops.cast(inputs, "float32")
+        grouped = ops.reshape(x, (-1, *ops.shape(inputs)[1:3], self.groups, channels // self.groups))
+        mean, variance = ops.moments(grouped, axes=(1, 2, 4), keepdims=True)
+        gamma = ops.reshape(ops.cast(self.gamma, "float32"), (1, 1, 1, self.groups, -1))
+        beta = ops.reshape(ops.cast(self.beta, "float32"), (1, 1, 1, self.groups, -1))
+        scale = gamma * ops.rsqrt(variance + self.epsilon)
+        shift = beta - mean * scale
+        x = x * ops.reshape(scale, (batch, 1, 1, channels)) + ops.reshape(shift, (batch, 1, 1, channels))
+        return ops.cast(x, self.compute_dtype)
+
+
+def _torch_group_norm(inputs: Tensor, layer: keras.layers.Layer) -> Tensor:
+    """PyTorch wants channels first; a permuted view is its channels-last format, so nothing is copied."""
+    from torch.nn.functional import group_norm
+
+    x = inputs.permute(0, 3, 1, 2).float()
+    gamma, beta = layer.gamma.value.float(), layer.beta.value.float()
+    x = group_norm(x, layer.groups, gamma, beta, layer.epsilon)
+    return ops.cast(x.permute(0, 2, 3, 1), layer.compute_dtype)
+
+
+def group_norm(groups: int) -> keras.layers.Layer:
+    """Group normalisation with KerasCV's epsilon."""
+    return GroupNormalization(groups, epsilon=EPSILON)
+
+
+def layer_norm() -> keras.layers.Layer:
+    """Layer normalisation as KerasCV has it; Keras computes its statistics in float32 under every policy."""
+    return keras.layers.LayerNormalization(epsilon=EPSILON)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Multi-head attention of (batch, length, width) tensors; (batch, query length, width) out.
+
+    Flash attention where the backend has it; the softmax is computed in float32 under every policy.
+    """
+
+    def split(x: Tensor) -> Tensor:
+        return ops.reshape(x, (-1, ops.shape(x)[1], heads, x.shape[-1] // heads))
+
+    mixed = ops.dot_product_attention(split(query), split(key), split(value), is_causal=causal)
+    return ops.reshape(mixed, (-1, ops.shape(query)[1], query.shape[-1]))
+
+
+def to_sequence(x: Tensor) -> Tensor:
+    """(batch, height, width, channels) to (batch, height * width, channels)."""
+    _, height, width, _ = ops.shape(x)
+    return ops.reshape(x, (-1, height * width, x.shape[-1]))
+
+
+def to_image(sequence: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `to_sequence`, with the height and width of `like`."""
+    _, height, width, _ = ops.shape(like)
+    return ops.reshape(sequence, (-1, height, width, sequence.shape[-1]))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's sigmoid approximation of the GELU, as in SD1's text encoder."""
+    return x * ops.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "tanh": lambda x: ops.gelu(x, approximate=True),
+    "exact": lambda x: ops.gelu(x, approximate=False),
+}
+
+
+@contextlib.contextmanager
+def dtype_policy(policy: str | None) -> Iterator[None]:
+    """Build layers under `policy` (such as "mixed_bfloat16"); None leaves the global policy as it is."""
+    before = keras.config.dtype_policy()
+    if policy is not None:
+        keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)

@@ -1,0 +1,162 @@
+"""Text to picture, by the loop of KerasCV 0.9.0: same tokens, timesteps and update, so same noise gives same
+latents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from kcv2diffusers.errors import Error
+from kcv2diffusers.models.config import LATENT_CHANNELS, PIXELS_PER_LATENT
+from kcv2diffusers.models.layers import Tensor
+from kcv2diffusers.models.tokenizer import Tokenizer
+
+Array = np.ndarray[Any, Any]
+
+PROMPT_LENGTH = 77
+"""Prompts are padded to this many tokens, with the end token."""
+TRAIN_STEPS = 1000
+GRANULARITY = 64
+"""Heights and widths are multiples of this: 8 pixels a latent, halved three times in the UNet."""
+
+
+def alphas_cumprod() -> Array:
+    """How much of a picture's variance is left at each of the 1000 timesteps, float32, from 0.9991 down to
+    0.0047.
+    """
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype="float64") ** 2
+    return np.cumprod(1 - betas).astype("float32")
+
+
+def sampling_timesteps(steps: int) -> Array:
+    """The timesteps of a run of `steps` steps, ascending, from 0 to 999, as KerasCV rounds them."""
+    if steps < 1:
+        raise Error(f"{steps} steps: at least 1 is needed")
+    ratio = (TRAIN_STEPS - 1) / (steps - 1) if steps > 1 else TRAIN_STEPS
+    return (np.arange(steps) * ratio).round().astype("int64")
+
+
+def timestep_embedding(timesteps: Array, width: int) -> Array:
+    """Sinusoids of (batch,) timesteps, cosines first: (batch, width) float32."""
+    half = width // 2
+    frequencies = np.exp(-math.log(10000) * np.arange(half, dtype="float32") / half)
+    angles = np.asarray(timesteps, dtype="float32")[:, None] * frequencies
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+
+
+class GuidedStep(keras.Model):  # type: ignore[misc]
+    """One step towards the picture with classifier-free guidance, as a model so that each backend compiles
+    it.
+
+    The unconditional and the conditional prediction run as one batch of twice the size.
+    """
+
+    def __init__(self, unet: keras.Model) -> None:
+        super().__init__(name="guided_step")
+        self.unet = unet
+
+    def call(self, inputs: dict[str, Tensor]) -> Tensor:
+        latents = ops.cast(inputs["latents"], "float32")
+        twice = ops.concatenate([latents, latents])
+        noise = self.unet(
+            {"latent": twice, "timestep_embedding": inputs["embedding"], "context": inputs["context"]}
+        )
+        unconditional, conditional = ops.split(ops.cast(noise, "float32"), 2)
+        # One row of numbers per picture: predict_on_batch has batched inputs only.
+        scale, signal, signal_before = (inputs["numbers"][:, i, None, None, None] for i in range(3))
+        noise = unconditional + scale * (conditional - unconditional)
+        picture = (latents - ops.sqrt(1 - signal) * noise) / ops.sqrt(signal)
+        return ops.sqrt(1 - signal_before) * noise + ops.sqrt(signal_before) * picture
+
+
+@dataclasses.dataclass
+class TextToImage:
+    """The three models and the tokenizer of a Stable Diffusion, and the loop around them."""
+
+    text_encoder: keras.Model
+    unet: keras.Model
+    decoder: keras.Model
+    tokenizer: Tokenizer
+
+    def __post_init__(self) -> None:
+        self._step = GuidedStep(self.unet)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Array:
+        """The text encoder's output for each prompt: (prompts, 77, width)."""
+        tokens = [self.tokenizer.encode(prompt) for prompt in prompts]
+        for prompt, ids in zip(prompts, tokens, strict=True):
+            if len(ids) > PROMPT_LENGTH:
+                raise Error(f"the prompt has {len(ids)} tokens, at most {PROMPT_LENGTH} fit: {prompt!r}")
+        padded = [ids + [self.tokenizer.end] * (PROMPT_LENGTH - len(ids)) for ids in tokens]
+        positions = np.broadcast_to(np.arange(PROMPT_LENGTH, dtype="int32"), (len(padded), PROMPT_LENGTH))
+        inputs = {"tokens": np.array(padded, dtype="int32"), "positions": np.ascontiguousarray(positions)}
+        return np.asarray(self.text_encoder.predict_on_batch(inputs))
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        noise: Array,
+        *,
+        negative_prompt: str = "",
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Array:
+        """Latents for `prompts` from `noise`, both (prompts, height / 8, width / 8, 4) float32.
+
+        `progress` is called after each step with its number and the number of steps.
+        """
+        context = self.encode_prompts([*[negative_prompt] * len(prompts), *prompts])
+        timesteps, signal = sampling_timesteps(steps), alphas_cumprod()
+        latents = np.asarray(noise, dtype="float32")
+        width = self.unet.input_shape[1][-1]
+        for done, timestep in enumerate(reversed(timesteps), start=1):
+            signal_before = signal[timesteps[steps - done - 1]] if done < steps else 1.0
+            numbers = np.array([guidance_scale, signal[timestep], signal_before], dtype="float32")
+            latents = self._step.predict_on_batch(
+                {
+                    "latents": latents,
+                    "embedding": timestep_embedding(np.full(len(context), timestep), width),
+                    "context": context,
+                    "numbers": np.tile(numbers, (len(latents), 1)),
+                }
+            )
+            if progress is not None:
+                progress(done, steps)
+        return np.asarray(latents)
+
+    def decode(self, latents: Array) -> Array:
+        """Pictures (batch, height, width, 3) uint8 of scaled latents, fractions cut off as in KerasCV."""
+        decoded = np.asarray(self.decoder.predict_on_batch(latents)).astype("float32")
+        return np.clip((decoded + 1) / 2 * 255, 0, 255).astype("uint8")
+
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        height: int = 512,
+        width: int = 512,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Array:
+        """Pictures (prompts, height, width, 3) uint8, one for each of `prompts`; `options` are those of
+        `sample`.
+
+        The noise of a seed is KerasCV's on the same Keras backend; backends differ from each other.
+        """
+        return self.decode(self.sample(prompts, initial_noise(len(prompts), height, width, seed), **options))
+
+
+def initial_noise(batch: int, height: int, width: int, seed: int | None = None) -> Array:
+    """Standard normal noise (batch, height / 8, width / 8, 4) float32, as KerasCV draws it from `seed`."""
+    if height % GRANULARITY or width % GRANULARITY or min(height, width) < GRANULARITY:
+        raise Error(f"{width}x{height} pixels: both sides must be multiples of {GRANULARITY}")
+    shape = (batch, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT, LATENT_CHANNELS)
+    return np.asarray(ops.convert_to_numpy(keras.random.normal(shape, seed=seed)))

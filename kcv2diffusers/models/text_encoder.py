@@ -1,0 +1,71 @@
+"""CLIP's text encoder as Stable Diffusion 1 and 2 use it, weight-compatible with KerasCV's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from kcv2diffusers.models.config import TextEncoderConfig
+from kcv2diffusers.models.layers import ACTIVATIONS, Block, Tensor, attention, dtype_policy, layer_norm
+
+
+class CLIPEmbedding(keras.layers.Layer):  # type: ignore[misc]
+    """Token plus position embeddings, (batch, length) integers to (batch, length, width)."""
+
+    def __init__(self, vocabulary: int, width: int, max_length: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.token_embedding = keras.layers.Embedding(vocabulary, width)
+        self.position_embedding = keras.layers.Embedding(max_length, width)
+
+    def call(self, inputs: list[Tensor]) -> Tensor:
+        tokens, positions = inputs
+        return self.token_embedding(tokens) + self.position_embedding(positions)
+
+
+class CLIPEncoderLayer(Block):
+    """Causal self-attention and a feed-forward layer, each normalised and added."""
+
+    def __init__(self, width: int, heads: int, activation: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.layer_norm1 = layer_norm()
+        self.clip_attn = CLIPAttention(width, heads)
+        self.layer_norm2 = layer_norm()
+        self.fc1 = keras.layers.Dense(4 * width)
+        self.fc2 = keras.layers.Dense(width)
+        self.activation = ACTIVATIONS[activation]
+
+    def compute(self, inputs: Tensor) -> Tensor:
+        x = inputs + self.clip_attn(self.layer_norm1(inputs))
+        return x + self.fc2(self.activation(self.fc1(self.layer_norm2(x))))
+
+
+class CLIPAttention(keras.layers.Layer):  # type: ignore[misc]
+    """Multi-head self-attention in which a token sees itself and the tokens before it."""
+
+    def __init__(self, width: int, heads: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.heads = heads
+        self.q_proj = keras.layers.Dense(width)
+        self.k_proj = keras.layers.Dense(width)
+        self.v_proj = keras.layers.Dense(width)
+        self.out_proj = keras.layers.Dense(width)
+
+    def call(self, inputs: Tensor) -> Tensor:
+        query, key, value = self.q_proj(inputs), self.k_proj(inputs), self.v_proj(inputs)
+        return self.out_proj(attention(query, key, value, self.heads, causal=True))
+
+
+def build_text_encoder(config: TextEncoderConfig, dtype: str | None = None) -> keras.Model:
+    """The text encoder as a Keras model with random weights.
+
+    Inputs, by name: `tokens` and `positions`, both (batch, length) int32, length up to `config.max_length`.
+    Output: (batch, length, `config.width`). `dtype` is a Keras dtype policy; default: the global one.
+    """
+    with dtype_policy(dtype):
+        tokens = keras.Input((None,), dtype="int32", name="tokens")
+        positions = keras.Input((None,), dtype="int32", name="positions")
+        x = CLIPEmbedding(config.vocabulary, config.width, config.max_length)([tokens, positions])
+        for _ in range(config.layers):
+            x = CLIPEncoderLayer(config.width, config.heads, config.activation)(x)
+        return keras.Model([tokens, positions], layer_norm()(x), name="text_encoder")

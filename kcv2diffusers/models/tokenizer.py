@@ -1,0 +1,162 @@
+"""CLIP's byte-pair tokenizer at work: prompts to ids. Its files are the business of
+`kcv2diffusers.tokenizer`.
+
+It gives the ids of OpenAI's tokenizer, which KerasCV's `SimpleTokenizer` and transformers' `CLIPTokenizer`
+also give, without needing either.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kcv2diffusers.tokenizer import BOS, EOS, TokenizerFiles
+
+CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    `vocabulary` maps a token to its id; a token that ends a word carries `</w>`. `merges` are the pairs of
+    tokens to join, most urgent first. `placeholders` (textual inversion) get the ids after the vocabulary.
+    """
+
+    def __init__(
+        self,
+        vocabulary: dict[str, int],
+        merges: list[tuple[str, str]],
+        placeholders: Sequence[str] = (),
+    ) -> None:
+        self.vocabulary, self.placeholders = vocabulary, tuple(placeholders)
+        ids = vocabulary | {token: len(vocabulary) + n for n, token in enumerate(placeholders)}
+        self.special = {token: ids[token] for token in (BOS, EOS, *placeholders)}
+        self.texts = {index: token for token, index in ids.items()}
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        self.start, self.end = vocabulary[BOS], vocabulary[EOS]
+
+    @classmethod
+    def of_files(cls, files: TokenizerFiles) -> Tokenizer:
+        """From what `find_tokenizer` has read."""
+        pairs = [tuple(merge.split(" ")) for merge in files.merges]
+        return cls(files.vocab, [(first, second) for first, second in pairs], files.placeholder_tokens)
+
+    @property
+    def files(self) -> TokenizerFiles:
+        """As `write_tokenizer` takes it."""
+        merges = [" ".join(pair) for pair in self.ranks]
+        return TokenizerFiles(self.vocabulary, merges, self.placeholders, Path())
+
+    @classmethod
+    def of_words(cls, words: list[str]) -> Tokenizer:
+        """A tokenizer for which each of `words` is one token; anything else is spelled in longer or shorter
+        pieces.
+
+        Ids are in the order that OpenAI's tokenizer has: bytes, bytes that end a word, merges, start, end.
+        """
+        tokens = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values())]
+        ranks: dict[tuple[str, str], int] = {}
+        for word in words:
+            # New merges rank below all earlier ones, so words that are already one token stay so.
+            pieces = _merge([*word[:-1], word[-1] + "</w>"], ranks)
+            joined = pieces[0]
+            for piece in pieces[1:]:
+                ranks[joined, piece] = len(ranks)
+                joined += piece
+        tokens += dict.fromkeys(first + second for first, second in ranks)
+        vocabulary = {token: index for index, token in enumerate([*tokens, BOS, EOS])}
+        return cls(vocabulary, list(ranks))
+
+    def encode(self, text: str, length: int | None = None) -> list[int]:
+        """The ids of `text` between start and end; with `length`, padded with end or cut to that many ids."""
+        ids = [self.start]
+        for word in split(text, tuple(self.special)):
+            ids += self._spell(word)
+        ids.append(self.end)
+        if length is not None:
+            ids = ids[: length - 1] + [self.end] * max(1, length - len(ids) + 1)
+        return ids[:length]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, without start and end."""
+        symbols = "".join(self.texts[index] for index in ids if index not in (self.start, self.end))
+        return symbols_to_text(symbols)
+
+    def _spell(self, word: str) -> list[int]:
+        if word in self.special:
+            return [self.special[word]]
+        pieces = [BYTES[byte] for byte in word.encode()]
+        pieces[-1] += "</w>"
+        return [self.vocabulary[piece] for piece in _merge(pieces, self.ranks)]
+
+
+def _merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Join the most urgent pair of neighbours, wherever it is, until no pair is in `ranks`."""
+    while len(pieces) > 1:
+        pairs = itertools.pairwise(pieces)
+        rank, first, second = min((ranks.get(pair, len(ranks)), *pair) for pair in pairs)
+        if rank == len(ranks):
+            break
+        pieces = list(_join(pieces, first, second))
+    return pieces
+
+
+def _join(pieces: list[str], first: str, second: str) -> Iterator[str]:
+    """`pieces` with every `first` that `second` follows joined to it."""
+    index = 0
+    while index < len(pieces):
+        if pieces[index : index + 2] == [first, second]:
+            yield first + second
+            index += 2
+        else:
+            yield pieces[index]
+            index += 1
+
+
+def split(text: str, special_tokens: Sequence[str] = (BOS, EOS)) -> Iterator[str]:
+    """The words CLIP sees in `text`: runs of letters, single digits, runs of anything else, English
+    contractions.
+    """
+    text = " ".join(html.unescape(html.unescape(text)).split()).lower()
+    index = 0
+    while index < len(text):
+        special = next(
+            (word for word in (*special_tokens, *CONTRACTIONS) if text.startswith(word, index)), None
+        )
+        kind = _kind(text[index])
+        stop = index + len(special) if special else index + 1
+        while not special and kind != "N" and stop < len(text) and _kind(text[stop]) == kind:
+            stop += 1
+        if kind != " ":
+            yield text[index:stop]
+        index = stop
+
+
+def _kind(character: str) -> str:
+    """Letter, number, space or other."""
+    if character.isspace():
+        return " "
+    category = unicodedata.category(character)[0]
+    return category if category in "LN" else "other"
+
+
+def _byte_symbols() -> dict[int, str]:
+    """A visible character for each byte: itself where it is printable, otherwise one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+BYTES = _byte_symbols()
+
+
+def symbols_to_text(symbols: str) -> str:
+    """Byte symbols back to text; `</w>` becomes a space."""
+    bytes_of = {symbol: byte for byte, symbol in BYTES.items()}
+    words = symbols.split("</w>")
+    return " ".join(
+        bytes(bytes_of[symbol] for symbol in word).decode(errors="replace") for word in words
+    ).strip()

@@ -1,0 +1,179 @@
+"""The denoising UNet of Stable Diffusion 1 and 2, weight-compatible with KerasCV's own classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from kcv2diffusers.models.config import LATENT_CHANNELS, UNetConfig
+from kcv2diffusers.models.layers import (
+    ACTIVATIONS,
+    Block,
+    PaddedConv2D,
+    Tensor,
+    attention,
+    dtype_policy,
+    group_norm,
+    layer_norm,
+    to_image,
+    to_sequence,
+)
+
+
+class ResBlock(Block):
+    """Two convolutions around an added timestep embedding, with a shortcut."""
+
+    def __init__(self, width: int, groups: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.width = width
+        self.entry_flow = [group_norm(groups), keras.layers.Activation("silu"), PaddedConv2D(width, 3)]
+        self.embedding_flow = [keras.layers.Activation("silu"), keras.layers.Dense(width)]
+        self.exit_flow = [group_norm(groups), keras.layers.Activation("silu"), PaddedConv2D(width, 3)]
+
+    def build(self, input_shape: Any) -> None:
+        self.residual_projection = PaddedConv2D(self.width, 1) if input_shape[0][-1] != self.width else None
+
+    def compute(self, inputs: Tensor, embedding: Tensor) -> Tensor:
+        x = inputs
+        for layer in self.entry_flow:
+            x = layer(x)
+        for layer in self.embedding_flow:
+            embedding = layer(embedding)
+        x = x + embedding[:, None, None]
+        for layer in self.exit_flow:
+            x = layer(x)
+        return x + (inputs if self.residual_projection is None else self.residual_projection(inputs))
+
+
+class SpatialTransformer(Block):
+    """A transformer block over the pixels of a feature map, attending to the text."""
+
+    def __init__(self, width: int, heads: int, config: UNetConfig, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.norm = group_norm(config.norm_groups)
+        self.proj1 = keras.layers.Dense(width) if config.linear_projection else PaddedConv2D(width, 1)
+        self.transformer_block = BasicTransformerBlock(width, heads, config.gelu)
+        self.proj2 = keras.layers.Dense(width) if config.linear_projection else PaddedConv2D(width, 1)
+
+    def compute(self, inputs: Tensor, context: Tensor) -> Tensor:
+        x = to_sequence(self.proj1(self.norm(inputs)))
+        x = self.transformer_block([x, context])
+        return self.proj2(to_image(x, like=inputs)) + inputs
+
+
+class BasicTransformerBlock(keras.layers.Layer):  # type: ignore[misc]
+    """Self-attention, attention to the text, and a gated feed-forward layer, each normalised and added."""
+
+    def __init__(self, width: int, heads: int, gelu: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.norm1 = layer_norm()
+        self.attn1 = CrossAttention(width, heads)
+        self.norm2 = layer_norm()
+        self.attn2 = CrossAttention(width, heads)
+        self.norm3 = layer_norm()
+        self.geglu = GEGLU(4 * width, gelu)
+        self.dense = keras.layers.Dense(width)
+
+    def call(self, inputs: list[Tensor]) -> Tensor:
+        x, context = inputs
+        normed = self.norm1(x)
+        x = self.attn1([normed, normed]) + x
+        x = self.attn2([self.norm2(x), context]) + x
+        return self.dense(self.geglu(self.norm3(x))) + x
+
+
+class CrossAttention(keras.layers.Layer):  # type: ignore[misc]
+    """Multi-head attention of a sequence to a context, which may be the sequence itself."""
+
+    def __init__(self, width: int, heads: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.heads = heads
+        self.to_q = keras.layers.Dense(width, use_bias=False)
+        self.to_k = keras.layers.Dense(width, use_bias=False)
+        self.to_v = keras.layers.Dense(width, use_bias=False)
+        self.out_proj = keras.layers.Dense(width)
+
+    def call(self, inputs: list[Tensor]) -> Tensor:
+        x, context = inputs
+        return self.out_proj(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(keras.layers.Layer):  # type: ignore[misc]
+    """A linear layer multiplied by the GELU of another."""
+
+    def __init__(self, width: int, gelu: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.width = width
+        self.gelu = ACTIVATIONS[gelu]
+        self.dense = keras.layers.Dense(2 * width)
+
+    def call(self, inputs: Tensor) -> Tensor:
+        x = self.dense(inputs)
+        return x[..., : self.width] * self.gelu(x[..., self.width :])
+
+
+class Upsample(keras.layers.Layer):  # type: ignore[misc]
+    """Doubles height and width by repeating pixels, then convolves."""
+
+    def __init__(self, width: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.ups = keras.layers.UpSampling2D(2)
+        self.conv = PaddedConv2D(width, 3)
+
+    def call(self, inputs: Tensor) -> Tensor:
+        return self.conv(self.ups(inputs))
+
+
+def build_unet(config: UNetConfig, dtype: str | None = None) -> keras.Model:
+    """The UNet as a Keras model with random weights.
+
+    Inputs, by name: `latent` (batch, height / 8, width / 8, 4), `timestep_embedding` (batch,
+    `config.timestep_width`) and `context` (batch, length, `config.context_width`), the text encoder's output.
+    Output: the predicted noise, of the shape of `latent`. Height and width are any multiples of 64 pixels.
+    `dtype` is a Keras dtype policy; default: the global one.
+    """
+    with dtype_policy(dtype):
+        latent = keras.Input((None, None, LATENT_CHANNELS), name="latent")
+        timestep_embedding = keras.Input((config.timestep_width,), name="timestep_embedding")
+        context = keras.Input((None, config.context_width), name="context")
+
+        def res(x: Tensor, width: int) -> Tensor:
+            return ResBlock(width, config.norm_groups)([x, embedding])
+
+        def transform(x: Tensor, level: int) -> Tensor:
+            return SpatialTransformer(config.widths[level], config.heads[level], config)([x, context])
+
+        embedding = keras.layers.Dense(4 * config.widths[0])(timestep_embedding)
+        embedding = keras.layers.Activation("silu")(embedding)
+        embedding = keras.layers.Dense(4 * config.widths[0])(embedding)
+
+        coarsest = len(config.widths) - 1
+        x = PaddedConv2D(config.widths[0], 3)(latent)
+        skips = [x]
+        for level, width in enumerate(config.widths):
+            for _ in range(config.blocks):
+                x = res(x, width)
+                if level != coarsest:
+                    x = transform(x, level)
+                skips.append(x)
+            if level != coarsest:
+                x = PaddedConv2D(width, 3, strides=2)(x)
+                skips.append(x)
+
+        x = res(x, config.widths[-1])
+        x = transform(x, coarsest)
+        x = res(x, config.widths[-1])
+
+        for level, width in reversed(list(enumerate(config.widths))):
+            for _ in range(config.blocks + 1):
+                x = res(keras.layers.Concatenate()([x, skips.pop()]), width)
+                if level != coarsest:
+                    x = transform(x, level)
+            if level != 0:
+                x = Upsample(width)(x)
+
+        x = group_norm(config.norm_groups)(x)
+        x = keras.layers.Activation("silu")(x)
+        x = PaddedConv2D(LATENT_CHANNELS, 3)(x)
+        return keras.Model([latent, timestep_embedding, context], x, name="unet")

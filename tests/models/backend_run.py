@@ -1,0 +1,89 @@
+"""Run in a process of its own, under the KERAS_BACKEND of its environment: every model on fixed inputs.
+
+`python backend_run.py OUT.npz` writes what each model computes, and the gradients of the UNet
+with and without rematerialisation, and fails if a backend or keras-cv was imported that nobody asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import keras
+import numpy as np
+
+from kcv2diffusers import models
+
+UNET = models.UNetConfig(widths=(32, 64), heads=(2, 4), context_width=24, norm_groups=8)
+TEXT = models.TextEncoderConfig(width=24, layers=2, heads=4, vocabulary=50)
+VAE = models.VAEConfig(widths=(16, 32), norm_groups=8)
+RNG = np.random.default_rng(0)
+
+
+def randomise(model: keras.Model) -> None:
+    """As `stack.randomise`, which is not used here because `stack` imports keras-cv."""
+    for variable in model.weights:
+        noise = RNG.standard_normal(variable.shape, dtype="float32")
+        scale = 1 / np.sqrt(np.prod(variable.shape[:-1])) if len(variable.shape) > 1 else 0.1
+        variable.assign(noise * scale + float(variable.path.endswith("gamma")))
+
+
+def run() -> dict[str, Any]:
+    tokens = RNG.integers(0, 50, (2, 9)).astype("int32")
+    unet_inputs = {
+        "latent": RNG.standard_normal((2, 8, 16, 4), dtype="float32"),
+        "timestep_embedding": RNG.standard_normal((2, 32), dtype="float32"),
+        "context": RNG.standard_normal((2, 9, 24), dtype="float32"),
+    }
+    latents = RNG.standard_normal((2, 8, 16, 4), dtype="float32")
+    pictures = RNG.uniform(-1, 1, (2, 32, 64, 3)).astype("float32")
+    results: dict[str, Any] = {}
+    positions = np.tile(np.arange(9, dtype="int32"), (2, 1))
+    for name, model, inputs in [
+        ("text", models.build_text_encoder(TEXT), {"tokens": tokens, "positions": positions}),
+        ("decoder", models.build_decoder(VAE), latents),
+        ("encoder", models.build_image_encoder(VAE), pictures),
+        ("unet", models.build_unet(UNET), unet_inputs),
+    ]:
+        randomise(model)
+        results[name] = model.predict_on_batch(inputs)
+    for name, remat in (("kept", False), ("recomputed", True)):
+        models.rematerialise(model, remat)
+        for variable, gradient in zip(model.trainable_variables, gradients(model, unet_inputs), strict=True):
+            results[f"gradient-{name}/{variable.path}"] = keras.ops.convert_to_numpy(gradient)
+    return results
+
+
+def gradients(model: keras.Model, inputs: dict[str, Any]) -> list[Any]:
+    """Gradients of the mean square of the model's output."""
+    inputs = {name: keras.ops.convert_to_tensor(value) for name, value in inputs.items()}
+    if keras.backend.backend() == "torch":
+        model.zero_grad()
+        keras.ops.mean(model(inputs) ** 2).backward()
+        return [variable.value.grad.detach() for variable in model.trainable_variables]
+    values = [variable.value for variable in model.trainable_variables]
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def loss(values: list[Any]) -> Any:
+            return keras.ops.mean(model.stateless_call(values, [], inputs)[0] ** 2)
+
+        return list(jax.jit(jax.grad(loss))(values))
+    import tensorflow as tf
+
+    @tf.function
+    def step() -> Any:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(inputs) ** 2)
+        return tape.gradient(loss, values)
+
+    return list(step())
+
+
+if __name__ == "__main__":
+    backend = os.environ["KERAS_BACKEND"]
+    assert keras.backend.backend() == backend
+    np.savez(sys.argv[1], **{name.replace("/", "|"): value for name, value in run().items()})
+    unasked = {"keras_cv", "tensorflow"} - {backend}
+    assert not unasked & set(sys.modules), f"imported without being asked for: {unasked & set(sys.modules)}"

@@ -1,0 +1,84 @@
+"""A model loads from KerasCV checkpoints, from the pipeline made of them, and computes the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kcv2diffusers import models
+from kcv2diffusers.errors import Error
+from kcv2diffusers.models.base import load_base
+from kcv2diffusers.models.tokenizer import Tokenizer
+from kcv2diffusers.pipeline import CONFIG_FILE
+from kcv2diffusers.to_diffusers import convert
+from kcv2diffusers.tokenizer import write_tokenizer
+
+WORDS = ["a", "red", "car", "tree"]
+STATED = {
+    "unet": {"attention_head_dim": 4, "norm_num_groups": 4},
+    "text_encoder": {"num_attention_heads": 3},
+    "vae": {"norm_num_groups": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of unusual widths with random weights, as Keras saves them."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = Tokenizer.of_words(WORDS)
+    vae = models.VAEConfig((8, 16, 16, 24), norm_groups=2)
+    parts = {
+        "unet": models.build_unet(models.UNetConfig((16, 24, 32, 32), (4,) * 4, 24, norm_groups=4)),
+        "text_encoder": models.build_text_encoder(
+            models.TextEncoderConfig(24, layers=2, heads=3, vocabulary=len(tokenizer.vocabulary))
+        ),
+        "vae_decoder": models.build_decoder(vae),
+        "vae_encoder": models.build_image_encoder(vae),
+    }
+    rng = np.random.default_rng(0)
+    for name, model in parts.items():
+        for variable in model.weights:
+            variable.assign(variable + 0.1 * rng.standard_normal(variable.shape))
+        model.save_weights(folder / f"{name}.weights.h5")
+    (folder / CONFIG_FILE).write_text(json.dumps(STATED))
+    write_tokenizer(tokenizer.files, folder / "tokenizer")
+    return folder
+
+
+def sample(base: Any) -> Any:
+    noise = np.random.default_rng(1).standard_normal((1, 8, 8, 4)).astype("float32")
+    return base.sampler().sample(["a red car"], noise, steps=3)
+
+
+def test_a_base_loads_with_its_heads_and_groups(folder: Path) -> None:
+    base = load_base(folder)
+    assert base.version == "sd1"
+    assert base.config.unet.heads == (4, 4, 4, 4)
+    assert (base.config.unet.norm_groups, base.config.vae.norm_groups) == (4, 2)
+    assert base.config.text_encoder.heads == 3
+    assert base.config.unet.gelu == "tanh"
+    assert len(base.tokenizer.encode("a red car")) == 5
+    again = models.build_unet(base.config.unet)
+    again.load_weights(folder / "unet.weights.h5")
+    for loaded, expected in zip(base.unet.get_weights(), again.get_weights(), strict=True):
+        assert np.array_equal(loaded, expected)
+
+
+def test_the_pipeline_made_of_it_gives_the_same_model(folder: Path, tmp_path: Path) -> None:
+    convert(folder, out=tmp_path / "pipeline", tokenizer=folder / "tokenizer", image_size=64)
+    expected, got = load_base(folder), load_base(tmp_path / "pipeline", gelu="tanh")
+    assert got.config == expected.config
+    for part in ("unet", "text_encoder", "decoder", "image_encoder"):
+        pairs = zip(getattr(got, part).get_weights(), getattr(expected, part).get_weights(), strict=True)
+        assert all(np.array_equal(one, other) for one, other in pairs), part
+    assert np.array_equal(sample(got), sample(expected))
+    assert load_base(tmp_path / "pipeline").config.unet.gelu == "exact"
+
+
+def test_what_is_not_a_whole_model_is_refused(folder: Path) -> None:
+    with pytest.raises(Error, match="VAE decoder"):
+        load_base(folder / "unet.weights.h5", folder / "text_encoder.weights.h5")
