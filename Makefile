@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 
-.PHONY: venv venv-sprint test test-quick lint demo benchmark clean
+.PHONY: venv venv-sprint test test-quick lint demo demo-full benchmark clean
 
 # The development environment: exact versions from constraints/dev.txt. torch comes first and by exact
 # version, because an open range would fetch whatever build is newest.
@@ -39,8 +39,12 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A genuine full-size KerasCV SD1 checkpoint, converted, loaded in diffusers, both sides compared.
+# The tiny base in Keras and, converted, in diffusers: one picture with both rows.
 demo: venv
+	$(BIN)/python tools/demo.py demo
+
+# A genuine full-size KerasCV SD1 checkpoint, converted, loaded in diffusers, both sides compared.
+demo-full: venv
 	$(BIN)/python tools/demo_full.py demo
 
 benchmark: venv venv-sprint

@@ -149,15 +149,20 @@ def main() -> None:
                 raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
             results[name].append(json.loads(lines[-1].removeprefix("RESULT ")))
             print(name, results[name][-1], file=sys.stderr, flush=True)
-    print("| | forward | step | first step | peak memory of forward | of a step |")
-    print("|---|---|---|---|---|---|")
+    lines = [
+        "| | forward | step | first step | peak memory of forward | of a step |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, rounds in results.items():
         median = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
         peaks = [max(r[key] for r in rounds) for key in ("forward memory", "step memory")]
-        print(
+        lines.append(
             f"| {name} | {median['forward']:.2f} s | {median['step']:.2f} s | {median['first step']:.1f} s "
             f"| {peaks[0]:.1f} GB | {peaks[1]:.1f} GB |"
         )
+    print("\n".join(lines))
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    (ROOT / ".cache" / "train_step.md").write_text("\n".join(lines) + "\n")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2))
 

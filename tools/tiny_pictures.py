@@ -251,14 +251,3 @@ def words() -> list[str]:
     grounds = " ".join(Concept("", "", ground).phrase() for ground in GROUNDS)
     more = "a an photo picture of drawing painting style the and with one"
     return sorted({*OBJECTS, *COLOURS, *grounds.split(), *more.split()})
-
-
-def grid(images: np.ndarray, columns: int, scale: int = 2) -> Image.Image:
-    """(n, 64, 64, 3) uint8 pictures side by side, enlarged `scale` times, with a thin white gap."""
-    rows = -(-len(images) // columns)
-    cell = SIZE * scale + 4
-    sheet = Image.new("RGB", (columns * cell, rows * cell), "white")
-    for i, image in enumerate(images):
-        big = Image.fromarray(image).resize((SIZE * scale, SIZE * scale), Image.Resampling.BICUBIC)
-        sheet.paste(big, (i % columns * cell + 2, i // columns * cell + 2))
-    return sheet

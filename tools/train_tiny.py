@@ -34,9 +34,11 @@ from kcv2diffusers.models import (
     build_text_encoder,
     build_unet,
 )
-from kcv2diffusers.models.sampler import PROMPT_LENGTH, TextToImage, alphas_cumprod, timestep_embedding
+from kcv2diffusers.models.sampler import PROMPT_LENGTH, TextToImage
 from kcv2diffusers.models.tokenizer import Tokenizer
+from kcv2diffusers.pictures import grid, psnr
 from kcv2diffusers.pipeline import CONFIG_FILE
+from kcv2diffusers.schedule import alphas_cumprod, timestep_embedding
 from kcv2diffusers.tokenizer import write_tokenizer
 
 SEED = 20240
@@ -226,12 +228,6 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().numpy()
 
 
-def psnr(images: np.ndarray, others: np.ndarray) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in decibels."""
-    error = ((images.astype("float32") - others.astype("float32")) ** 2).mean((1, 2, 3))
-    return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-6))))
-
-
 def train_vae(folder: Path, steps: int) -> tuple[keras.Model, keras.Model]:
     """Encoder (with both moments) and decoder, trained on pictures, as averaged over the last steps.
 
@@ -259,9 +255,9 @@ def train_vae(folder: Path, steps: int) -> tuple[keras.Model, keras.Model]:
             means.append(encoder(images)[..., :4])
             decoded.append(to_uint8(decoder(means[-1] * LATENT_SCALE)))
         shown = np.concatenate([to_uint8(held_out[:20]), np.concatenate(decoded)[:20]])
-        tiny_pictures.grid(shown, 10).save(folder / "vae.png")
+        grid(shown, 10, scale=2).save(folder / "vae.png")
         deviation = torch.cat(means).std(dim=(0, 1, 2)).numpy().round(2)
-        quality = psnr(to_uint8(held_out), np.concatenate(decoded))
+        quality = psnr(to_uint8(held_out), np.concatenate(decoded)).mean()
         return f"held-out PSNR {quality:.2f} dB, latent deviation {deviation}"
 
     trainer.run(loss, report, every=250)
@@ -334,14 +330,19 @@ def train_unet(folder: Path, encoder: keras.Model, decoder: keras.Model, steps: 
         return (((predicted - noise) ** 2).mean((1, 2, 3)) * weight[timesteps]).mean()
 
     def report() -> str:
-        noise = np.random.default_rng(7).standard_normal((len(SHOWN), 8, 8, 4)).astype("float32")
-        images = sampler.decode(sampler.sample(SHOWN, noise, steps=25, guidance_scale=GUIDANCE))
-        tiny_pictures.grid(images, 8).save(folder / "samples.png")
+        show(sampler, folder / "samples.png")
         return "samples.png is new"
 
     trainer.run(loss, report, every=500)
     trainer.swap()
     return sampler
+
+
+def show(sampler: TextToImage, path: Path) -> None:
+    """A grid of pictures of the prompts in SHOWN, one seed, none left out."""
+    noise = np.random.default_rng(7).standard_normal((len(SHOWN), 8, 8, 4)).astype("float32")
+    images = sampler.decode(sampler.sample(SHOWN, noise, steps=25, guidance_scale=GUIDANCE))
+    grid(images, 8, SHOWN, scale=2).save(path)
 
 
 def cached_latents(folder: Path, encoder: keras.Model) -> tuple[torch.Tensor, list[str]]:
@@ -362,15 +363,15 @@ def cached_latents(folder: Path, encoder: keras.Model) -> tuple[torch.Tensor, li
     return torch.from_numpy(np.load(cache)), captions
 
 
-def measure(sampler: TextToImage, encoder: keras.Model, folder: Path) -> None:
-    """Print and keep in `quality.txt` how good the base is, in figures that `tiny_quality` explains."""
+def measure(sampler: TextToImage, encoder: keras.Model, path: Path) -> None:
+    """Print and keep in file `path` how good the base is, in figures that `tiny_quality` explains."""
     unseen, _, concepts = pictures(512, (SEED, 1), unseen=True)
     with torch.no_grad():
         latents = [encoder(part)[..., :4] * LATENT_SCALE for part in to_tensor(unseen).split(32)]
         decoded = np.concatenate([to_uint8(sampler.decoder(part)) for part in latents])
     judge = tiny_quality.train_judge()
     lines = [
-        f"VAE on {len(unseen)} held-out pictures: {psnr(unseen, decoded):.2f} dB PSNR",
+        f"VAE on {len(unseen)} held-out pictures: {psnr(unseen, decoded).mean():.2f} dB PSNR",
         f"judge on held-out drawn pictures: {tiny_quality.score(judge, unseen, concepts)}",
         f"judge on their VAE reconstructions: {tiny_quality.score(judge, decoded, concepts)}",
     ]
@@ -390,7 +391,7 @@ def measure(sampler: TextToImage, encoder: keras.Model, folder: Path) -> None:
         result = tiny_quality.score(judge, images[chosen], these)
         lines.append(f"generated, {len(these)} pictures of {name} combinations, {len(seeds)} seeds: {result}")
     text = "\n".join(lines) + "\n"
-    (folder / "quality.txt").write_text(text)
+    path.write_text(text)
     print(text, end="", flush=True)
 
 
@@ -459,8 +460,10 @@ def main() -> None:
     encoder, decoder = train_vae(folder, arguments.vae_steps)
     whiten(encoder, decoder)
     sampler = train_unet(folder, encoder, decoder, arguments.unet_steps)
-    export(sampler, encoder, folder / "tiny")
-    measure(sampler, encoder, folder)
+    tiny = folder / "tiny"
+    export(sampler, encoder, tiny)
+    show(sampler, tiny / "samples.png")
+    measure(sampler, encoder, tiny / "quality.txt")
 
 
 if __name__ == "__main__":

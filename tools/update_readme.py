@@ -2,8 +2,9 @@
 
     python tools/update_readme.py
 
-Reads .cache/parity.json (left by the full-size tests of tests/test_parity.py) and .cache/benchmark.md (left
-by benchmarks/convert.py); a file that is not there leaves its table as it is.
+Reads .cache/parity.json (left by the full-size tests of tests/test_parity.py), .cache/benchmark.md and
+.cache/train_step.md (left by the benchmarks) and what tools/train_tiny.py measured; a file that is not there
+leaves its table as it is.
 """
 
 from __future__ import annotations
@@ -36,9 +37,13 @@ def main() -> None:
     measured = ROOT / ".cache" / "parity.json"
     if measured.exists():
         text = fill(text, "parity", parity(measured))
-    measured = ROOT / ".cache" / "benchmark.md"
-    if measured.exists():
-        text = fill(text, "speed", measured.read_text().strip())
+    for marker, measured in (
+        ("speed", ROOT / ".cache" / "benchmark.md"),
+        ("train-step", ROOT / ".cache" / "train_step.md"),
+        ("tiny", ROOT / "kcv2diffusers" / "tiny" / "quality.txt"),
+    ):
+        if measured.exists():
+            text = fill(text, marker, measured.read_text().strip())
     README.write_text(text, encoding="utf-8")
 
 

@@ -5,7 +5,6 @@ latents.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,38 +16,14 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.models.config import LATENT_CHANNELS, PIXELS_PER_LATENT
 from kcv2diffusers.models.layers import Tensor
 from kcv2diffusers.models.tokenizer import Tokenizer
+from kcv2diffusers.schedule import alphas_cumprod, sampling_timesteps, timestep_embedding
 
 Array = np.ndarray[Any, Any]
 
 PROMPT_LENGTH = 77
 """Prompts are padded to this many tokens, with the end token."""
-TRAIN_STEPS = 1000
 GRANULARITY = 64
 """Heights and widths are multiples of this: 8 pixels a latent, halved three times in the UNet."""
-
-
-def alphas_cumprod() -> Array:
-    """How much of a picture's variance is left at each of the 1000 timesteps, float32, from 0.9991 down to
-    0.0047.
-    """
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype="float64") ** 2
-    return np.cumprod(1 - betas).astype("float32")
-
-
-def sampling_timesteps(steps: int) -> Array:
-    """The timesteps of a run of `steps` steps, ascending, from 0 to 999, as KerasCV rounds them."""
-    if steps < 1:
-        raise Error(f"{steps} steps: at least 1 is needed")
-    ratio = (TRAIN_STEPS - 1) / (steps - 1) if steps > 1 else TRAIN_STEPS
-    return (np.arange(steps) * ratio).round().astype("int64")
-
-
-def timestep_embedding(timesteps: Array, width: int) -> Array:
-    """Sinusoids of (batch,) timesteps, cosines first: (batch, width) float32."""
-    half = width // 2
-    frequencies = np.exp(-math.log(10000) * np.arange(half, dtype="float32") / half)
-    angles = np.asarray(timesteps, dtype="float32")[:, None] * frequencies
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
 class GuidedStep(keras.Model):  # type: ignore[misc]

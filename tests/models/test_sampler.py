@@ -15,7 +15,7 @@ import pytest
 import stack
 from small import TEXT1, UNET1, VAE, relative_error
 
-from kcv2diffusers import models
+from kcv2diffusers import models, schedule
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models import sampler
 from kcv2diffusers.models.tokenizer import BYTES, Tokenizer
@@ -131,11 +131,11 @@ def test_prompts_guide_and_seeds_repeat(pair: Any) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 25, 50, 1000])
 def test_schedule_is_kerascvs(pair: Any, steps: int) -> None:
     theirs, _ = pair
-    timesteps = sampler.sampling_timesteps(steps)
+    timesteps = schedule.sampling_timesteps(steps)
     alphas, _ = theirs._get_initial_alphas(timesteps)
-    assert np.allclose(sampler.alphas_cumprod()[timesteps], alphas, rtol=1e-6)
+    assert np.allclose(schedule.alphas_cumprod()[timesteps], alphas, rtol=1e-6)
     expected = np.asarray(theirs._get_timestep_embedding(int(timesteps[-1]), 2))
-    assert np.abs(sampler.timestep_embedding(np.repeat(timesteps[-1:], 2), 32) - expected).max() < 1e-4
+    assert np.abs(schedule.timestep_embedding(np.repeat(timesteps[-1:], 2), 32) - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize(

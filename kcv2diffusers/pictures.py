@@ -1,0 +1,50 @@
+"""Pictures side by side, and how alike two sets of them are."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Array = np.ndarray[Any, Any]
+
+_GAP = 4  # pixels between cells
+_FONT = 11
+_LINE = 13
+
+
+def grid(images: Array, columns: int, captions: Sequence[str] = (), scale: int = 1) -> Image.Image:
+    """One picture of `images` (n, height, width, 3) uint8, row by row, enlarged `scale` times.
+
+    `captions` stand below the pictures, wrapped to their width.
+    """
+    height, width = images.shape[1] * scale, images.shape[2] * scale
+    font = ImageFont.load_default(_FONT)
+    letters = max(1, int(width / (0.55 * _FONT)))
+    wrapped = ["\n".join(textwrap.wrap(caption, letters)) for caption in captions]
+    below = _LINE * max((text.count("\n") + 1 for text in wrapped), default=0)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + _GAP), rows * (height + below + _GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, image in enumerate(images):
+        x = number % columns * (width + _GAP) + _GAP // 2
+        y = number // columns * (height + below + _GAP) + _GAP // 2
+        sheet.paste(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC), (x, y))
+        if number < len(wrapped):
+            draw.multiline_text(
+                (x + width / 2, y + height), wrapped[number], "black", font, "ma", align="center"
+            )
+    return sheet
+
+
+def psnr(images: Array, others: Array) -> Array:
+    """Peak signal-to-noise ratio in decibels of each of (n, height, width, 3) uint8 pictures: (n,).
+
+    Equal pictures have an infinite one.
+    """
+    error = ((images.astype("float64") - others.astype("float64")) ** 2).mean((1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return np.asarray(10 * np.log10(255**2 / error))
