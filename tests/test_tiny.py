@@ -1,4 +1,4 @@
-"""The base that ships with the package: small, whole, converted like any other, never a stand-in for another."""
+"""The base that ships with the package: small, whole, converted like any other, never taken unasked."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from kcv2diffusers.sources.locate import TINY, locate
 
 PROMPTS = ["a red car in a meadow", "a panda in the snow", "a yellow star at night"]
 STEPS, GUIDANCE_SCALE = 25, 5.0
+
+Patch = pytest.MonkeyPatch
+Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,7 @@ def test_it_fills_in_for_a_part_of_its_own_size(tmp_path: Path) -> None:
     assert done.complete and done.parts["unet"].startswith(str(mine))
 
 
-def test_it_is_never_taken_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_never_taken_unasked(tmp_path: Path, monkeypatch: Patch) -> None:
     with pytest.raises(Error, match="still needs: VAE"):
         convert(
             locate(TINY) / "unet.weights.h5", locate(TINY) / "text_encoder.weights.h5", out=tmp_path / "x"
@@ -84,11 +87,11 @@ def test_it_is_never_taken_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(Error, match="tiny: no such file"):
         convert("tiny", out=tmp_path / "x")
     (tmp_path / "tiny").mkdir()
-    with pytest.raises(Error, match="Say ./tiny for it, or tiny://"):
+    with pytest.raises(Error, match=r"Say \./tiny for it, or tiny://"):
         load_base("tiny")
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+def run(monkeypatch: Patch, *arguments: str | Path) -> int:
     monkeypatch.setattr(sys, "argv", ["kcv2diffusers", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -96,9 +99,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return stop.value.code
 
 
-def test_generate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate(tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "pictures"
     command = ["generate", "--base", "tiny", "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--steps", "3"]
     assert run(monkeypatch, *command, "--seed", "4", "--out", out) == 0
@@ -122,11 +123,7 @@ def test_generate(
     ],
 )
 def test_generate_refuses(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
+    tmp_path: Path, monkeypatch: Patch, capsys: Captured, options: list[str], message: str
 ) -> None:
     base = [] if "--base" in options else ["--base", "tiny"]
     assert run(monkeypatch, "generate", *base, "--prompt", "a cat", "--out", tmp_path / "out", *options) == 1

@@ -43,7 +43,8 @@ def main() -> None:
         ("tiny", ROOT / "kcv2diffusers" / "tiny" / "quality.txt"),
     ):
         if measured.exists():
-            text = fill(text, marker, measured.read_text().strip())
+            found = measured.read_text().strip()
+            text = fill(text, marker, f"```\n{found}\n```" if measured.suffix == ".txt" else found)
     README.write_text(text, encoding="utf-8")
 
 
