@@ -8,12 +8,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from enum import StrEnum
+from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
+from kcv2diffusers.dreambooth.config import Config, make_config
 from kcv2diffusers.errors import Error
 
 app = typer.Typer(
@@ -254,6 +257,54 @@ def generate(
     print("\n".join(map(str, paths)))
 
 
+def dreambooth(**given: Any) -> None:
+    """Fine-tune on photos of a subject (DreamBooth), and export the result as a diffusers pipeline."""
+    from kcv2diffusers.errors import MissingExtra
+
+    file, as_json = given.pop("config"), given.pop("json")
+    values = {
+        name: str(v) if isinstance(v, StrEnum) else v for name, v in given.items() if v not in (None, [])
+    }
+    config = make_config(values, file)
+    try:
+        from kcv2diffusers.dreambooth.train import train
+    except ModuleNotFoundError as error:
+        raise MissingExtra(str(error.name), "keras") from error
+    with _stages() as progress:
+        result = train(config, progress)
+    if as_json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        print(result.text())
+
+
+def _dreambooth_signature() -> Signature:
+    """The options of `dreambooth`: those of its Config, none with a default, and two of the command line."""
+    options: list[tuple[str, Any, Any]] = [
+        ("config", Path | None, typer.Option(metavar="FILE", help="A TOML file with these options."))
+    ]
+    kinds: dict[str, Any] = get_type_hints(Config)
+    choice: Any = StrEnum
+    for f in fields(Config):
+        kind = kinds[f.name]
+        if names := f.metadata["choices"]:
+            kind = StrEnum(f.name, [(name.replace(".", "_"), name) for name in names])  # type: ignore[misc]
+        default = f"  [{f.default}]" if isinstance(f.default, (str, float)) and f.default else ""
+        metavar = {int: "N", float: "NUMBER", str: "TEXT", list[str]: "TEXT"}.get(kind)
+        options.append(
+            (f.name, kind | None, typer.Option(metavar=metavar, help=f.metadata["help"] + default))
+        )
+    parameters = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+        for name, kind, option in options
+    ]
+    return Signature([*parameters, Parameter("json", Parameter.KEYWORD_ONLY, default=False, annotation=Json)])
+
+
+dreambooth.__signature__ = _dreambooth_signature()  # type: ignore[attr-defined]
+app.command()(dreambooth)
+
+
 @maps_app.command("list")
 def maps_list() -> None:
     """List the weight maps with their parts and versions."""
@@ -319,6 +370,38 @@ def _steps(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def _stages() -> Iterator[Callable[[str, int, int, str], None]]:
+    """A bar for each stage on stderr, where that is a terminal; otherwise a line now and then."""
+    if not sys.stderr.isatty():
+
+        def line(stage: str, done: int, total: int, words: str) -> None:
+            if done == total or done % max(1, total // 10) == 0:
+                print(f"{stage} {done}/{total} {words}".rstrip(), file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int, words: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, words="")
+            bar.update(tasks[stage], completed=done, words=words)
+
+        yield update
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def _lay_out(file: h5py.File, path: Path, match: Match, name: Callable[[Slot], s
         shape = tuple(size.value(match.dims) or 0 for size in slot.shape)
         space = h5py.h5s.create_simple(shape)
         dataset = h5py.h5d.create(file.id, name(slot).encode(), kind, space, settings, links)
-        turned = core(shape)[::-1] if slot.variable.reverses else None
+        turned = core(shape)[::-1] if slot.variable.reverses and not match.keras else None
         yield Job(slot.target, tensor, turned, np.dtype(_DTYPE), path, dataset.get_offset())
 
 

@@ -48,3 +48,32 @@ def psnr(images: Array, others: Array) -> Array:
     error = ((images.astype("float64") - others.astype("float64")) ** 2).mean((1, 2, 3))
     with np.errstate(divide="ignore"):
         return np.asarray(10 * np.log10(255**2 / error))
+
+
+def chart(values: Sequence[float], name: str, size: tuple[int, int] = (640, 320)) -> Image.Image:
+    """A line of `values` with a smoothed one over it, on axes from 0 to their number and their extremes."""
+    width, height = size
+    left, top, right, bottom = 56, 12, width - 12, height - 28
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT)
+    draw.line([(left, top), (left, bottom), (right, bottom)], "black")
+    if not values:
+        return sheet
+    low, high = min(values), max(values)
+    span = high - low or 1.0
+    window = max(1, len(values) // 20)
+    smooth = [
+        sum(values[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(values))
+    ]
+    for line, colour, thick in ((values, (170, 200, 235), 1), (smooth, (20, 90, 180), 2)):
+        points = [
+            (left + (right - left) * i / max(1, len(values) - 1), bottom - (bottom - top) * (v - low) / span)
+            for i, v in enumerate(line)
+        ]
+        draw.line(points if len(points) > 1 else points * 2, colour, thick)
+    draw.text((left - 4, top), f"{high:.3g}", "black", font, "rt")
+    draw.text((left - 4, bottom), f"{low:.3g}", "black", font, "rs")
+    draw.text((left, bottom + 4), "1", "black", font, "lt")
+    draw.text((right, bottom + 4), f"{len(values)} steps", "black", font, "rt")
+    draw.text(((left + right) / 2, bottom + 4), name, "black", font, "mt")
+    return sheet

@@ -48,11 +48,13 @@ _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact", "gelu_pytorch_tanh"
 class Base:
     """All parts of a Stable Diffusion model.
 
-    `version` is "sd1" or "sd2"; `image_size` the height and width in pixels that it was trained for.
+    `version` is "sd1" or "sd2"; `image_size` the height and width in pixels that it was trained for; `stated`
+    the kcv2diffusers.json that its checkpoints need, empty for the usual widths.
     """
 
     version: str
     image_size: int
+    stated: dict[str, dict[str, Any]]
     config: ModelConfig
     unet: keras.Model
     text_encoder: keras.Model
@@ -106,6 +108,7 @@ def load_base(
     base = Base(
         unet.version,
         PIXELS_PER_LATENT * configs["unet"][1].get("sample_size", pipeline.IMAGE_SIZE // PIXELS_PER_LATENT),
+        {m.spec.table.folder: _stateable(m, stated) for m, stated in configs.values() if not m.known},
         config,
         build_unet(config.unet, dtype),
         build_text_encoder(config.text_encoder, dtype),
@@ -186,6 +189,12 @@ def _beside(match: Match) -> dict[str, Any]:
     stated = pipeline.user_config(match.source.path, match.spec.table)
     pipeline.require_heads(match, stated)
     return stated
+
+
+def _stateable(match: Match, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config that a kcv2diffusers.json may state."""
+    names = {**pipeline.untold(match.spec.table, config), "sample_size": config.get("sample_size")}
+    return {name: value for name, value in names.items() if value is not None}
 
 
 def _by_part(matches: Iterable[Match]) -> dict[str, Match]:

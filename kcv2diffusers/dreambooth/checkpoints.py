@@ -1,0 +1,149 @@
+"""What a run leaves behind, and going on from it.
+
+`checkpoints/step-000100/` holds weights as KerasCV names them, for `convert`; `resume/step-000100.h5` what
+going on needs: trained variables as they are (not averaged, not merged) and the optimizer's. Both appear
+whole by a rename, and older ones go only after that.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import keras
+import numpy as np
+
+from kcv2diffusers.errors import Error
+from kcv2diffusers.keras_files import write_legacy_h5
+from kcv2diffusers.pipeline import CONFIG_FILE, write_json
+from kcv2diffusers.recognise import recognise
+from kcv2diffusers.sources import open_sources
+from kcv2diffusers.stream import run
+
+_STATE = ("trainable", "optimizer")
+
+
+class Checkpoints:
+    """The checkpoints of the run in `folder`.
+
+    `parts` are the models that are trained, by part name; `trainer` the compiled model that trains them.
+    `stated` is the content of the kcv2diffusers.json that a model of unusual widths needs. `format` is
+    "weights.h5" or "h5". `keep` is how many stay.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        trainer: keras.Model,
+        parts: dict[str, keras.Model],
+        stated: dict[str, Any],
+        *,
+        format: str = "weights.h5",
+        keep: int = 2,
+    ) -> None:
+        self.folder, self.trainer, self.parts, self.stated = folder, trainer, parts, stated
+        self.format, self.keep = format, keep
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint after `step` steps."""
+        return self.folder / "checkpoints" / f"step-{step:06}"
+
+    def steps(self) -> list[int]:
+        """The steps with a whole checkpoint and state to go on from, ascending."""
+        states = (self.folder / "resume").glob("step-*.h5")
+        steps = [
+            int(p.stem.removeprefix("step-")) for p in states if p.stem.removeprefix("step-").isdecimal()
+        ]
+        return sorted(step for step in steps if self.path(step).is_dir())
+
+    def save(self, step: int) -> Path:
+        """Write a checkpoint and the state to go on from; remove those beyond `keep`."""
+        if keras.backend.backend() == "jax":
+            self.trainer.jax_state_sync()
+        target = self.path(step)
+        with _appearing(self.folder / "resume" / f"step-{step:06}.h5") as part, h5py.File(part, "w") as file:
+            for group, variables in zip(_STATE, self._state(), strict=True):
+                for number, variable in enumerate(variables):
+                    file[f"{group}/{number}"] = keras.ops.convert_to_numpy(variable)
+        with _appearing(target) as part, self._averaged():
+            part.mkdir()
+            for name, model in self.parts.items():
+                self._write(part, name, model)
+            if self.stated:
+                write_json(part / CONFIG_FILE, self.stated)
+        for old in self.steps()[: -self.keep]:
+            (self.folder / "resume" / f"step-{old:06}.h5").unlink()
+            shutil.rmtree(self.path(old))
+        return target
+
+    def restore(self, step: int) -> None:
+        """Give the trained and the optimizer's variables the values they had after `step` steps."""
+        path = self.folder / "resume" / f"step-{step:06}.h5"
+        try:
+            with h5py.File(path) as file:
+                for group, variables in zip(_STATE, self._state(), strict=True):
+                    if len(file.get(group, ())) != len(variables):
+                        raise KeyError(group)
+                    for number, variable in enumerate(variables):
+                        variable.assign(np.asarray(file[f"{group}/{number}"]).reshape(variable.shape))
+        except (OSError, KeyError, ValueError) as error:
+            raise Error(
+                f"{path}: does not belong to a run with these options, or is damaged.\n"
+                "Resume with the options that the run was started with (its config.toml)."
+            ) from error
+
+    def _state(self) -> tuple[list[keras.Variable], list[keras.Variable]]:
+        return self.trainer.trainable_variables, self.trainer.optimizer.variables
+
+    def _write(self, folder: Path, name: str, model: keras.Model) -> None:
+        weights = folder / f"{name}.weights.h5"
+        model.save_weights(weights)
+        if self.format == "h5":  # the names that the 2023 scripts gave
+            match = recognise(open_sources(weights)[0])
+            run(write_legacy_h5(folder / f"{self.folder.name}-{name}.h5", match))
+            weights.unlink()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The moving averages in the place of the weights, if there are any."""
+        optimizer = self.trainer.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        if not optimizer.use_ema:
+            yield
+            return
+        pairs = list(
+            zip(self.trainer.trainable_variables, optimizer._model_variables_moving_average, strict=True)
+        )
+        held = [np.copy(keras.ops.convert_to_numpy(variable)) for variable, _ in pairs]
+        for variable, average in pairs:
+            variable.assign(average)
+        try:
+            yield
+        finally:
+            for (variable, _), value in zip(pairs, held, strict=True):
+                variable.assign(value)
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A path beside `target` that takes its place when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part")
+    _remove(part)
+    try:
+        yield part
+        _remove(target)
+        part.replace(target)
+    finally:
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,171 @@
+"""Every option of a run, once: the command line, the TOML file and the record of a run follow from it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from kcv2diffusers.errors import Error
+
+
+def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
+    metadata = {"help": help, "choices": choices, "least": least}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A DreamBooth run. Sizes are in pixels, rates per update."""
+
+    instance_images: str = _option("", "Folder with photos of the subject.")
+    instance_prompt: str = _option("", 'What they show, with the identifier: "a photo of sks dog".')
+    class_prompt: str = _option("", 'The class without the identifier: "a photo of a dog".')
+    class_images: str = _option("", "Folder with pictures of the class; missing ones are generated into it.")
+    num_class_images: int = _option(100, "How many pictures of the class to use.", least=1)
+    base: list[str] = _option(
+        [], "A diffusers pipeline folder, KerasCV checkpoints (once for each), or tiny."
+    )
+    tokenizer: str = _option("", "As in convert.")
+    out: str = _option("", "Folder of the run: checkpoints, logs, pictures.")
+    export: str = _option("", "Folder for the result as a diffusers pipeline.")
+
+    steps: int = _option(400, "Number of training steps.", least=1)
+    batch_size: int = _option(1, "Photos in a step; with prior preservation as many class pictures.", least=1)
+    learning_rate: float = _option(5e-6, "Of the UNet (LoRA: 1e-4 is usual).", least=0)
+    lr_schedule: str = _option(
+        "constant", "Course of the learning rate.", choices=("constant", "linear", "cosine")
+    )
+    warmup_steps: int = _option(0, "Updates over which the learning rate rises to its value.", least=0)
+    optimizer: str = _option("adamw", "The optimizer.", choices=("adamw", "adafactor", "lion"))
+    weight_decay: float = _option(0.01, "Decoupled weight decay.", least=0)
+    clip_norm: float = _option(1.0, "Limit of the gradient's global norm; 0 for none.", least=0)
+    accumulate: int = _option(1, "Steps whose gradients make one update.", least=1)
+    ema: float = _option(
+        0.0, "Decay of a moving average of the weights, which is the result; 0 for none.", least=0
+    )
+    train_text_encoder: bool = _option(False, "Train the text encoder too.")
+    text_encoder_learning_rate: float = _option(0.0, "Its learning rate; 0 for the UNet's.", least=0)
+    text_encoder_steps: int = _option(0, "Steps after which it stays as it is; 0 for never.", least=0)
+    lora_rank: int = _option(0, "Train low-rank updates of this rank, not all weights; 0 for all.", least=0)
+    lora_alpha: float = _option(0.0, "Their scale times the rank; 0 for the rank.", least=0)
+
+    prior_weight: float = _option(1.0, "Weight of the class pictures in the loss.", least=0)
+    snr_gamma: float = _option(0.0, "Gamma of min-SNR weighting; 0 for none, 5 is usual.", least=0)
+    offset_noise: float = _option(0.0, "Strength of noise common to a channel; 0.1 is usual.", least=0)
+    prediction: str = _option("epsilon", "What the base predicts.", choices=("epsilon", "v_prediction"))
+    resolution: int = _option(0, "Pictures have about its square of pixels; 0 for the base's size.", least=0)
+    flip: bool = _option(False, "Mirror half of the pictures (not for faces, text, or sides that matter).")
+    cache: bool = _option(True, "Encode pictures and prompts once, before training.")
+    gelu: str = _option(
+        "exact", "The UNet's GELU; exact is what diffusers computes.", choices=("exact", "tanh")
+    )
+    precision: str = _option(
+        "float32",
+        "Of the computation; weights stay float32.",
+        choices=("float32", "mixed_bfloat16", "mixed_float16"),
+    )
+    rematerialise: bool = _option(False, "Compute activations twice: slower, less memory.")
+    seed: int = _option(0, "The same seed gives the same run on the same backend.")
+
+    checkpoint_every: int = _option(100, "Steps between checkpoints; 0 for only the last.", least=0)
+    keep_checkpoints: int = _option(2, "How many checkpoints to keep.", least=1)
+    checkpoint_format: str = _option("weights.h5", "Format of checkpoints.", choices=("weights.h5", "h5"))
+    resume: bool = _option(False, "Go on from the newest checkpoint in --out.")
+    sample_prompt: list[str] = _option([], "A prompt to draw during the run; several times for several.")
+    sample_every: int = _option(0, "Steps between drawings; 0 for only the last.", least=0)
+    sample_steps: int = _option(25, "Denoising steps of a drawing.", least=1)
+    guidance_scale: float = _option(7.5, "Guidance scale of drawings and class pictures.", least=0)
+    tensorboard: bool = _option(False, "Write TensorBoard logs (needs tensorboard).")
+    wandb: bool = _option(False, "Log to Weights & Biases (needs wandb).")
+
+    @property
+    def prior_preservation(self) -> bool:
+        """Whether class pictures are part of each step."""
+        return bool(self.class_prompt)
+
+    def toml(self) -> str:
+        """The options that are not at their defaults, as a file for `--config`."""
+        lines = [
+            f"{f.name} = {_literal(getattr(self, f.name))}"
+            for f in fields(self)
+            if getattr(self, f.name) != _default(f)
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
+    """The options `given`, over those of a TOML `file`, over the defaults. Raises Error for what is wrong."""
+    values = _read(file) | dict(given) if file is not None else dict(given)
+    config = Config(**values)
+    for name, missing in (
+        ("instance_images", not config.instance_images),
+        ("instance_prompt", not config.instance_prompt),
+        ("base", not config.base),
+        ("out", not config.out),
+    ):
+        if missing:
+            raise Error(
+                f"--{name.replace('_', '-')} is needed.\nGive it, or put {name} into the --config file."
+            )
+    for f in fields(config):
+        _check(f, getattr(config, f.name))
+    if config.class_images and not config.class_prompt:
+        raise Error("--class-images needs --class-prompt, the text that describes them.")
+    if not config.ema < 1:
+        raise Error(f"--ema {config.ema}: give a number below 1, such as 0.999.")
+    if config.resolution % 64:
+        raise Error(f"--resolution {config.resolution}: give a multiple of 64.")
+    return config
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Error(f"{file}: cannot be read: {error.strerror}.\nCheck the path.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise Error(f"{file}: not a TOML file: {error}.\nIt holds lines such as: steps = 400") from error
+    kinds = get_type_hints(Config)
+    unknown = sorted(values.keys() - kinds.keys())
+    if unknown:
+        raise Error(f"{file}: unknown options {', '.join(unknown)}.\nKnown are {', '.join(kinds)}.")
+    for name, value in values.items():
+        if kinds[name] is float and type(value) is int:
+            values[name] = float(value)
+        elif kinds[name] == list[str]:
+            values[name] = [value] if isinstance(value, str) else value
+            if not isinstance(values[name], list) or not all(isinstance(item, str) for item in values[name]):
+                raise Error(f"{file}: {name} is {value!r}.\nGive a list of texts.")
+        elif type(value) is not kinds[name]:
+            raise Error(f"{file}: {name} is {value!r}.\nGive a value of type {kinds[name].__name__}.")
+    return values
+
+
+def _check(f: Field[Any], value: Any) -> None:
+    option = "--" + f.name.replace("_", "-")
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        raise Error(f"{option} {value}: choose one of {', '.join(f.metadata['choices'])}.")
+    least = f.metadata["least"]
+    if least is not None and not value >= least:
+        raise Error(f"{option} {value}: give at least {least}.")
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default_factory() if callable(f.default_factory) else f.default
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_literal, value)) + "]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):  # TOML's basic strings escape as JSON does
+        import json
+
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)

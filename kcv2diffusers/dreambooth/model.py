@@ -1,0 +1,127 @@
+"""The network that DreamBooth trains and its loss; `fit` does the rest."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from kcv2diffusers.models.layers import Tensor
+from kcv2diffusers.schedule import alphas_cumprod
+
+
+class DreamBooth(keras.Model):  # type: ignore[misc]
+    """A UNet that learns to predict the noise in latents of the subject and, with prior preservation, of its
+    class (Ruiz et al. 2023).
+
+    `fit` takes the dictionaries of `Batches`. With `text_encoder` that is trained too, and `condition` are
+    tokens; otherwise they are its outputs. `prediction` is "epsilon" or "v_prediction"; `snr_gamma` weighs
+    timesteps by min-SNR (Hang et al. 2023, arXiv:2303.09556), 0 all alike. A timestep's weight is that of the
+    picture it belongs to, of the subject or of the class.
+    """
+
+    def __init__(
+        self,
+        unet: keras.Model,
+        text_encoder: keras.Model | None = None,
+        *,
+        prediction: str = "epsilon",
+        prior_weight: float = 1.0,
+        snr_gamma: float = 0.0,
+    ) -> None:
+        super().__init__(name="dreambooth", autocast=False)
+        self.unet, self.text_encoder = unet, text_encoder
+        self.prediction, self.prior_weight, self.snr_gamma = prediction, prior_weight, snr_gamma
+        self.signal = alphas_cumprod()
+        self.step_loss = Last(name="step_loss")
+        self.built = True
+
+    def call(self, inputs: dict[str, Tensor], training: bool = False) -> Tensor:
+        """The UNet's output for the noised latents, (n, height / 8, width / 8, 4) float32."""
+        signal = self._signal(inputs["timesteps"])
+        noisy = ops.sqrt(signal) * inputs["latents"] + ops.sqrt(1 - signal) * inputs["noise"]
+        context = inputs["condition"]
+        if self.text_encoder is not None:
+            positions = ops.broadcast_to(ops.arange(context.shape[1], dtype="int32"), ops.shape(context))
+            context = self.text_encoder({"tokens": context, "positions": positions}, training=training)
+        embedding = embed(inputs["timesteps"], self.unet.input_shape[1][-1])
+        given = {"latent": noisy, "timestep_embedding": embedding, "context": context}
+        return ops.cast(self.unet(given, training=training), "float32")
+
+    def compute_loss(
+        self,
+        x: dict[str, Tensor] | None = None,
+        y: Tensor = None,
+        y_pred: Tensor = None,
+        sample_weight: Tensor = None,
+        training: bool = True,
+    ) -> Tensor:
+        """Mean over the subject's pictures of their weighted squared errors, plus `prior_weight` times the
+        same of the class pictures.
+        """
+        assert x is not None
+        signal = self._signal(x["timesteps"])
+        target = x["noise"]
+        if self.prediction == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
+            target = ops.sqrt(signal) * target - ops.sqrt(1 - signal) * x["latents"]
+        error = ops.mean(ops.square(y_pred - target), axis=(1, 2, 3))
+        weight = 1 - x["prior"] + self.prior_weight * x["prior"]
+        if self.snr_gamma:
+            snr = ops.reshape(signal / (1 - signal), (-1,))
+            least = ops.minimum(snr, self.snr_gamma)
+            weight *= least / (snr + 1 if self.prediction == "v_prediction" else snr)
+        loss = ops.sum(weight * error) / ops.sum(1 - x["prior"])
+        self.step_loss.update_state(loss)
+        return loss
+
+    def _signal(self, timesteps: Tensor) -> Tensor:
+        return ops.reshape(ops.take(ops.convert_to_tensor(self.signal), timesteps), (-1, 1, 1, 1))
+
+
+class Last(keras.metrics.Metric):  # type: ignore[misc]
+    """The last value, where Keras' own metrics average over an epoch."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.value = self.add_weight(name="value", shape=(), initializer="zeros")
+
+    def update_state(self, value: Tensor) -> None:
+        self.value.assign(value)
+
+    def result(self) -> Tensor:
+        return ops.convert_to_tensor(self.value)
+
+
+def embed(timesteps: Tensor, width: int) -> Tensor:
+    """Sinusoids of (n,) timesteps, cosines first, (n, width): `schedule.timestep_embedding` on the device."""
+    half = width // 2
+    frequencies = ops.exp(-math.log(10000) * ops.arange(half, dtype="float32") / half)
+    angles = ops.cast(timesteps, "float32")[:, None] * frequencies
+    return ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=1)
+
+
+def add_lora(model: keras.Model, rank: int, alpha: float) -> None:
+    """Freeze `model` and give the attention projections of its transformer blocks low-rank updates of `rank`,
+    scaled by alpha / rank (Hu et al. 2021, arXiv:2106.09685).
+    """
+    model.trainable = False
+    for layer in attention_projections(model):
+        layer.trainable = True
+        layer.enable_lora(rank, lora_alpha=alpha)
+        layer._kernel.trainable = False
+        if layer.bias is not None:
+            layer.bias.trainable = False
+
+
+def attention_projections(model: keras.Model) -> list[keras.layers.Dense]:
+    """The query, key, value and output layers of all attention in the UNet or text encoder."""
+    names = ("to_q", "to_k", "to_v", "out_proj", "q_proj", "k_proj", "v_proj")
+    return [
+        getattr(layer, name)
+        for layer in model._flatten_layers()
+        if type(layer).__name__ in ("CrossAttention", "CLIPAttention")
+        for name in names
+        if hasattr(layer, name)
+    ]

@@ -1,0 +1,81 @@
+"""Keras' optimizers with the course of the learning rate, and a rate of its own for the text encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+from keras import ops
+
+from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.models.layers import Tensor
+
+_CLASSES = {
+    "adamw": keras.optimizers.Adam,
+    "adafactor": keras.optimizers.Adafactor,
+    "lion": keras.optimizers.Lion,
+}
+
+
+class Course(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
+    """A learning rate that rises to `peak` over `warmup` updates and then stays, or falls to 0 at `updates`
+    linearly or along half a cosine.
+    """
+
+    def __init__(self, kind: str, peak: float, warmup: int, updates: int) -> None:
+        self.kind, self.peak, self.warmup, self.updates = kind, peak, warmup, updates
+
+    def __call__(self, step: Tensor) -> Tensor:
+        step = ops.cast(step, "float32")
+        rise = ops.minimum(1.0, (step + 1) / (self.warmup + 1))
+        left = 1 - ops.clip((step - self.warmup) / max(1, self.updates - self.warmup), 0.0, 1.0)
+        fall = {
+            "constant": lambda: ops.ones_like(left),
+            "linear": lambda: left,
+            "cosine": lambda: (1 - ops.cos(math.pi * left)) / 2,
+        }[self.kind]()
+        return self.peak * rise * fall
+
+    def get_config(self) -> dict[str, Any]:
+        return {"kind": self.kind, "peak": self.peak, "warmup": self.warmup, "updates": self.updates}
+
+
+def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.optimizers.Optimizer:
+    """The optimizer that `config` asks for; the variables `slower` have the text encoder's rate and end."""
+    peak = config.learning_rate
+    factor = (config.text_encoder_learning_rate or peak) / peak if peak else 1.0
+    updates = math.ceil(config.steps / config.accumulate)
+    end = math.ceil(config.text_encoder_steps / config.accumulate) if config.text_encoder_steps else updates
+    ids = {id(variable) for variable in slower}
+
+    kind: Any = _CLASSES[config.optimizer]
+
+    class TwoRates(kind):  # type: ignore[misc]
+        """Updates the text encoder's variables at `factor` times the rate, and not after its last step.
+
+        Weight decay is decoupled (Loshchilov and Hutter 2019) and follows each rate; Keras' knows only one.
+        """
+
+        def _backend_update_step(self, grads: list[Tensor], variables: list[Any], rate: Tensor) -> None:
+            pairs = list(zip(grads, variables, strict=True))
+            later = rate * factor * ops.cast(self.iterations < end, "float32")
+            for slow, step_size in ((False, rate), (True, later)):
+                group = [pair for pair in pairs if (id(pair[1]) in ids) is slow]
+                for _, variable in group:
+                    variable.assign(
+                        variable - variable * ops.cast(step_size * config.weight_decay, variable.dtype)
+                    )
+                if group:
+                    super()._backend_update_step([g for g, _ in group], [v for _, v in group], step_size)
+
+    optimizer: keras.optimizers.Optimizer = TwoRates(
+        Course(config.lr_schedule, peak, config.warmup_steps, updates),
+        global_clipnorm=config.clip_norm or None,
+        gradient_accumulation_steps=config.accumulate if config.accumulate > 1 else None,
+        use_ema=config.ema > 0,
+        ema_momentum=config.ema or 0.99,
+        name=config.optimizer,
+    )
+    return optimizer
