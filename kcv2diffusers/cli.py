@@ -287,13 +287,12 @@ def _dreambooth_signature() -> Signature:
     choice: Any = StrEnum
     for f in fields(Config):
         kind = kinds[f.name]
-        if names := f.metadata["choices"]:
-            kind = StrEnum(f.name, [(name.replace(".", "_"), name) for name in names])  # type: ignore[misc]
-        default = f"  [{f.default}]" if isinstance(f.default, (str, float)) and f.default else ""
         metavar = {int: "N", float: "NUMBER", str: "TEXT", list[str]: "TEXT"}.get(kind)
-        options.append(
-            (f.name, kind | None, typer.Option(metavar=metavar, help=f.metadata["help"] + default))
-        )
+        if names := f.metadata["choices"]:
+            kind, metavar = choice(f.name, [(name.replace(".", "_"), name) for name in names]), None
+        default = f"  [{f.default}]" if type(f.default) in (str, int, float) and f.default else ""
+        option = typer.Option(metavar=metavar, help=f.metadata["help"] + default)
+        options.append((f.name, kind | None, option))
     parameters = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
         for name, kind, option in options
