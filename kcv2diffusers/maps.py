@@ -157,7 +157,7 @@ def _expected(table: Table, version: str) -> dict[str, tuple[int, ...]] | None:
     import torch
 
     dims = {k: v for s in specs() if s.table is table and s.version == version for k, v in nominal(s).items()}
-    entries = config_of(table, version, dims, image_size=512, dtype="float32")
+    entries = config_of(table, version, dims, image_size=512)
     cls = getattr(importlib.import_module(library), name)
     with torch.device("meta"):
         model = cls.from_config(entries) if library == "diffusers" else cls(cls.config_class(**entries))

@@ -12,6 +12,9 @@ from kcv2diffusers.recognise import NAMES, Match
 from kcv2diffusers.tables import Size, Table
 
 CONFIG_FILE = "kcv2diffusers.json"
+# What transformers loads in where the user asks for nothing, whatever the weights are stored in. diffusers
+# takes float32 then, and a pipeline of two dtypes fails.
+LOADED = {"torch_dtype": "float32"}
 IMAGE_SIZE = 512  # height and width in pixels where nobody states another
 # What cannot be read off the shapes of a model of unusual widths, by component folder.
 HEADS = {"unet": "attention_head_dim", "text_encoder": "num_attention_heads"}
@@ -58,7 +61,6 @@ def config_of(
     dims: Mapping[str, int],
     *,
     image_size: int,
-    dtype: str,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """config.json of a component from its table's entries, sizes filled in.
@@ -75,7 +77,7 @@ def config_of(
         "eos": words - 1,
     }
     module, name = table.diffusers.split(".")
-    own = {"_class_name": name} if module == "diffusers" else {"torch_dtype": dtype}
+    own = {"_class_name": name} if module == "diffusers" else LOADED
     entries = {**table.config, **table.versions[version].config, **(overrides or {})}
     return own | {key: _value(value, sizes) for key, value in entries.items()}
 

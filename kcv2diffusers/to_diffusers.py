@@ -122,7 +122,7 @@ def convert(
         kind = DTYPES[dtype] if dtype else common_dtype(entry.tensor for entry in entries)
         plans.append((table, entries, kind))
         dtypes[table.folder] = kind.name
-        configs[table.folder] = _config(mine[0], filler, image_size, kind.name, gelu, files)
+        configs[table.folder] = _config(mine[0], filler, image_size, gelu, files)
     embeddings = _embeddings(parts.get("text_encoder"), placeholder_tokens, dtypes.get("text_encoder"))
 
     for match in parts.values():
@@ -299,14 +299,14 @@ def _check_rows(text: Match | None, vocabulary: int, placeholder_tokens: Sequenc
 
 
 def _config(
-    match: Match, filler: _Base, image_size: int | None, dtype: str, gelu: str, files: TokenizerFiles | None
+    match: Match, filler: _Base, image_size: int | None, gelu: str, files: TokenizerFiles | None
 ) -> dict[str, Any]:
     table = match.spec.table
     component = filler.components.get(table.folder)
     if not match.keras:  # the base's own component, with the base's own config
         assert component is not None
         kept = {k: v for k, v in component.config.items() if k not in _NOT_KEPT}
-        return kept if "_class_name" in kept else kept | {"torch_dtype": dtype}
+        return kept if "_class_name" in kept else kept | pipeline.LOADED
     overrides: dict[str, Any] = {}
     if match.version == "sd2" and "hidden_act" in table.versions["sd2"].config:
         overrides["hidden_act"] = _GELU[gelu]
@@ -324,7 +324,6 @@ def _config(
         match.version,
         match.dims | {"words": words},
         image_size=image_size or pipeline.IMAGE_SIZE,
-        dtype=dtype,
         overrides=overrides,
     )
 

@@ -289,7 +289,7 @@ CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 @pytest.mark.parametrize(("name", "version"), PUBLISHED)
 def test_config_is_the_published_one(name: str, version: str) -> None:
     spec = next(s for s in specs() if s.table.name == name and s.version == version)
-    ours = config_of(spec.table, version, nominal(spec), image_size=512, dtype="float32")
+    ours = config_of(spec.table, version, nominal(spec), image_size=512)
     published = PUBLISHED[name, version]
 
     def effective(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,10 +333,11 @@ def test_dtype(
         stem, suffix = file.rsplit(".", 1)
         expected = {key: value.to(kind) for key, value in tensors(converted)[name].items()}
         assert_equal(load_file(out / (f"{stem}.{variant}.{suffix}" if variant else file)), expected)
-    assert json.loads((out / "text_encoder" / "config.json").read_text())["torch_dtype"] == dtype
     pipe = load(out, variant=variant, dtype=kind)
     assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {kind}
     assert_equal(pipe.unet.state_dict(), load_file(next((out / "unet").glob("*.safetensors"))))
+    pipe = load(out, variant=variant)  # where no dtype is asked for, all parts have the same
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
 
 
 # Where missing parts come from
@@ -430,13 +431,12 @@ def test_base_pipeline_fills_in_half_a_vae(
 
 
 def test_base_of_another_dtype(keras: Path, converted: Path, cli: Cli, load: Load, tmp_path: Path) -> None:
-    """Configs tell the dtype of the weights beside them, not of the base's."""
+    """The base's parts are cast with the others."""
     out = tmp_path / "half"
     cli("convert", keras / "parts" / "unet.weights.h5", "--out", out, "--base", converted,
         "--dtype", "float16", "--variant", "fp16")  # fmt: skip
     pipe = load(out, variant="fp16", dtype=torch.float16)
     assert_equal(pipe.vae.state_dict(), {k: v.half() for k, v in tensors(converted)["vae"].items()})
-    assert json.loads((out / "text_encoder" / "config.json").read_text())["torch_dtype"] == "float16"
     again = tmp_path / "again"  # a base with nothing but a variant
     cli("convert", keras / "parts" / "unet.weights.h5", "--out", again, "--base", out)
     held = tensors(again)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import functools
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,8 @@ NATURAL = {
     "cake": "🎂",
 }
 OBJECTS = (*COLOURABLE, *NATURAL)
+SUBJECT = {"tiger": "🐯"}
+"""What the base does not know, for DreamBooth."""
 
 COLOURS = {
     "red": (222, 32, 38),
@@ -160,7 +163,7 @@ def _glyph(thing: str, colour: str) -> Image.Image:
     """The emoji, cropped, with its main hue replaced by `colour`."""
     font = ImageFont.truetype(str(FONT), 109)
     image = Image.new("RGBA", (160, 160))
-    symbol = {**COLOURABLE, **NATURAL}[thing]
+    symbol = {**COLOURABLE, **NATURAL, **SUBJECT}[thing]
     ImageDraw.Draw(image).text((10, 10), symbol, font=font, embedded_color=True)
     image = image.crop(image.getbbox())
     return _recolour(image, COLOURS[colour]) if colour else image
@@ -251,3 +254,15 @@ def words() -> list[str]:
     grounds = " ".join(Concept("", "", ground).phrase() for ground in GROUNDS)
     more = "a an photo picture of drawing painting style the and with one"
     return sorted({*OBJECTS, *COLOURS, *grounds.split(), *more.split()})
+
+
+def main(folder: Path) -> None:
+    """Draw five pictures of the subject, each on another ground."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, ground in enumerate(("white", "meadow", "blue", "beach", "gray")):
+        image = draw(Concept("tiger", "", ground), np.random.default_rng(number))
+        Image.fromarray(image).save(folder / f"{number}.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

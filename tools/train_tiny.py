@@ -413,23 +413,23 @@ def export(sampler: TextToImage, encoder: keras.Model, target: Path) -> None:
     (target / CONFIG_FILE).write_text(json.dumps(stated, indent=2) + "\n")
     write_tokenizer(sampler.tokenizer.files, target / "tokenizer")
     models = {
-        "unet": (build_unet(config.unet, "float16"), sampler.unet),
-        "text_encoder": (build_text_encoder(config.text_encoder, "float16"), sampler.text_encoder),
-        "vae_decoder": (build_decoder(config.vae, "float16"), sampler.decoder),
-        "vae_encoder": (build_image_encoder(config.vae, dtype="float16"), encoder),
+        "unet": sampler.unet,
+        "text_encoder": sampler.text_encoder,
+        "vae_decoder": sampler.decoder,
+        "vae_encoder": encoder,
     }
-    for name, (half, full) in models.items():
-        half.set_weights(full.get_weights())
+    for name, model in models.items():
         path = target / f"{name}.weights.h5"
-        half.save_weights(path)
+        model.save_weights(path)
         _compact(path)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    count = sum(full.count_params() for _, full in models.values())
+    count = sum(model.count_params() for model in models.values())
     print(f"{target}: {count / 1e6:.2f} M parameters, {size / 1e6:.2f} MB", flush=True)
 
 
 def _compact(path: Path) -> None:
-    """Rewrite an HDF5 file without Keras' groups for layers that have no weights, in the newer group format.
+    """Rewrite a weight file in float16, as Keras saves a float16 model, and without Keras' groups for layers
+    that have no weights.
 
     At these sizes the groups would otherwise take a tenth of the file.
     """
@@ -438,7 +438,7 @@ def _compact(path: Path) -> None:
 
         def copy(name: str, item: h5py.Group | h5py.Dataset) -> None:
             if isinstance(item, h5py.Dataset):
-                new[name] = item[()]
+                new[name] = item[()].astype("float16")
 
         old.visititems(copy)
     part.replace(path)

@@ -27,6 +27,7 @@ from kcv2diffusers.models.config import (
     UNetConfig,
     VAEConfig,
 )
+from kcv2diffusers.models.layers import zeros
 from kcv2diffusers.models.sampler import TextToImage
 from kcv2diffusers.models.text_encoder import build_text_encoder
 from kcv2diffusers.models.tokenizer import Tokenizer
@@ -105,17 +106,19 @@ def load_base(
         vae_config(*configs["vae_decoder"]),
     )
     files = find_tokenizer(locate(tokenizer, base=True) if tokenizer is not None else None, paths)
-    base = Base(
-        unet.version,
-        PIXELS_PER_LATENT * configs["unet"][1].get("sample_size", pipeline.IMAGE_SIZE // PIXELS_PER_LATENT),
-        {m.spec.table.folder: _stateable(m, stated) for m, stated in configs.values() if not m.known},
-        config,
-        build_unet(config.unet, dtype),
-        build_text_encoder(config.text_encoder, dtype),
-        build_decoder(config.vae, dtype),
-        build_image_encoder(config.vae, moments, dtype),
-        Tokenizer.of_files(files),
-    )
+    with zeros():
+        base = Base(
+            unet.version,
+            PIXELS_PER_LATENT
+            * configs["unet"][1].get("sample_size", pipeline.IMAGE_SIZE // PIXELS_PER_LATENT),
+            {m.spec.table.folder: _stateable(m, stated) for m, stated in configs.values() if not m.known},
+            config,
+            build_unet(config.unet, dtype),
+            build_text_encoder(config.text_encoder, dtype),
+            build_decoder(config.vae, dtype),
+            build_image_encoder(config.vae, moments, dtype),
+            Tokenizer.of_files(files),
+        )
     for part, model in zip(
         PARTS, (base.unet, base.text_encoder, base.decoder, base.image_encoder), strict=True
     ):

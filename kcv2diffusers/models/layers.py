@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import keras
@@ -18,6 +19,33 @@ Tensor = Any
 
 EPSILON = 1e-5
 """Added to the variance in every normalisation; KerasCV uses one value throughout."""
+
+
+_ZEROS = ContextVar("zeros", default=False)
+
+
+class Kernel(keras.initializers.GlorotUniform):  # type: ignore[misc]
+    """Keras' default for kernels, or zeros within `zeros()`."""
+
+    def __call__(self, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
+        return ops.zeros(shape, dtype) if _ZEROS.get() else super().__call__(shape, dtype)
+
+
+@contextlib.contextmanager
+def zeros() -> Iterator[None]:
+    """Models built here start with zeros: their weights are loaded next, and random numbers take time (on JAX
+    a compilation for each shape).
+    """
+    token = _ZEROS.set(True)
+    try:
+        yield
+    finally:
+        _ZEROS.reset(token)
+
+
+def dense(width: int, use_bias: bool = True) -> keras.layers.Dense:
+    """A linear layer."""
+    return keras.layers.Dense(width, use_bias=use_bias, kernel_initializer=Kernel())
 
 
 class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
@@ -35,7 +63,11 @@ class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
         pad_here = strides == 2 and not pad_end
         self.padding2d = keras.layers.ZeroPadding2D(1) if pad_here else None
         self.conv2d = keras.layers.Conv2D(
-            filters, kernel_size, strides=strides, padding="valid" if pad_here else "same"
+            filters,
+            kernel_size,
+            strides=strides,
+            padding="valid" if pad_here else "same",
+            kernel_initializer=Kernel(),
         )
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -107,6 +139,20 @@ def _torch_group_norm(inputs: Tensor, layer: keras.layers.Layer) -> Tensor:
 def group_norm(groups: int) -> keras.layers.Layer:
     """Group normalisation with KerasCV's epsilon."""
     return GroupNormalization(groups, epsilon=EPSILON)
+
+
+class UpSampling2D(keras.layers.UpSampling2D):  # type: ignore[misc]
+    """Doubles height and width of (batch, height, width, channels) by repeating pixels, in one copy.
+
+    Keras' own call cannot be traced on PyTorch's meta device, so that building a model would compute with
+    real and large tensors.
+    """
+
+    def call(self, inputs: Tensor) -> Tensor:
+        batch, height, width, channels = ops.shape(inputs)
+        x = ops.reshape(inputs, (-1, height, 1, width, 1, channels))
+        x = ops.broadcast_to(x, (batch, height, 2, width, 2, channels))
+        return ops.reshape(x, (-1, 2 * height, 2 * width, channels))
 
 
 def layer_norm() -> keras.layers.Layer:

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from kcv2diffusers.models.config import TextEncoderConfig
-from kcv2diffusers.models.layers import ACTIVATIONS, Block, Tensor, attention, dtype_policy, layer_norm
+from kcv2diffusers.models.layers import ACTIVATIONS, Block, Tensor, attention, dense, dtype_policy, layer_norm
 
 
 class CLIPEmbedding(keras.layers.Layer):  # type: ignore[misc]
@@ -31,8 +31,8 @@ class CLIPEncoderLayer(Block):
         self.layer_norm1 = layer_norm()
         self.clip_attn = CLIPAttention(width, heads)
         self.layer_norm2 = layer_norm()
-        self.fc1 = keras.layers.Dense(4 * width)
-        self.fc2 = keras.layers.Dense(width)
+        self.fc1 = dense(4 * width)
+        self.fc2 = dense(width)
         self.activation = ACTIVATIONS[activation]
 
     def compute(self, inputs: Tensor) -> Tensor:
@@ -46,10 +46,10 @@ class CLIPAttention(keras.layers.Layer):  # type: ignore[misc]
     def __init__(self, width: int, heads: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.heads = heads
-        self.q_proj = keras.layers.Dense(width)
-        self.k_proj = keras.layers.Dense(width)
-        self.v_proj = keras.layers.Dense(width)
-        self.out_proj = keras.layers.Dense(width)
+        self.q_proj = dense(width)
+        self.k_proj = dense(width)
+        self.v_proj = dense(width)
+        self.out_proj = dense(width)
 
     def call(self, inputs: Tensor) -> Tensor:
         query, key, value = self.q_proj(inputs), self.k_proj(inputs), self.v_proj(inputs)

@@ -12,7 +12,9 @@ from kcv2diffusers.models.layers import (
     Block,
     PaddedConv2D,
     Tensor,
+    UpSampling2D,
     attention,
+    dense,
     dtype_policy,
     group_norm,
     layer_norm,
@@ -28,7 +30,7 @@ class ResBlock(Block):
         super().__init__(**kwargs)
         self.width = width
         self.entry_flow = [group_norm(groups), keras.layers.Activation("silu"), PaddedConv2D(width, 3)]
-        self.embedding_flow = [keras.layers.Activation("silu"), keras.layers.Dense(width)]
+        self.embedding_flow = [keras.layers.Activation("silu"), dense(width)]
         self.exit_flow = [group_norm(groups), keras.layers.Activation("silu"), PaddedConv2D(width, 3)]
 
     def build(self, input_shape: Any) -> None:
@@ -52,9 +54,9 @@ class SpatialTransformer(Block):
     def __init__(self, width: int, heads: int, config: UNetConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.norm = group_norm(config.norm_groups)
-        self.proj1 = keras.layers.Dense(width) if config.linear_projection else PaddedConv2D(width, 1)
+        self.proj1 = dense(width) if config.linear_projection else PaddedConv2D(width, 1)
         self.transformer_block = BasicTransformerBlock(width, heads, config.gelu)
-        self.proj2 = keras.layers.Dense(width) if config.linear_projection else PaddedConv2D(width, 1)
+        self.proj2 = dense(width) if config.linear_projection else PaddedConv2D(width, 1)
 
     def compute(self, inputs: Tensor, context: Tensor) -> Tensor:
         x = to_sequence(self.proj1(self.norm(inputs)))
@@ -73,7 +75,7 @@ class BasicTransformerBlock(keras.layers.Layer):  # type: ignore[misc]
         self.attn2 = CrossAttention(width, heads)
         self.norm3 = layer_norm()
         self.geglu = GEGLU(4 * width, gelu)
-        self.dense = keras.layers.Dense(width)
+        self.dense = dense(width)
 
     def call(self, inputs: list[Tensor]) -> Tensor:
         x, context = inputs
@@ -89,10 +91,10 @@ class CrossAttention(keras.layers.Layer):  # type: ignore[misc]
     def __init__(self, width: int, heads: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.heads = heads
-        self.to_q = keras.layers.Dense(width, use_bias=False)
-        self.to_k = keras.layers.Dense(width, use_bias=False)
-        self.to_v = keras.layers.Dense(width, use_bias=False)
-        self.out_proj = keras.layers.Dense(width)
+        self.to_q = dense(width, use_bias=False)
+        self.to_k = dense(width, use_bias=False)
+        self.to_v = dense(width, use_bias=False)
+        self.out_proj = dense(width)
 
     def call(self, inputs: list[Tensor]) -> Tensor:
         x, context = inputs
@@ -106,7 +108,7 @@ class GEGLU(keras.layers.Layer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self.width = width
         self.gelu = ACTIVATIONS[gelu]
-        self.dense = keras.layers.Dense(2 * width)
+        self.dense = dense(2 * width)
 
     def call(self, inputs: Tensor) -> Tensor:
         x = self.dense(inputs)
@@ -118,7 +120,7 @@ class Upsample(keras.layers.Layer):  # type: ignore[misc]
 
     def __init__(self, width: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.ups = keras.layers.UpSampling2D(2)
+        self.ups = UpSampling2D(2)
         self.conv = PaddedConv2D(width, 3)
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -144,9 +146,9 @@ def build_unet(config: UNetConfig, dtype: str | None = None) -> keras.Model:
         def transform(x: Tensor, level: int) -> Tensor:
             return SpatialTransformer(config.widths[level], config.heads[level], config)([x, context])
 
-        embedding = keras.layers.Dense(4 * config.widths[0])(timestep_embedding)
+        embedding = dense(4 * config.widths[0])(timestep_embedding)
         embedding = keras.layers.Activation("silu")(embedding)
-        embedding = keras.layers.Dense(4 * config.widths[0])(embedding)
+        embedding = dense(4 * config.widths[0])(embedding)
 
         coarsest = len(config.widths) - 1
         x = PaddedConv2D(config.widths[0], 3)(latent)

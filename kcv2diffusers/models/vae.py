@@ -11,6 +11,7 @@ from kcv2diffusers.models.layers import (
     Block,
     PaddedConv2D,
     Tensor,
+    UpSampling2D,
     attention,
     dtype_policy,
     group_norm,
@@ -109,7 +110,7 @@ def build_decoder(config: VAEConfig, dtype: str | None = None) -> keras.Model:
             for _ in range(3):
                 x = ResnetBlock(width, groups)(x)
             if level != 0:
-                x = keras.layers.UpSampling2D(2)(x)
+                x = UpSampling2D(2)(x)
                 x = PaddedConv2D(width, 3)(x)
         x = group_norm(groups)(x)
         x = keras.layers.Activation("silu")(x)
