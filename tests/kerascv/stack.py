@@ -68,9 +68,9 @@ def small_unet(
     """KerasCV's UNet at other widths, for pictures of `size` pixels (a side, or height and width)."""
     sides = size if isinstance(size, tuple) else (size, size)
     fully = version == 2
-    inputs_context = LAYERS.Input((TEXT_LENGTH, context))
-    inputs_time = LAYERS.Input((widths[0],))
-    latent = LAYERS.Input((sides[0] // 8, sides[1] // 8, 4))
+    inputs_context = LAYERS.Input((TEXT_LENGTH, context), name="context")
+    inputs_time = LAYERS.Input((widths[0],), name="timestep_embedding")
+    latent = LAYERS.Input((sides[0] // 8, sides[1] // 8, 4), name="latent")
     t = LAYERS.Dense(widths[0] * 4)(inputs_time)
     t = LAYERS.Dense(widths[0] * 4)(_swish()(t))
 

@@ -12,7 +12,7 @@ from kcv2diffusers.models import TextEncoderConfig, UNetConfig, VAEConfig
 UNET1 = UNetConfig(widths=(32, 64, 64, 64), heads=(2, 2, 2, 2), context_width=48)
 UNET2 = UNetConfig(widths=(32, 64, 64, 64), heads=(2, 2, 2, 2), context_width=48, linear_projection=True)
 TEXT1 = TextEncoderConfig(width=48, layers=3, heads=2, vocabulary=300)
-TEXT2 = TextEncoderConfig(width=48, layers=3, heads=2, vocabulary=300, activation="tanh")
+TEXT2 = TextEncoderConfig(width=48, layers=3, heads=2, vocabulary=300, activation="exact")  # as in `stack`
 VAE = VAEConfig(widths=(32, 64, 96, 96))
 
 
