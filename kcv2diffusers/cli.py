@@ -276,6 +276,8 @@ def dreambooth(**given: Any) -> None:
         print(json.dumps(result.to_dict(), indent=2))
     else:
         print(result.text())
+    if not result.finished:
+        sys.exit(128 + signal.SIGINT)
 
 
 def _dreambooth_signature() -> Signature:

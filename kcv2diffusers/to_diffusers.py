@@ -33,6 +33,7 @@ PARTS = tuple(NAMES)
 _SLACK = 32 << 20  # bytes for everything that is not weights
 _CLIP_VOCABULARY = 49408
 _OUTPUT = {"model_index.json", "unet", "text_encoder", "vae", "tokenizer", "scheduler"}
+_OUTPUT_FILES = ("learned_embeds*.safetensors", "pytorch_lora_weights.safetensors")
 _NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}
 _GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 
@@ -359,7 +360,8 @@ def _row(tensor: Tensor, row: int) -> Tensor:
 
 def _is_output(path: Path) -> bool:
     return all(
-        entry.name in _OUTPUT or entry.match("learned_embeds*.safetensors") for entry in path.iterdir()
+        entry.name in _OUTPUT or any(entry.match(pattern) for pattern in _OUTPUT_FILES)
+        for entry in path.iterdir()
     )
 
 

@@ -17,6 +17,7 @@ import h5py
 import keras
 import numpy as np
 
+from kcv2diffusers.dreambooth.lora import LORA_FILE, attention_projections, write_lora
 from kcv2diffusers.errors import Error
 from kcv2diffusers.keras_files import write_legacy_h5
 from kcv2diffusers.pipeline import CONFIG_FILE, write_json
@@ -31,8 +32,8 @@ class Checkpoints:
     """The checkpoints of the run in `folder`.
 
     `parts` are the models that are trained, by part name; `trainer` the compiled model that trains them.
-    `stated` is the content of the kcv2diffusers.json that a model of unusual widths needs. `format` is
-    "weights.h5" or "h5". `keep` is how many stay.
+    `stated` is the content of the kcv2diffusers.json that a model of unusual widths needs, `names` what
+    diffusers calls each variable (both as in Base). `format` is "weights.h5" or "h5"; `keep` how many stay.
     """
 
     def __init__(
@@ -41,11 +42,13 @@ class Checkpoints:
         trainer: keras.Model,
         parts: dict[str, keras.Model],
         stated: dict[str, Any],
+        names: dict[int, str],
         *,
         format: str = "weights.h5",
         keep: int = 2,
     ) -> None:
-        self.folder, self.trainer, self.parts, self.stated = folder, trainer, parts, stated
+        self.folder, self.trainer, self.parts = folder, trainer, parts
+        self.stated, self.names = stated, names
         self.format, self.keep = format, keep
 
     def path(self, step: int) -> Path:
@@ -73,6 +76,8 @@ class Checkpoints:
             part.mkdir()
             for name, model in self.parts.items():
                 self._write(part, name, model)
+            if any(p.lora_enabled for m in self.parts.values() for p in attention_projections(m)):
+                write_lora(part / LORA_FILE, self.parts, self.names)
             if self.stated:
                 write_json(part / CONFIG_FILE, self.stated)
         for old in self.steps()[: -self.keep]:

@@ -100,28 +100,3 @@ def embed(timesteps: Tensor, width: int) -> Tensor:
     frequencies = ops.exp(-math.log(10000) * ops.arange(half, dtype="float32") / half)
     angles = ops.cast(timesteps, "float32")[:, None] * frequencies
     return ops.concatenate([ops.cos(angles), ops.sin(angles)], axis=1)
-
-
-def add_lora(model: keras.Model, rank: int, alpha: float) -> None:
-    """Freeze `model` and give the attention projections of its transformer blocks low-rank updates of `rank`,
-    scaled by alpha / rank (Hu et al. 2021, arXiv:2106.09685).
-    """
-    model.trainable = False
-    for layer in attention_projections(model):
-        layer.trainable = True
-        layer.enable_lora(rank, lora_alpha=alpha)
-        layer._kernel.trainable = False
-        if layer.bias is not None:
-            layer.bias.trainable = False
-
-
-def attention_projections(model: keras.Model) -> list[keras.layers.Dense]:
-    """The query, key, value and output layers of all attention in the UNet or text encoder."""
-    names = ("to_q", "to_k", "to_v", "out_proj", "q_proj", "k_proj", "v_proj")
-    return [
-        getattr(layer, name)
-        for layer in model._flatten_layers()
-        if type(layer).__name__ in ("CrossAttention", "CLIPAttention")
-        for name in names
-        if hasattr(layer, name)
-    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,8 @@ from kcv2diffusers.dreambooth.batches import Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.loggers import open_loggers
-from kcv2diffusers.dreambooth.model import DreamBooth, add_lora
+from kcv2diffusers.dreambooth.lora import LORA_FILE, add_lora
+from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
 from kcv2diffusers.dreambooth.photos import Photo, bucket_of, find_photos
 from kcv2diffusers.errors import Error
@@ -103,6 +105,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
         model,
         trained,
         base.stated,
+        base.names,
         format=config.checkpoint_format,
         keep=config.keep_checkpoints,
     )
@@ -135,6 +138,8 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
                 tokenizer=config.tokenizer or None,
                 overwrite=config.resume,
             )
+            if config.lora_rank:
+                shutil.copy(result.checkpoint / LORA_FILE, result.export)
     return result
 
 

@@ -50,12 +50,14 @@ class Base:
     """All parts of a Stable Diffusion model.
 
     `version` is "sd1" or "sd2"; `image_size` the height and width in pixels that it was trained for; `stated`
-    the kcv2diffusers.json that its checkpoints need, empty for the usual widths.
+    the kcv2diffusers.json that its checkpoints need, empty for the usual widths; `names` what diffusers calls
+    a variable, by its `id`.
     """
 
     version: str
     image_size: int
     stated: dict[str, dict[str, Any]]
+    names: dict[int, str]
     config: ModelConfig
     unet: keras.Model
     text_encoder: keras.Model
@@ -112,6 +114,7 @@ def load_base(
             PIXELS_PER_LATENT
             * configs["unet"][1].get("sample_size", pipeline.IMAGE_SIZE // PIXELS_PER_LATENT),
             {m.spec.table.folder: _stateable(m, stated) for m, stated in configs.values() if not m.known},
+            {},
             config,
             build_unet(config.unet, dtype),
             build_text_encoder(config.text_encoder, dtype),
@@ -122,13 +125,13 @@ def load_base(
     for part, model in zip(
         PARTS, (base.unet, base.text_encoder, base.decoder, base.image_encoder), strict=True
     ):
-        load_weights(model, configs[part][0])
+        base.names.update(load_weights(model, configs[part][0]))
     return base
 
 
-def load_weights(model: keras.Model, match: Match) -> None:
+def load_weights(model: keras.Model, match: Match) -> dict[int, str]:
     """Give the variables of one of our models the tensors of a recognised part, turned round if from
-    diffusers.
+    diffusers. Returns what diffusers calls each variable, by its `id`.
     """
     slots = list(match.require_complete().slots())
     if len(slots) != len(model.weights):
@@ -140,6 +143,7 @@ def load_weights(model: keras.Model, match: Match) -> None:
         if values.shape != shape:
             raise Error(f"{match.source.path}: {tensor.name} is {list(values.shape)}, not {list(shape)}.")
         variable.assign(values.astype("float32", copy=False))
+    return {id(variable): slot.target for (slot, _), variable in zip(slots, model.weights, strict=True)}
 
 
 def unet_config(match: Match, stated: Mapping[str, Any], gelu: Gelu) -> UNetConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -55,28 +56,33 @@ def run() -> dict[str, Any]:
     return results
 
 
-def gradients(model: keras.Model, inputs: dict[str, Any]) -> list[Any]:
-    """Gradients of the mean square of the model's output."""
+def mean_square(output: Any) -> Any:
+    return keras.ops.mean(output**2)
+
+
+def gradients(
+    model: keras.Model, inputs: dict[str, Any], loss: Callable[[Any], Any] = mean_square
+) -> list[Any]:
+    """Gradients of `loss` of the model's output, one for each trainable variable."""
     inputs = {name: keras.ops.convert_to_tensor(value) for name, value in inputs.items()}
     if keras.backend.backend() == "torch":
         model.zero_grad()
-        keras.ops.mean(model(inputs) ** 2).backward()
+        loss(model(inputs)).backward()
         return [variable.value.grad.detach() for variable in model.trainable_variables]
     values = [variable.value for variable in model.trainable_variables]
     if keras.backend.backend() == "jax":
         import jax
 
-        def loss(values: list[Any]) -> Any:
-            return keras.ops.mean(model.stateless_call(values, [], inputs)[0] ** 2)
-
-        return list(jax.jit(jax.grad(loss))(values))
+        fixed = [variable.value for variable in model.non_trainable_variables]
+        compute = jax.grad(lambda values: loss(model.stateless_call(values, fixed, inputs)[0]))
+        return list(jax.jit(compute)(values))
     import tensorflow as tf
 
     @tf.function
     def step() -> Any:
         with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(model(inputs) ** 2)
-        return tape.gradient(loss, values)
+            value = loss(model(inputs))
+        return tape.gradient(value, values)
 
     return list(step())
 

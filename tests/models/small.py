@@ -1,13 +1,19 @@
-"""Our configurations of the small models that `stack.build` makes of KerasCV's blocks."""
+"""Our configurations of the small models that `stack.build` makes of KerasCV's blocks, and a whole base."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
+from kcv2diffusers import models
 from kcv2diffusers.models import TextEncoderConfig, UNetConfig, VAEConfig
+from kcv2diffusers.models.tokenizer import Tokenizer
+from kcv2diffusers.pipeline import CONFIG_FILE
+from kcv2diffusers.tokenizer import write_tokenizer
 
 UNET1 = UNetConfig(widths=(32, 64, 64, 64), heads=(2, 2, 2, 2), context_width=48)
 UNET2 = UNetConfig(widths=(32, 64, 64, 64), heads=(2, 2, 2, 2), context_width=48, linear_projection=True)
@@ -20,3 +26,30 @@ def relative_error(got: Any, expected: Any) -> float:
     """Largest absolute difference over the largest absolute value."""
     got, expected = (np.asarray(keras.ops.convert_to_numpy(x), dtype="float64") for x in (got, expected))
     return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+def write_base(folder: Path) -> Path:
+    """Write checkpoints of unusual widths with random weights into `folder`, as Keras saves them."""
+    tokenizer = Tokenizer.of_words(["a", "red", "car", "tree"])
+    vae = VAEConfig((8, 16, 16, 24), norm_groups=2)
+    parts = {
+        "unet": models.build_unet(UNetConfig((16, 24, 32, 32), (4,) * 4, 24, norm_groups=4)),
+        "text_encoder": models.build_text_encoder(
+            TextEncoderConfig(24, layers=2, heads=3, vocabulary=len(tokenizer.vocabulary))
+        ),
+        "vae_decoder": models.build_decoder(vae),
+        "vae_encoder": models.build_image_encoder(vae),
+    }
+    rng = np.random.default_rng(0)
+    for name, model in parts.items():
+        for variable in model.weights:
+            variable.assign(variable + 0.1 * rng.standard_normal(variable.shape))
+        model.save_weights(folder / f"{name}.weights.h5")
+    stated = {
+        "unet": {"attention_head_dim": 4, "norm_num_groups": 4, "sample_size": 8},
+        "text_encoder": {"num_attention_heads": 3},
+        "vae": {"norm_num_groups": 2, "sample_size": 64},
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(stated))
+    write_tokenizer(tokenizer.files, folder / "tokenizer")
+    return folder

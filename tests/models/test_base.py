@@ -2,51 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from small import write_base
 
 from kcv2diffusers import models
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models.base import load_base
-from kcv2diffusers.models.tokenizer import Tokenizer
-from kcv2diffusers.pipeline import CONFIG_FILE
 from kcv2diffusers.to_diffusers import convert
-from kcv2diffusers.tokenizer import write_tokenizer
-
-WORDS = ["a", "red", "car", "tree"]
-STATED = {
-    "unet": {"attention_head_dim": 4, "norm_num_groups": 4},
-    "text_encoder": {"num_attention_heads": 3},
-    "vae": {"norm_num_groups": 2},
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of unusual widths with random weights, as Keras saves them."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = Tokenizer.of_words(WORDS)
-    vae = models.VAEConfig((8, 16, 16, 24), norm_groups=2)
-    parts = {
-        "unet": models.build_unet(models.UNetConfig((16, 24, 32, 32), (4,) * 4, 24, norm_groups=4)),
-        "text_encoder": models.build_text_encoder(
-            models.TextEncoderConfig(24, layers=2, heads=3, vocabulary=len(tokenizer.vocabulary))
-        ),
-        "vae_decoder": models.build_decoder(vae),
-        "vae_encoder": models.build_image_encoder(vae),
-    }
-    rng = np.random.default_rng(0)
-    for name, model in parts.items():
-        for variable in model.weights:
-            variable.assign(variable + 0.1 * rng.standard_normal(variable.shape))
-        model.save_weights(folder / f"{name}.weights.h5")
-    (folder / CONFIG_FILE).write_text(json.dumps(STATED))
-    write_tokenizer(tokenizer.files, folder / "tokenizer")
-    return folder
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def sample(base: Any) -> Any:

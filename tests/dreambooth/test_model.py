@@ -1,0 +1,124 @@
+"""The loss is what its formula says, whatever the options; what is trained has gradients, all else none."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+from backend_run import TEXT, UNET, gradients
+
+from kcv2diffusers import models
+from kcv2diffusers.dreambooth.lora import add_lora, attention_projections
+from kcv2diffusers.dreambooth.model import DreamBooth, embed
+from kcv2diffusers.schedule import alphas_cumprod, timestep_embedding
+
+RNG = np.random.default_rng(0)
+OPTIONS: dict[str, Any] = {"prior_weight": 0.3, "snr_gamma": 2.0, "prediction": "v_prediction"}
+
+
+def batch(condition: Any) -> dict[str, Any]:
+    return {
+        "latents": RNG.standard_normal((4, 8, 16, 4), dtype="float32"),
+        "noise": RNG.standard_normal((4, 8, 16, 4), dtype="float32"),
+        "timesteps": np.array([3, 400, 999, 10], "int32"),
+        "condition": condition,
+        "prior": np.array([0, 0, 1, 1], "float32"),
+    }
+
+
+EMBEDDED = batch(RNG.standard_normal((4, 9, 24), dtype="float32"))
+TOKENS = batch(RNG.integers(0, 50, (4, 9)).astype("int32"))
+
+
+@pytest.fixture(scope="module")
+def unet() -> keras.Model:
+    return models.build_unet(UNET)
+
+
+def by_hand(
+    x: dict[str, Any], predicted: Any, prior_weight: float, snr_gamma: float, prediction: str
+) -> float:
+    signal = alphas_cumprod().astype("float64")[x["timesteps"]]
+    losses = []
+    for i in range(4):
+        a = signal[i]
+        target = x["noise"][i]
+        if prediction == "v_prediction":
+            target = a**0.5 * x["noise"][i] - (1 - a) ** 0.5 * x["latents"][i]
+        loss = ((predicted[i] - target) ** 2).mean()
+        snr = a / (1 - a)
+        if snr_gamma:
+            loss *= min(snr, snr_gamma) / (snr + 1 if prediction == "v_prediction" else snr)
+        losses.append(loss)
+    return float(np.mean(losses[:2]) + prior_weight * np.mean(losses[2:]))
+
+
+@pytest.mark.parametrize("chosen", [c for n in range(4) for c in itertools.combinations(OPTIONS, n)])
+def test_loss(unet: keras.Model, chosen: tuple[str, ...]) -> None:
+    options = {"prior_weight": 1.0, "snr_gamma": 0.0, "prediction": "epsilon"}
+    options |= {name: OPTIONS[name] for name in chosen}
+    model = DreamBooth(unet, **options)
+    predicted = keras.ops.convert_to_numpy(model(EMBEDDED))
+    got = float(model.compute_loss(EMBEDDED, None, keras.ops.convert_to_tensor(predicted)))
+    assert got == pytest.approx(by_hand(EMBEDDED, predicted, **options), rel=1e-5)
+
+
+def test_the_unet_sees_the_noised_latents(unet: keras.Model) -> None:
+    signal = alphas_cumprod()[EMBEDDED["timesteps"]][:, None, None, None]
+    noisy = np.sqrt(signal) * EMBEDDED["latents"] + np.sqrt(1 - signal) * EMBEDDED["noise"]
+    embedding = timestep_embedding(EMBEDDED["timesteps"], 32)
+    expected = unet({"latent": noisy, "timestep_embedding": embedding, "context": EMBEDDED["condition"]})
+    got = DreamBooth(unet)(EMBEDDED)
+    np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (got, expected)), atol=2e-5)
+    np.testing.assert_allclose(
+        keras.ops.convert_to_numpy(embed(EMBEDDED["timesteps"], 32)), embedding, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("text", [False, True])
+def test_what_is_trained(lora: int, text: bool) -> None:
+    unet = models.build_unet(UNET)
+    text_encoder = models.build_text_encoder(TEXT) if text else None
+    if lora:
+        for part in filter(None, (unet, text_encoder)):
+            add_lora(part, lora, lora)
+            for layer in attention_projections(part):  # zeros at first, which gives A no gradient
+                layer.lora_kernel_b.assign(0.1 * RNG.standard_normal(layer.lora_kernel_b.shape))
+    model = DreamBooth(unet, text_encoder)
+    names = {variable.path for variable in model.trainable_variables}
+    if lora:
+        assert names and all("lora_kernel" in name for name in names)
+    else:
+        assert len(names) == len(unet.weights) + (len(text_encoder.weights) if text_encoder else 0)
+    given = TOKENS if text else EMBEDDED
+    found = gradients(model, given, lambda output: model.compute_loss(given, None, output))
+    assert len(found) == len(model.trainable_variables)
+    for variable, gradient in zip(model.trainable_variables, found, strict=True):
+        values = keras.ops.convert_to_numpy(gradient)
+        # Attention does not change when one number is added to all scores: CLIP's key bias has no gradient.
+        if not variable.path.endswith("k_proj/bias"):
+            assert np.abs(values).max() > 0, variable.path
+
+
+def test_lora_starts_at_the_base_and_saves_merged(tmp_path) -> None:
+    unet = models.build_unet(UNET)
+    given = {
+        "latent": EMBEDDED["latents"],
+        "timestep_embedding": timestep_embedding(EMBEDDED["timesteps"], 32),
+    }
+    given["context"] = EMBEDDED["condition"]
+    before = unet.predict_on_batch(given)
+    add_lora(unet, 3, 6)
+    np.testing.assert_allclose(unet.predict_on_batch(given), before, atol=1e-5)
+    for layer in attention_projections(unet):
+        layer.lora_kernel_b.assign(RNG.standard_normal(layer.lora_kernel_b.shape))
+    changed = unet.predict_on_batch(given)
+    assert np.abs(changed - before).max() > 1e-2
+    unet.save_weights(tmp_path / "merged.weights.h5")
+    plain = models.build_unet(UNET)
+    plain.load_weights(tmp_path / "merged.weights.h5")
+    np.testing.assert_allclose(plain.predict_on_batch(given), changed, atol=1e-4)

@@ -1,0 +1,254 @@
+"""Whole runs of the command on a base of a second or two, in processes of their own: PyTorch, the quickest to
+start. Other backends: test_backends.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small import write_base
+
+from kcv2diffusers import convert, inspect
+
+PROMPTS = ["--instance-prompt", "a sks car", "--class-prompt", "a car"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three photos of two proportions, and a file that is none."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number, size in enumerate([(64, 64), (70, 66), (64, 64)]):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), "uint8")).save(folder / f"{number}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+def command(base: Path, photos: Path, out: Path, *options: str | Path) -> list[str]:
+    given = ["--instance-images", photos, "--base", base, "--out", out, *options]
+    return [sys.executable, "-m", "kcv2diffusers.cli", "dreambooth", *map(str, given)]
+
+
+def environment(backend: str = "torch") -> dict[str, str]:
+    return {**os.environ, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+def run(base: Path, photos: Path, out: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(base, photos, out, *options), env=environment(), capture_output=True, text=True, check=False
+    )
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    """Every dataset of the weight files of a checkpoint."""
+    found: dict[str, np.ndarray] = {}
+    for path in sorted(folder.glob("*.h5")):
+
+        def add(name: str, item: h5py.Group | h5py.Dataset, file: str = path.name) -> None:
+            if isinstance(item, h5py.Dataset):
+                found[f"{file}/{name}"] = item[()]
+
+        with h5py.File(path) as opened:
+            opened.visititems(add)
+    assert found
+    return found
+
+
+def different(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[str]:
+    assert one.keys() == other.keys()
+    return [name for name in one if not np.array_equal(one[name], other[name])]
+
+
+COMMON = [*PROMPTS, "--num-class-images", "2", "--sample-steps", "2", "--learning-rate", "1e-3"]
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps with all that it leaves."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    done = run(
+        base, photos, out, *COMMON, "--steps", "6", "--checkpoint-every", "2", "--keep-checkpoints", "2",
+        "--sample-prompt", "a car", "--sample-prompt", "a tree", "--export", out.parent / "pipeline",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Skipped" in done.stdout and "notes.txt (not a picture)" in done.stdout
+    assert f"Pipeline: {out.parent / 'pipeline'}" in done.stdout
+    assert "Training 6/6 loss" in done.stderr
+    return out
+
+
+def test_what_a_run_leaves(whole: Path) -> None:
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == ["step-000004", "step-000006"]
+    assert [path.name for path in sorted((whole / "resume").iterdir())] == [
+        "step-000004.h5",
+        "step-000006.h5",
+    ]
+    with (whole / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5", "6"]
+    assert all(np.isfinite(float(row["loss"])) for row in rows)
+    assert Image.open(whole / "loss.png").size == (640, 320)
+    assert Image.open(whole / "samples" / "step-000006.png").size[0] > 512
+    assert len(list((whole / "class").glob("*.png"))) == 2
+    assert not [path for path in whole.rglob(".*")]
+
+
+def test_a_checkpoint_and_the_export_are_the_trained_model(whole: Path, base: Path, tmp_path: Path) -> None:
+    last = whole / "checkpoints" / "step-000006"
+    assert [part.part for part in inspect(last)] == ["unet"]
+    changed = different(weights(last), {k: v for k, v in weights(base).items() if k.startswith("unet")})
+    assert len(changed) > 600
+    assert len(different(weights(last), weights(whole / "checkpoints" / "step-000004"))) > 600
+    convert(last, out=tmp_path / "pipeline", base=base)
+    exported = whole.parent / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    again = tmp_path / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    assert exported.read_bytes() == again.read_bytes()
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(whole.parent / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a sks car", num_inference_steps=1).images[0].size == (64, 64)
+
+
+def test_its_record_repeats_it(whole: Path, base: Path, photos: Path, tmp_path: Path) -> None:
+    done = run(
+        base, photos, tmp_path / "out", "--config", whole / "config.toml", "--export", tmp_path / "pipeline"
+    )
+    assert done.returncode == 0, done.stderr
+    last = "checkpoints/step-000006"
+    assert different(weights(whole / last), weights(tmp_path / "out" / last)) == []
+
+
+EVERYTHING = [
+    "--train-text-encoder", "--text-encoder-learning-rate", "1e-4", "--text-encoder-steps", "4",
+    "--ema", "0.9", "--accumulate", "2", "--lr-schedule", "cosine", "--warmup-steps", "2",
+    "--snr-gamma", "5", "--offset-noise", "0.1", "--flip", "--no-cache",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], EVERYTHING, [*EVERYTHING, "--lora-rank", "2", "--optimizer", "lion"], ["--optimizer", "adafactor"]],
+    ids=["plain", "everything", "lora", "adafactor"],
+)
+def test_resuming_reaches_the_same_weights(
+    base: Path, photos: Path, tmp_path: Path, options: list[str]
+) -> None:
+    class_images = ["--class-images", tmp_path / "class"]
+    common = [*COMMON, *class_images, *options, "--checkpoint-every", "3", "--steps"]
+    for out, steps in (("whole", [["6"]]), ("parts", [["3"], ["6", "--resume"]])):
+        for more in steps:
+            done = run(base, photos, tmp_path / out, *common, *more)
+            assert done.returncode == 0, done.stderr
+    one, other = (weights(tmp_path / out / "checkpoints" / "step-000006") for out in ("whole", "parts"))
+    assert different(one, other) == []
+    early = weights(tmp_path / "whole" / "checkpoints" / "step-000003")
+    assert different(one, early)
+    if "--train-text-encoder" in options:
+        assert any(name.startswith("text_encoder") for name in different(one, early))
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_the_lora_file_is_the_merged_weights(
+    base: Path, photos: Path, whole: Path, tmp_path: Path, text: bool
+) -> None:
+    """As diffusers loads it onto the base: the same picture."""
+    from diffusers import StableDiffusionPipeline
+
+    options = ["--class-images", whole / "class", "--lora-rank", "2", "--lora-alpha", "6", "--steps", "4"]
+    options += ["--learning-rate", "1e-1", "--export", tmp_path / "pipeline"]
+    done = run(base, photos, tmp_path / "out", *COMMON, *options, *(["--train-text-encoder"] if text else []))
+    assert done.returncode == 0, done.stderr
+    convert(base, out=tmp_path / "base")
+    pictures = []
+    for folder, lora in (("pipeline", False), ("base", True), ("base", False)):
+        pipe = StableDiffusionPipeline.from_pretrained(tmp_path / folder)
+        pipe.set_progress_bar_config(disable=True)
+        if lora:
+            pipe.load_lora_weights(tmp_path / "pipeline")
+        latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+        pictures.append(pipe("a sks car", latents=latents, num_inference_steps=2, output_type="np").images[0])
+    merged, loaded, untrained = pictures
+    assert np.abs(merged - loaded).max() < 2e-3
+    assert np.abs(merged - untrained).max() > 2e-2
+
+
+def test_legacy_checkpoints(base: Path, photos: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dog"
+    options = ["--class-images", whole / "class", "--checkpoint-format", "h5", "--train-text-encoder"]
+    done = run(base, photos, out, *COMMON, *options, "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    last = out / "checkpoints" / "step-000002"
+    names = sorted(path.name for path in last.iterdir())
+    assert names == ["dog-text_encoder.h5", "dog-unet.h5", "kcv2diffusers.json"]
+    assert {part.container for part in inspect(last)} == {"legacy .h5"}
+    convert(last, out=tmp_path / "pipeline", base=base)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped(
+    base: Path, photos: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    options = [
+        *COMMON,
+        "--class-images",
+        str(whole / "class"),
+        "--steps",
+        "100000",
+        "--checkpoint-every",
+        "5",
+    ]
+    process = subprocess.Popen(
+        command(base, photos, out, *options),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while not list((out / "checkpoints").glob("step-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=60)
+    kept = sorted(int(path.name[5:]) for path in (out / "checkpoints").glob("step-*"))
+    assert kept
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130, stderr
+        assert b"--resume goes on" in stdout
+        assert f"Step {kept[-1]}" in stdout.decode()
+    more = ["--steps", str(kept[-1] + 2), "--resume"]
+    done = run(base, photos, out, *options, *more)
+    assert done.returncode == 0, done.stderr
+    with (out / "log.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == list(range(1, kept[-1] + 3))
+
+
+def test_a_run_that_diverges_keeps_the_last_good_checkpoint(
+    base: Path, photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    options = [*COMMON, "--class-images", whole / "class", "--steps", "30", "--checkpoint-every", "1"]
+    done = run(base, photos, tmp_path / "out", *options, "--learning-rate", "1e20", "--clip-norm", "0")
+    assert done.returncode == 1
+    assert "training has diverged" in done.stderr and "checkpoint of step" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "out" / "checkpoints").iterdir())
