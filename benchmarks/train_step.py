@@ -41,6 +41,8 @@ def keras_calls(kind: str, arguments: argparse.Namespace) -> Calls:
     import keras
 
     from kcv2diffusers import models
+    from kcv2diffusers.dreambooth.config import Config
+    from kcv2diffusers.dreambooth.optimizers import make_optimizer
 
     if kind == "ours":
         config = models.SD1.unet
@@ -64,7 +66,11 @@ def keras_calls(kind: str, arguments: argparse.Namespace) -> Calls:
     named = {"latent": latent, "timestep_embedding": embedding, "context": text}
     # XLA's convolutions on a CPU are slower than TensorFlow's own, for us and for KerasCV alike.
     jit = keras.backend.backend() == "jax"
-    model.compile(keras.optimizers.AdamW(1e-5), loss="mse", jit_compile=jit)
+    if kind == "ours":
+        optimizer = make_optimizer(Config(learning_rate=1e-5, clip_norm=0.0), ())
+    else:
+        optimizer = keras.optimizers.AdamW(1e-5, weight_decay=0.01)
+    model.compile(optimizer, loss="mse", jit_compile=jit)
     return lambda: model.predict_on_batch(named), lambda: model.train_on_batch(named, latent)
 
 

@@ -21,7 +21,8 @@ Encode = Callable[[Array], Array]
 
 @dataclass
 class Examples:
-    """Photos with one prompt. `encode` is the VAE encoder; with `cache` it sees each picture once a size.
+    """Photos with one prompt. `encode` is the VAE encoder; with `cache` it sees each picture once a size and
+    may then be None.
 
     `condition` is what every picture is trained with: the prompt's embeddings (length, width) float32, or its
     tokens (length,) int32 if the text encoder is trained.
@@ -29,7 +30,7 @@ class Examples:
 
     photos: Sequence[Photo]
     condition: Array
-    encode: Encode
+    encode: Encode | None
     resolution: int
     flip: bool = False
     cache: bool = True
@@ -55,6 +56,7 @@ class Examples:
 
     def _encoded(self, number: int, size: Size, flip: bool, place: tuple[float, float]) -> Array:
         picture = read_photo(self.photos[number], size, place=place, flip=flip)
+        assert self.encode is not None, "everything was to be in the cache"
         return np.asarray(self.encode(picture[None])[0])
 
 

@@ -72,7 +72,7 @@ class Checkpoints:
             for group, variables in zip(_STATE, self._state(), strict=True):
                 for number, variable in enumerate(variables):
                     file[f"{group}/{number}"] = keras.ops.convert_to_numpy(variable)
-        with _appearing(target) as part, self._averaged():
+        with _appearing(target) as part, self.averaged():
             part.mkdir()
             for name, model in self.parts.items():
                 self._write(part, name, model)
@@ -113,7 +113,7 @@ class Checkpoints:
             weights.unlink()
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
+    def averaged(self) -> Iterator[None]:
         """The moving averages in the place of the weights, if there are any."""
         optimizer = self.trainer.optimizer
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)

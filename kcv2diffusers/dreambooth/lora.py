@@ -12,14 +12,15 @@ from safetensors.numpy import save_file
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def add_lora(model: keras.Model, rank: int, alpha: float) -> None:
+def add_lora(model: keras.Model, rank: int, alpha: float, seed: int = 0) -> None:
     """Freeze `model` and give the attention projections of its transformer blocks low-rank updates of `rank`,
     scaled by alpha / rank (Hu et al. 2021, arXiv:2106.09685).
     """
     model.trainable = False
-    for layer in attention_projections(model):
+    for number, layer in enumerate(attention_projections(model)):
         layer.trainable = True
-        layer.enable_lora(rank, lora_alpha=alpha)
+        first = keras.initializers.HeUniform(seed=seed + number)
+        layer.enable_lora(rank, lora_alpha=alpha, a_initializer=first)
         layer._kernel.trainable = False
         if layer.bias is not None:
             layer.bias.trainable = False

@@ -12,6 +12,7 @@ from keras import ops
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.models.layers import Tensor
 
+_TOGETHER = 8  # variables updated at a time: on PyTorch, Keras makes several copies of all that it updates
 _CLASSES = {
     "adamw": keras.optimizers.Adam,
     "adafactor": keras.optimizers.Adafactor,
@@ -59,16 +60,16 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
         """
 
         def _backend_update_step(self, grads: list[Tensor], variables: list[Any], rate: Tensor) -> None:
-            pairs = list(zip(grads, variables, strict=True))
             later = rate * factor * ops.cast(self.iterations < end, "float32")
-            for slow, step_size in ((False, rate), (True, later)):
-                group = [pair for pair in pairs if (id(pair[1]) in ids) is slow]
-                for _, variable in group:
-                    variable.assign(
-                        variable - variable * ops.cast(step_size * config.weight_decay, variable.dtype)
-                    )
-                if group:
-                    super()._backend_update_step([g for g, _ in group], [v for _, v in group], step_size)
+            for first in range(0, len(variables), _TOGETHER):
+                chunk = list(zip(grads, variables, strict=True))[first : first + _TOGETHER]
+                for slow, own_rate in ((False, rate), (True, later)):
+                    group = [pair for pair in chunk if (id(pair[1]) in ids) is slow]
+                    for _, variable in group:
+                        decay = ops.cast(own_rate * config.weight_decay, variable.dtype)
+                        variable.assign(variable - variable * decay)
+                    if group:
+                        super()._backend_update_step([g for g, _ in group], [v for _, v in group], own_rate)
 
     optimizer: keras.optimizers.Optimizer = TwoRates(
         Course(config.lr_schedule, peak, config.warmup_steps, updates),

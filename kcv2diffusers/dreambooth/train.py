@@ -69,7 +69,6 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     notes: list[str] = []
     _check_free(config)
     photos = _photos(Path(config.instance_images), notes)
-    keras.utils.set_random_seed(config.seed)
     base = load_base(
         *config.base,
         tokenizer=config.tokenizer or None,
@@ -98,8 +97,15 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     # XLA's convolutions on a CPU are slower than TensorFlow's own; JAX has no others.
     model.compile(make_optimizer(config, slower), jit_compile=keras.backend.backend() == "jax")
     model.optimizer.build(model.trainable_variables)
-    if config.cache:
-        del base.image_encoder  # it has seen everything; its memory is the trainer's now
+    if config.cache:  # it has seen everything; its memory is the trainer's now
+        instance.encode = None
+        if prior is not None:
+            prior.encode = None
+        del base.image_encoder
+    if not config.train_text_encoder:
+        if config.sample_prompt:
+            samples.context = samples.encode()
+        del base.text_encoder, samples.sampler.text_encoder
     checkpoints = Checkpoints(
         out,
         model,
@@ -128,7 +134,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     result = Result(out, checkpoints.path(run.step), run.step, run.step >= config.steps, notes=notes)
     chart(run.losses(), "loss").save(out / "loss.png")
     if result.finished:
-        samples.draw(run.step)
+        run.draw()
         if config.export:
             result.export = Path(config.export)
             convert(
@@ -161,6 +167,13 @@ class _Run(keras.callbacks.Callback):  # type: ignore[misc]
         """Save after this step and end."""
         self.stopped = True
 
+    def draw(self) -> None:
+        """Draw with the weights that a checkpoint would have now."""
+        if keras.backend.backend() == "jax":
+            self.checkpoints.trainer.jax_state_sync()
+        with self.checkpoints.averaged():
+            self.samples.draw(self.step)
+
     def losses(self) -> list[float]:
         return [loss for _, loss, _ in self.rows]
 
@@ -185,29 +198,38 @@ class _Run(keras.callbacks.Callback):  # type: ignore[misc]
             self.checkpoints.save(self.step)
             _write_log(self.log, self.rows)
         if self.config.sample_every and self.step % self.config.sample_every == 0 and not last:
-            if keras.backend.backend() == "jax":
-                self.model.jax_state_sync()
-            self.samples.draw(self.step)
+            self.draw()
         if self.stopped:
             self.model.stop_training = True
 
 
 @dataclass
 class _Samples:
-    """Drawings of the prompts that are asked for, from the same noise each time."""
+    """Drawings of the prompts that are asked for, from the same noise each time.
+
+    Without `sampler.text_encoder`, which may have left the device, `context` is what it made of the prompts.
+    """
 
     config: Config
     sampler: TextToImage
     size: int
     folder: Path
+    context: np.ndarray[Any, Any] | None = None
+
+    def encode(self) -> np.ndarray[Any, Any]:
+        prompts = self.config.sample_prompt
+        return self.sampler.encode_prompts([*[""] * len(prompts), *prompts])
 
     def draw(self, step: int) -> None:
         prompts = self.config.sample_prompt
         if not prompts:
             return
         noise = initial_noise(len(prompts), self.size, self.size, self.config.seed)
-        latents = self.sampler.sample(
-            prompts, noise, steps=self.config.sample_steps, guidance_scale=self.config.guidance_scale
+        latents = self.sampler.denoise(
+            self.encode() if self.context is None else self.context,
+            noise,
+            steps=self.config.sample_steps,
+            guidance_scale=self.config.guidance_scale,
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         images = self.sampler.decode(latents)
@@ -245,6 +267,7 @@ def _class_photos(config: Config, base: Base, notes: list[str], progress: Progre
             height=base.image_size,
             width=base.image_size,
             seed=config.seed + number,
+            steps=config.sample_steps,
             guidance_scale=config.guidance_scale,
         )[0]
         part = path.with_name(f".{path.name}.part")
@@ -293,7 +316,7 @@ def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
     for model in trained.values():
         rematerialise(model, config.rematerialise)
         if config.lora_rank:
-            add_lora(model, config.lora_rank, config.lora_alpha or config.lora_rank)
+            add_lora(model, config.lora_rank, config.lora_alpha or config.lora_rank, config.seed)
     return trained
 
 

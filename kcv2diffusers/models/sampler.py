@@ -89,6 +89,18 @@ class TextToImage:
         `progress` is called after each step with its number and the number of steps.
         """
         context = self.encode_prompts([*[negative_prompt] * len(prompts), *prompts])
+        return self.denoise(context, noise, steps=steps, guidance_scale=guidance_scale, progress=progress)
+
+    def denoise(
+        self,
+        context: Array,
+        noise: Array,
+        *,
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Array:
+        """`sample` with encoded prompts: `context` is of those to keep away from, then of those to follow."""
         timesteps, signal = sampling_timesteps(steps), alphas_cumprod()
         latents = np.asarray(noise, dtype="float32")
         width = self.unet.input_shape[1][-1]
