@@ -20,7 +20,7 @@ def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: fl
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A DreamBooth run. Sizes are in pixels, rates per update."""
+    """A DreamBooth run. Sizes are in pixels."""
 
     instance_images: str = _option("", "Folder with photos of the subject.")
     instance_prompt: str = _option("", 'What they show, with the identifier: "a photo of sks dog".')
@@ -38,7 +38,7 @@ class Config:
     lr_schedule: str = _option(
         "constant", "Course of the learning rate.", choices=("constant", "linear", "cosine")
     )
-    warmup_steps: int = _option(0, "Updates over which the learning rate rises to its value.", least=0)
+    warmup_steps: int = _option(0, "Steps over which the learning rate rises to its value.", least=0)
     optimizer: str = _option("adamw", "The optimizer.", choices=("adamw", "adafactor", "lion"))
     weight_decay: float = _option(0.01, "Decoupled weight decay.", least=0)
     clip_norm: float = _option(1.0, "Limit of the gradient's global norm; 0 for none.", least=0)

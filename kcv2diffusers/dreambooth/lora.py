@@ -24,6 +24,7 @@ def add_lora(model: keras.Model, rank: int, alpha: float, seed: int = 0) -> None
         layer._kernel.trainable = False
         if layer.bias is not None:
             layer.bias.trainable = False
+    model.predict_function = None  # one that was compiled before would not have the updates
 
 
 def attention_projections(model: keras.Model) -> list[keras.layers.Dense]:

@@ -48,6 +48,33 @@ def dense(width: int, use_bias: bool = True) -> keras.layers.Dense:
     return keras.layers.Dense(width, use_bias=use_bias, kernel_initializer=Kernel())
 
 
+class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
+    """A convolution, on PyTorch as one matrix product where the kernel is larger than the picture.
+
+    Keras' kernels are (height, width, inputs, outputs); PyTorch's convolution turns them round at every pass,
+    which on a CPU takes most of the time of the coarser half of a UNet.
+    """
+
+    def call(self, inputs: Tensor) -> Tensor:
+        size = self.kernel_size[0]
+        plain = size == 3 and self.strides == (1, 1) and self.padding == "same"
+        if keras.backend.backend() == "torch" and plain and inputs.device.type == "cpu":
+            batch, height, width, _ = inputs.shape
+            if batch * height * width <= 2 * self.filters:
+                return _torch_matrix_conv(inputs, self)
+        return super().call(inputs)
+
+
+def _torch_matrix_conv(inputs: Tensor, layer: keras.layers.Layer) -> Tensor:
+    import torch
+
+    _, height, width, _ = inputs.shape
+    padded = torch.nn.functional.pad(inputs, (0, 0, 1, 1, 1, 1))
+    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    kernel = ops.convert_to_tensor(layer.kernel)
+    return torch.cat(shifted, -1) @ kernel.reshape(-1, layer.filters) + ops.convert_to_tensor(layer.bias)
+
+
 class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
     """A 2D convolution, (batch, height, width, channels) to (batch, height / strides, width / strides,
     filters).
@@ -62,7 +89,7 @@ class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
         super().__init__(**kwargs)
         pad_here = strides == 2 and not pad_end
         self.padding2d = keras.layers.ZeroPadding2D(1) if pad_here else None
-        self.conv2d = keras.layers.Conv2D(
+        self.conv2d = Conv2D(
             filters,
             kernel_size,
             strides=strides,

@@ -197,7 +197,7 @@ def test_legacy_checkpoints(base: Path, photos: Path, whole: Path, tmp_path: Pat
     last = out / "checkpoints" / "step-000002"
     names = sorted(path.name for path in last.iterdir())
     assert names == ["dog-text_encoder.h5", "dog-unet.h5", "kcv2diffusers.json"]
-    assert {part.container for part in inspect(last)} == {"legacy .h5"}
+    assert {part.container for part in inspect(last)} == {"legacy .h5 weights"}
     convert(last, out=tmp_path / "pipeline", base=base)
 
 
