@@ -239,7 +239,7 @@ def generate(
     """Generate pictures with Keras; KERAS_BACKEND chooses TensorFlow, JAX or PyTorch."""
     from kcv2diffusers.generate import generate as run
 
-    with _steps("Generating") as progress:
+    with _progress("Generating", steps=True) as progress:
         paths = run(
             *base,
             prompts=prompt,
@@ -344,31 +344,18 @@ def _print_json(data: Any) -> None:
 
 
 @contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with bytes and rate on stderr, where that is a terminal."""
+def _progress(title: str, *, steps: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes and rate, or with steps, on stderr, where that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-    columns = (title, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def _steps(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with steps on stderr, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    sizes = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    counts = (progress.MofNCompleteColumn(),) if steps else sizes
+    columns = (title, progress.BarColumn(), *counts, progress.TimeRemainingColumn())
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
-from kcv2diffusers.errors import PlanError, SourceError
+from kcv2diffusers.errors import Error, PlanError, SourceError
 from kcv2diffusers.sources.source import KEYS, Source, StoredLayer, Style
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import REPEAT, Slot, Spec, specs
@@ -244,3 +244,11 @@ def _could_be(slot: Slot, tensor: Tensor) -> bool:
     return len(slot.shape) == len(tensor.shape) and all(
         size.value({}) in (None, value) for size, value in zip(slot.shape, tensor.shape, strict=True)
     )
+
+
+def add_part(parts: dict[str, Match], match: Match) -> None:
+    """Put `match` among `parts`. Raises Error if there is another source for its part."""
+    if match.part in parts:
+        other = parts[match.part].source.path
+        raise Error(f"Two {NAMES[match.part]}s: {other} and {match.source.path}.\nGive only one of them.")
+    parts[match.part] = match

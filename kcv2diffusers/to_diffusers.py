@@ -18,7 +18,7 @@ from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.errors import Error
 from kcv2diffusers.output import check_free, new_folder
 from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetensors
-from kcv2diffusers.recognise import NAMES, Match, recognise
+from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
 from kcv2diffusers.sources import open_sources
 from kcv2diffusers.sources.locate import locate
 from kcv2diffusers.sources.pipeline import Component, is_pipeline, read_pipeline
@@ -172,7 +172,7 @@ def _gather(sources: Sequence[Source], named: Mapping[str, Source | None]) -> di
     parts: dict[str, Match] = {}
     for given in sources:
         for source in open_sources(locate(given)):
-            _add(parts, recognise(source))
+            add_part(parts, recognise(source))
     for part, path in named.items():
         if path is None:
             continue
@@ -185,15 +185,8 @@ def _gather(sources: Sequence[Source], named: Mapping[str, Source | None]) -> di
                 "Leave the option away: parts are recognised by their contents."
             )
         for match in fitting:
-            _add(parts, match)
+            add_part(parts, match)
     return parts
-
-
-def _add(parts: dict[str, Match], match: Match) -> None:
-    if match.part in parts:
-        other = parts[match.part].source.path
-        raise Error(f"Two {NAMES[match.part]}s: {other} and {match.source.path}.\nGive only one of them.")
-    parts[match.part] = match
 
 
 def _base(

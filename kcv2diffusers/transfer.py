@@ -25,7 +25,7 @@ _SLAB = 64 << 20  # bytes of target collected before they are written
 # Larger writes make the kernel look for larger free blocks of memory, which can take longer than copying.
 _WRITE = 128 << 10
 _TILE = 128  # source rows of a block turned at a time on the way to Keras
-_PAD = 16  # values between the rows of a gathered block, see `_Worker.reverse`
+_PAD = 16  # values between the rows of a gathered block, see `Worker.reverse`
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,10 +58,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps with a whole checkpoint and state to go on from, ascending."""
         states = (self.folder / "resume").glob("step-*.h5")
-        steps = [
-            int(p.stem.removeprefix("step-")) for p in states if p.stem.removeprefix("step-").isdecimal()
-        ]
-        return sorted(step for step in steps if self.path(step).is_dir())
+        numbers = [path.stem.removeprefix("step-") for path in states]
+        return sorted(int(n) for n in numbers if n.isdecimal() and self.path(int(n)).is_dir())
 
     def save(self, step: int) -> Path:
         """Write a checkpoint and the state to go on from; remove those beyond `keep`."""

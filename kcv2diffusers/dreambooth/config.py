@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -163,7 +164,5 @@ def _literal(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):  # TOML's basic strings escape as JSON does
-        import json
-
         return json.dumps(value, ensure_ascii=False)
     return repr(value)

@@ -60,8 +60,9 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
 
         def _backend_update_step(self, grads: list[Tensor], variables: list[Any], rate: Tensor) -> None:
             later = rate * factor * ops.cast(self.iterations < end, "float32")
-            for first in range(0, len(variables), _TOGETHER):
-                chunk = list(zip(grads, variables, strict=True))[first : first + _TOGETHER]
+            pairs = list(zip(grads, variables, strict=True))
+            for first in range(0, len(pairs), _TOGETHER):
+                chunk = pairs[first : first + _TOGETHER]
                 for slow, own_rate in ((False, rate), (True, later)):
                     group = [pair for pair in chunk if (id(pair[1]) in ids) is slow]
                     for _, variable in group:

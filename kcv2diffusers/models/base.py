@@ -8,7 +8,7 @@ own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
@@ -33,7 +33,7 @@ from kcv2diffusers.models.text_encoder import build_text_encoder
 from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.models.unet import build_unet
 from kcv2diffusers.models.vae import build_decoder, build_image_encoder
-from kcv2diffusers.recognise import NAMES, Match, recognise
+from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
 from kcv2diffusers.sources import open_sources
 from kcv2diffusers.sources.locate import locate
 from kcv2diffusers.sources.pipeline import is_pipeline, read_pipeline
@@ -41,7 +41,6 @@ from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import spec
 from kcv2diffusers.tokenizer import find_tokenizer
 
-PARTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact", "gelu_pytorch_tanh": "tanh"}
 
 
@@ -91,10 +90,13 @@ def load_base(
         configs = {part: (m, c.config) for c in components.values() for part, m in c.parts.items()}
         gelu = gelu or "exact"
     else:
-        matches = _by_part(recognise(source) for path in paths for source in open_sources(path))
+        matches: dict[str, Match] = {}
+        for path in paths:
+            for source in open_sources(path):
+                add_part(matches, recognise(source))
         configs = {part: (m, _beside(m)) for part, m in matches.items()}
         gelu = gelu or "tanh"
-    if missing := [NAMES[part] for part in PARTS if part not in configs]:
+    if missing := [NAMES[part] for part in NAMES if part not in configs]:
         raise Error(f"Not a whole model, {', '.join(missing)} missing: {', '.join(map(str, paths))}.")
     unet, text = configs["unet"][0], configs["text_encoder"][0]
     if not text.known:  # an unusual text encoder looks alike in both versions
@@ -123,7 +125,7 @@ def load_base(
             Tokenizer.of_files(files),
         )
     for part, model in zip(
-        PARTS, (base.unet, base.text_encoder, base.decoder, base.image_encoder), strict=True
+        NAMES, (base.unet, base.text_encoder, base.decoder, base.image_encoder), strict=True
     ):
         base.names.update(load_weights(model, configs[part][0]))
     return base
@@ -202,16 +204,6 @@ def _stateable(match: Match, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config that a kcv2diffusers.json may state."""
     names = {**pipeline.untold(match.spec.table, config), "sample_size": config.get("sample_size")}
     return {name: value for name, value in names.items() if value is not None}
-
-
-def _by_part(matches: Iterable[Match]) -> dict[str, Match]:
-    parts: dict[str, Match] = {}
-    for match in matches:
-        if match.part in parts:
-            other = parts[match.part].source.path
-            raise Error(f"Two {NAMES[match.part]}s: {other} and {match.source.path}.\nGive only one of them.")
-        parts[match.part] = match
-    return parts
 
 
 def _read(tensor: Tensor) -> np.ndarray[Any, Any]:
