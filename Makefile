@@ -26,7 +26,7 @@ venv-sprint: .venv-sprint/.done
 	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-sprint/bin/pip install --quiet -r constraints/sprint.txt
 	touch $@
 
-# Two at a time, one file each: a full-size model takes up to 8 GB.
+# Two at a time, one file each; the full-size models are all in one file, and take up to 10 GB.
 test: venv venv-sprint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 

@@ -1,12 +1,16 @@
-"""The same numbers come out: KerasCV's forward pass beside that of diffusers and transformers.
+"""The same numbers come out: KerasCV's forward pass beside that of diffusers, transformers and our models.
 
-Every variable is random. KerasCV runs in a process of its own, so that one model is in memory at a time.
+Every variable is random. Keras runs in processes of its own, so that one model is in memory at a time. All
+full-size tests are in this file, which one worker runs: two at once would not fit into 24 GB.
 The full-size tests leave what they measured in .cache/parity.json, which the README quotes.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,6 +48,7 @@ def keras(folder: Path, kind: str) -> KerasSide:
     def run(part: str, version: int) -> dict[str, np.ndarray]:
         if kind == "full":
             run_script("keras3", "forward.py", folder, part, str(version), "--kind", kind)
+            assert error_of_ours(folder, part, version) < 1e-5
         else:
             for file in cached("keras3", "forward.py", part, str(version)).iterdir():
                 if not (folder / file.name).exists():
@@ -52,6 +57,21 @@ def keras(folder: Path, kind: str) -> KerasSide:
             return dict(arrays)
 
     return run
+
+
+def error_of_ours(folder: Path, part: str, version: int) -> float:
+    """The full-size model of `kcv2diffusers.models`, on another backend than KerasCV's."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests" / "models" / "ours.py", folder, part, str(version)],
+        env={**os.environ, "KERAS_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    error = float(done.stdout)
+    print(f"\nfull SD{version} {part}, ours: {error:.1e}")
+    return error
 
 
 @pytest.fixture

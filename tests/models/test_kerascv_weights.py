@@ -1,8 +1,10 @@
-"""Weights of KerasCV's own models load into ours and back, and both compute the same."""
+"""Weights of KerasCV's own models load into ours and back, and both compute the same.
+
+The full size is in tests/test_parity.py.
+"""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ import stack
 from small import TEXT1, TEXT2, UNET1, UNET2, VAE, relative_error
 
 from kcv2diffusers import models
-from kcv2diffusers.models.layers import zeros
 
 Inputs = dict[str, Any] | Any
 
@@ -109,36 +110,3 @@ def test_moments_begin_with_the_mean() -> None:
     mean, moments = encoder.predict_on_batch(pictures()), both.predict_on_batch(pictures())
     assert moments.shape == (1, 8, 8, 8)
     assert relative_error(moments[..., :4] * models.LATENT_SCALE, mean) < 1e-6
-
-
-# SD2 has SD1's autoencoder.
-@pytest.mark.full_size
-@pytest.mark.parametrize(
-    ("version", "part"), [*((1, part) for part in stack.PARTS), (2, "unet"), (2, "text_encoder")]
-)
-def test_full_size_agrees(version: int, part: str, tmp_path: Path) -> None:
-    """One model after the other, so that two such tests at a time fit into 24 GB."""
-    config = models.SD1 if version == 1 else models.SD2
-    size = 128 if part == "unet" else 64
-    make, inputs = {
-        "unet": (lambda: models.build_unet(config.unet), unet_inputs(config.unet, size, size)),
-        "text_encoder": (lambda: models.build_text_encoder(config.text_encoder), text_inputs(49408)),
-        "vae_decoder": (lambda: models.build_decoder(config.vae), latents()),
-        "vae_encoder": (lambda: models.build_image_encoder(config.vae), pictures()),
-    }[part]
-    theirs = stack.build(part, version, "full", size)
-    expected = theirs.predict_on_batch(inputs)
-    theirs.save_weights(tmp_path / "theirs.weights.h5")
-    del theirs
-    keras.utils.clear_session()
-    gc.collect()
-    with zeros():
-        ours = make()
-    ours.load_weights(tmp_path / "theirs.weights.h5")
-    error = relative_error(ours.predict_on_batch(inputs), expected)
-    (tmp_path / "theirs.weights.h5").unlink()
-    print(f"\nfull-size SD{version} {part}: relative error {error:.1e}")
-    assert error < 1e-5
-    del ours
-    keras.utils.clear_session()
-    gc.collect()
