@@ -36,6 +36,11 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class PredictionType(StrEnum):
+    epsilon = "epsilon"
+    v_prediction = "v_prediction"
+
+
 class Gelu(StrEnum):
     exact = "exact"
     tanh = "tanh"
@@ -124,6 +129,10 @@ def convert(
         Gelu,
         typer.Option(help="Activation of an SD2 text encoder; tanh if trained on keras-cv 0.6.4 or newer."),
     ] = Gelu.exact,
+    prediction_type: Annotated[
+        PredictionType | None,
+        typer.Option(help="What the UNet predicts (default: epsilon, as in KerasCV; a base's as it says)."),
+    ] = None,
     allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -147,6 +156,7 @@ def convert(
             placeholder_tokens=placeholder_token or (),
             image_size=image_size,
             gelu=gelu.value,
+            prediction_type=prediction_type and prediction_type.value,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             progress=progress,

@@ -21,7 +21,13 @@ from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetens
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
 from kcv2diffusers.sources import open_sources
 from kcv2diffusers.sources.locate import locate
-from kcv2diffusers.sources.pipeline import Component, is_pipeline, read_pipeline
+from kcv2diffusers.sources.pipeline import (
+    PREDICTION_TYPES,
+    Component,
+    is_pipeline,
+    prediction_of,
+    read_pipeline,
+)
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.stream import Progress, run_finite
 from kcv2diffusers.tables import Table, spec, table_of, tables
@@ -80,6 +86,7 @@ def convert(
     placeholder_tokens: Sequence[str] = (),
     image_size: int | None = None,
     gelu: Literal["exact", "tanh"] = "exact",
+    prediction_type: str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     progress: Progress = lambda done, total: None,
@@ -90,13 +97,17 @@ def convert(
     part a source is for. `base` fills in what is not given: a diffusers pipeline folder, KerasCV parts, or
     "none" to write only the given parts, or "tiny". `dtype` is float32, float16 or bfloat16 (default: as
     stored). `image_size` is the pipeline's default (512, unless a checkpoint's config states another).
-    `gelu` is the text encoder's activation for SD2 (see the README). `progress` is told bytes done and
+    `gelu` is the text encoder's activation for SD2 (see the README). `prediction_type` is the scheduler's,
+    "epsilon" or "v_prediction" (default: the pipeline's that the UNet is from, epsilon for KerasCV's).
+    `progress` is told bytes done and
     in total. Raises Error with a message for the user; `out` is then as it was.
     """
     started = time.monotonic()
     target = Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise Error(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
+    if prediction_type not in (None, *PREDICTION_TYPES):
+        raise Error(f"--prediction-type {prediction_type}: choose one of {', '.join(PREDICTION_TYPES)}.")
     if image_size is not None and (image_size < 64 or image_size % 64):
         raise Error(f"--image-size {image_size}: give a multiple of 64.")
     check_free(target, overwrite=overwrite, replaceable=_is_output)
@@ -112,6 +123,11 @@ def convert(
     parts = _check_together({part: parts[part].require_complete() for part in PARTS if part in parts})
     given = [*map(locate, sources), *filler.paths]
     files = _tokenizer(parts.get("text_encoder"), tokenizer, given, placeholder_tokens, only_given)
+
+    unet_of = parts.get("unet")
+    if prediction_type is None and unet_of is not None and not unet_of.keras:
+        prediction_type = prediction_of(filler.paths[0])
+    scheduler = pipeline.SCHEDULER | {"prediction_type": prediction_type or PREDICTION_TYPES[0]}
 
     plans: list[tuple[Table, list[Entry], np.dtype]] = []
     configs, dtypes, notes = {}, {}, []
@@ -148,7 +164,7 @@ def convert(
             length = parts["text_encoder"].dims["length"] if "text_encoder" in parts else 77
             write_tokenizer(files, folder / "tokenizer", placeholder_tokens, length)
         if complete:
-            pipeline.write_json(folder / "scheduler" / "scheduler_config.json", pipeline.SCHEDULER)
+            pipeline.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
             pipeline.write_json(
                 folder / "model_index.json", pipeline.model_index({t.folder: t for t, _, _ in plans})
             )

@@ -40,7 +40,11 @@ class Config:
         "constant", "Course of the learning rate.", choices=("constant", "linear", "cosine")
     )
     warmup_steps: int = _option(0, "Steps over which the learning rate rises to its value.", least=0)
-    optimizer: str = _option("adamw", "The optimizer.", choices=("adamw", "adafactor", "lion"))
+    optimizer: str = _option(
+        "adamw",
+        "The optimizer; adam_mini and adafactor need least memory.",
+        choices=("adamw", "adam_mini", "adafactor", "lion"),
+    )
     weight_decay: float = _option(0.01, "Decoupled weight decay.", least=0)
     clip_norm: float = _option(1.0, "Limit of the gradient's global norm; 0 for none.", least=0)
     accumulate: int = _option(1, "Steps whose gradients make one update.", least=1)
@@ -56,7 +60,11 @@ class Config:
     prior_weight: float = _option(1.0, "Weight of the class pictures in the loss.", least=0)
     snr_gamma: float = _option(0.0, "Gamma of min-SNR weighting; 0 for none, 5 is usual.", least=0)
     offset_noise: float = _option(0.0, "Strength of noise common to a channel; 0.1 is usual.", least=0)
-    prediction: str = _option("epsilon", "What the base predicts.", choices=("epsilon", "v_prediction"))
+    prediction_type: str = _option(
+        "auto",
+        "What the base predicts; auto: as its scheduler says, epsilon for KerasCV checkpoints.",
+        choices=("auto", "epsilon", "v_prediction"),
+    )
     resolution: int = _option(0, "Pictures have about its square of pixels; 0 for the base's size.", least=0)
     flip: bool = _option(False, "Mirror half of the pictures (not for faces, text, or sides that matter).")
     cache: bool = _option(True, "Encode pictures and prompts once, before training.")
@@ -68,6 +76,7 @@ class Config:
         "Of the computation; weights stay float32.",
         choices=("float32", "mixed_bfloat16", "mixed_float16"),
     )
+    devices: int = _option(1, "Devices to divide each step among (JAX).", least=1)
     rematerialise: bool = _option(False, "Compute activations twice: slower, less memory.")
     seed: int = _option(0, "The same seed gives the same run on the same backend.")
 

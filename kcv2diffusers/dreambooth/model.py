@@ -17,9 +17,9 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
     class (Ruiz et al. 2023).
 
     `fit` takes the dictionaries of `Batches`. With `text_encoder` that is trained too, and `condition` are
-    tokens; otherwise they are its outputs. `prediction` is "epsilon" or "v_prediction"; `snr_gamma` weighs
-    timesteps by min-SNR (Hang et al. 2023, arXiv:2303.09556), 0 all alike. A timestep's weight is that of the
-    picture it belongs to, of the subject or of the class.
+    tokens; otherwise they are its outputs. `prediction_type` is "epsilon" or "v_prediction"; `snr_gamma`
+    weighs timesteps by min-SNR (Hang et al. 2023, arXiv:2303.09556), 0 all alike. A timestep's weight is that
+    of the picture it belongs to, of the subject or of the class.
     """
 
     def __init__(
@@ -27,13 +27,13 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         unet: keras.Model,
         text_encoder: keras.Model | None = None,
         *,
-        prediction: str = "epsilon",
+        prediction_type: str = "epsilon",
         prior_weight: float = 1.0,
         snr_gamma: float = 0.0,
     ) -> None:
         super().__init__(name="dreambooth", autocast=False)
         self.unet, self.text_encoder = unet, text_encoder
-        self.prediction, self.prior_weight, self.snr_gamma = prediction, prior_weight, snr_gamma
+        self.prediction_type, self.prior_weight, self.snr_gamma = prediction_type, prior_weight, snr_gamma
         self.signal = alphas_cumprod()
         self.step_loss = Last(name="step_loss")
         self.built = True
@@ -64,14 +64,14 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         assert x is not None
         signal = self._signal(x["timesteps"])
         target = x["noise"]
-        if self.prediction == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
+        if self.prediction_type == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
             target = ops.sqrt(signal) * target - ops.sqrt(1 - signal) * x["latents"]
         error = ops.mean(ops.square(y_pred - target), axis=(1, 2, 3))
         weight = 1 - x["prior"] + self.prior_weight * x["prior"]
         if self.snr_gamma:
             snr = ops.reshape(signal / (1 - signal), (-1,))
             least = ops.minimum(snr, self.snr_gamma)
-            weight *= least / (snr + 1 if self.prediction == "v_prediction" else snr)
+            weight *= least / (snr + 1 if self.prediction_type == "v_prediction" else snr)
         loss = ops.sum(weight * error) / ops.sum(1 - x["prior"])
         self.step_loss.update_state(loss)
         return loss

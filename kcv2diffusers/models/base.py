@@ -36,7 +36,7 @@ from kcv2diffusers.models.vae import build_decoder, build_image_encoder
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
 from kcv2diffusers.sources import open_sources
 from kcv2diffusers.sources.locate import locate
-from kcv2diffusers.sources.pipeline import is_pipeline, read_pipeline
+from kcv2diffusers.sources.pipeline import PREDICTION_TYPES, is_pipeline, prediction_of, read_pipeline
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import spec
 from kcv2diffusers.tokenizer import find_tokenizer
@@ -48,13 +48,15 @@ _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact", "gelu_pytorch_tanh"
 class Base:
     """All parts of a Stable Diffusion model.
 
-    `version` is "sd1" or "sd2"; `image_size` the height and width in pixels that it was trained for; `stated`
+    `version` is "sd1" or "sd2"; `image_size` the height and width in pixels that it was trained for;
+    `prediction_type` what its UNet predicts, "epsilon" (KerasCV) or "v_prediction"; `stated`
     the kcv2diffusers.json that its checkpoints need, empty for the usual widths; `names` what diffusers calls
     a variable, by its `id`.
     """
 
     version: str
     image_size: int
+    prediction_type: str
     stated: dict[str, dict[str, Any]]
     names: dict[int, str]
     config: ModelConfig
@@ -66,7 +68,7 @@ class Base:
 
     def sampler(self) -> TextToImage:
         """Text to picture with these models."""
-        return TextToImage(self.text_encoder, self.unet, self.decoder, self.tokenizer)
+        return TextToImage(self.text_encoder, self.unet, self.decoder, self.tokenizer, self.prediction_type)
 
 
 def load_base(
@@ -85,10 +87,11 @@ def load_base(
     user.
     """
     paths = [locate(source, base=True) for source in sources]
+    prediction_type = PREDICTION_TYPES[0]
     if len(paths) == 1 and is_pipeline(paths[0]):
         components = read_pipeline(paths[0])
         configs = {part: (m, c.config) for c in components.values() for part, m in c.parts.items()}
-        gelu = gelu or "exact"
+        gelu, prediction_type = gelu or "exact", prediction_of(paths[0])
     else:
         matches: dict[str, Match] = {}
         for path in paths:
@@ -115,6 +118,7 @@ def load_base(
             unet.version,
             PIXELS_PER_LATENT
             * configs["unet"][1].get("sample_size", pipeline.IMAGE_SIZE // PIXELS_PER_LATENT),
+            prediction_type,
             {m.spec.table.folder: _stateable(m, stated) for m, stated in configs.values() if not m.known},
             {},
             config,

@@ -33,35 +33,41 @@ class GuidedStep(keras.Model):  # type: ignore[misc]
     The unconditional and the conditional prediction run as one batch of twice the size.
     """
 
-    def __init__(self, unet: keras.Model) -> None:
+    def __init__(self, unet: keras.Model, prediction_type: str) -> None:
         super().__init__(name="guided_step")
-        self.unet = unet
+        self.unet, self.prediction_type = unet, prediction_type
 
     def call(self, inputs: dict[str, Tensor]) -> Tensor:
         latents = ops.cast(inputs["latents"], "float32")
         twice = ops.concatenate([latents, latents])
-        noise = self.unet(
+        predicted = self.unet(
             {"latent": twice, "timestep_embedding": inputs["embedding"], "context": inputs["context"]}
         )
-        unconditional, conditional = ops.split(ops.cast(noise, "float32"), 2)
+        unconditional, conditional = ops.split(ops.cast(predicted, "float32"), 2)
         # One row of numbers per picture: predict_on_batch has batched inputs only.
         scale, signal, signal_before = (inputs["numbers"][:, i, None, None, None] for i in range(3))
         noise = unconditional + scale * (conditional - unconditional)
+        if self.prediction_type == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
+            noise = ops.sqrt(signal) * noise + ops.sqrt(1 - signal) * latents
         picture = (latents - ops.sqrt(1 - signal) * noise) / ops.sqrt(signal)
         return ops.sqrt(1 - signal_before) * noise + ops.sqrt(signal_before) * picture
 
 
 @dataclasses.dataclass
 class TextToImage:
-    """The three models and the tokenizer of a Stable Diffusion, and the loop around them."""
+    """The three models and the tokenizer of a Stable Diffusion, and the loop around them.
+
+    `prediction_type` is what the UNet predicts, "epsilon" or "v_prediction".
+    """
 
     text_encoder: keras.Model
     unet: keras.Model
     decoder: keras.Model
     tokenizer: Tokenizer
+    prediction_type: str = "epsilon"
 
     def __post_init__(self) -> None:
-        self._step = GuidedStep(self.unet)
+        self._step = GuidedStep(self.unet, self.prediction_type)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Array:
         """The text encoder's output for each prompt: (prompts, 77, width)."""

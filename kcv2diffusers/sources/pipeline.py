@@ -19,6 +19,7 @@ from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import Table, specs, tables
 
 _MAX_HEADER = 100 << 20
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 _RESAVE = "Save the pipeline again with diffusers' save_pretrained."
 
 
@@ -60,6 +61,18 @@ def read_pipeline(
             "Check the path.",
         )
     return found
+
+
+def prediction_of(folder: Path) -> str:
+    """What the UNet of a pipeline predicts as its scheduler says: "epsilon" or "v_prediction".
+
+    Raises SourceError for anything else.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    stated = _json(path).get("prediction_type", PREDICTION_TYPES[0]) if path.exists() else PREDICTION_TYPES[0]
+    if stated not in PREDICTION_TYPES:
+        raise SourceError(path, f"prediction_type {stated!r}: known are {' and '.join(PREDICTION_TYPES)}.")
+    return str(stated)
 
 
 def _component(folder: Path, table: Table, variant: str | None) -> Component:

@@ -16,7 +16,7 @@ from kcv2diffusers.dreambooth.model import DreamBooth, embed
 from kcv2diffusers.schedule import alphas_cumprod, timestep_embedding
 
 RNG = np.random.default_rng(0)
-OPTIONS: dict[str, Any] = {"prior_weight": 0.3, "snr_gamma": 2.0, "prediction": "v_prediction"}
+OPTIONS: dict[str, Any] = {"prior_weight": 0.3, "snr_gamma": 2.0, "prediction_type": "v_prediction"}
 
 
 def batch(condition: Any) -> dict[str, Any]:
@@ -39,26 +39,26 @@ def unet() -> keras.Model:
 
 
 def by_hand(
-    x: dict[str, Any], predicted: Any, prior_weight: float, snr_gamma: float, prediction: str
+    x: dict[str, Any], predicted: Any, prior_weight: float, snr_gamma: float, prediction_type: str
 ) -> float:
     signal = alphas_cumprod().astype("float64")[x["timesteps"]]
     losses = []
     for i in range(4):
         a = signal[i]
         target = x["noise"][i]
-        if prediction == "v_prediction":
+        if prediction_type == "v_prediction":
             target = a**0.5 * x["noise"][i] - (1 - a) ** 0.5 * x["latents"][i]
         loss = ((predicted[i] - target) ** 2).mean()
         snr = a / (1 - a)
         if snr_gamma:
-            loss *= min(snr, snr_gamma) / (snr + 1 if prediction == "v_prediction" else snr)
+            loss *= min(snr, snr_gamma) / (snr + 1 if prediction_type == "v_prediction" else snr)
         losses.append(loss)
     return float(np.mean(losses[:2]) + prior_weight * np.mean(losses[2:]))
 
 
 @pytest.mark.parametrize("chosen", [c for n in range(4) for c in itertools.combinations(OPTIONS, n)])
 def test_loss(unet: keras.Model, chosen: tuple[str, ...]) -> None:
-    options = {"prior_weight": 1.0, "snr_gamma": 0.0, "prediction": "epsilon"}
+    options = {"prior_weight": 1.0, "snr_gamma": 0.0, "prediction_type": "epsilon"}
     options |= {name: OPTIONS[name] for name in chosen}
     model = DreamBooth(unet, **options)
     predicted = keras.ops.convert_to_numpy(model(EMBEDDED))

@@ -144,8 +144,14 @@ EVERYTHING = [
 
 @pytest.mark.parametrize(
     "options",
-    [[], EVERYTHING, [*EVERYTHING, "--lora-rank", "2", "--optimizer", "lion"], ["--optimizer", "adafactor"]],
-    ids=["plain", "everything", "lora", "adafactor"],
+    [
+        [],
+        EVERYTHING,
+        [*EVERYTHING, "--lora-rank", "2", "--optimizer", "lion"],
+        ["--optimizer", "adafactor"],
+        ["--optimizer", "adam_mini", "--precision", "mixed_float16"],
+    ],
+    ids=["plain", "everything", "lora", "adafactor", "mini"],
 )
 def test_resuming_reaches_the_same_weights(
     base: Path, photos: Path, tmp_path: Path, options: list[str]

@@ -1,4 +1,6 @@
-"""TensorFlow, JAX and PyTorch train alike, and neither TensorFlow nor keras-cv is imported unasked."""
+"""TensorFlow, JAX and PyTorch train alike, on one device or two, and neither TensorFlow nor keras-cv is
+imported unasked.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from small import write_base
-from test_run import PROMPTS, environment, photos  # noqa: F401  (a fixture)
+from test_run import PROMPTS, environment
 
 RUN = """
 import sys
@@ -23,29 +26,75 @@ finally:
 """
 
 
-def losses(backend: str, photos: Path, out: Path) -> list[float]:  # noqa: F811
-    options = [
-        "--instance-images", photos, "--class-images", photos, "--num-class-images", "3", "--base",
-        out.parent / "base", "--out", out, "--steps", "3", "--learning-rate", "1e-3", *PROMPTS,
-        "--train-text-encoder", "--sample-prompt", backend,
-    ]  # fmt: skip
-    command = [sys.executable, "-c", RUN, "dreambooth", *map(str, options)]
-    done = subprocess.run(command, env=environment(backend), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    with (out / "log.csv").open() as file:
-        return [float(row["loss"]) for row in csv.DictReader(file)]
-
-
-@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_backends_train_alike(
-    backend: str,
-    photos: Path,  # noqa: F811
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and photos of two proportions: at resolution 128, steps of two sizes."""
     folder = tmp_path_factory.mktemp("backends")
-    (folder / "base").mkdir()
+    for name in ("base", "photos", "class"):
+        (folder / name).mkdir()
     write_base(folder / "base")
-    expected = losses("torch", photos, folder / "torch")
-    got = losses(backend, photos, folder / backend)
-    np.testing.assert_allclose(got, expected, rtol=2e-4)
-    assert len(set(expected)) == 3
+    rng = np.random.default_rng(0)
+    for number, size in enumerate([(64, 64), (64, 180), (64, 64)]):
+        for kind in ("photos", "class"):
+            Image.fromarray(rng.integers(0, 255, (*size, 3), "uint8")).save(folder / kind / f"{number}.png")
+    return folder
+
+
+def losses(backend: str, folder: Path, out: str, *options: str, flags: str = "") -> list[float]:
+    given = [
+        "--instance-images", folder / "photos", "--class-images", folder / "class", "--num-class-images", "3",
+        "--base", folder / "base", "--out", folder / out, "--steps", "4", "--learning-rate", "1e-4", *PROMPTS,
+        "--train-text-encoder", *options, "--sample-steps", "2",
+        "--sample-prompt", backend,
+    ]  # fmt: skip
+    command = [sys.executable, "-c", RUN, "dreambooth", *map(str, given)]
+    variables = environment(backend) | {"XLA_FLAGS": flags}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    with (folder / out / "log.csv").open() as file:
+        found = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert len(set(found)) == 4
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[float]:
+    return losses("torch", folder, "torch")
+
+
+def test_jax_trains_alike(folder: Path, expected: list[float]) -> None:
+    np.testing.assert_allclose(losses("jax", folder, "jax"), expected, rtol=2e-4)
+
+
+def test_two_devices_train_as_one(folder: Path, expected: list[float]) -> None:
+    """Two of JAX's devices on this machine's CPU; a drawing of one picture at the end."""
+    flags = "--xla_force_host_platform_device_count=2"
+    found = losses("jax", folder, "two", "--devices", "2", flags=flags)
+    np.testing.assert_allclose(found, expected, rtol=2e-4)
+    assert list((folder / "two" / "samples").iterdir())
+
+
+def test_tensorflow_trains_alike_at_several_sizes(folder: Path) -> None:
+    sizes = ["--resolution", "128"]
+    expected = losses("torch", folder, "torch-sizes", *sizes)
+    np.testing.assert_allclose(losses("tensorflow", folder, "tensorflow", *sizes), expected, rtol=2e-4)
+
+
+def test_bfloat16_trains_alike(folder: Path, expected: list[float]) -> None:
+    found = losses("torch", folder, "bfloat16", "--precision", "mixed_bfloat16")
+    np.testing.assert_allclose(found, expected, rtol=0.02)
+    assert not np.allclose(found, expected, rtol=1e-6), "computed in float32"
+
+
+def test_float16_trains_but_for_the_steps_that_set_its_scale(folder: Path, expected: list[float]) -> None:
+    found = losses("torch", folder, "float16", "--precision", "mixed_float16")
+    assert found[0] == pytest.approx(expected[0], rel=1e-3)
+    assert not np.allclose(found, expected, rtol=1e-6), "computed in float32"
+    assert found[-1] < found[0]
+
+
+def test_devices_that_are_not_there(folder: Path) -> None:
+    with pytest.raises(AssertionError, match=r"--devices 3: this machine has 1 \(cpu:0\)"):
+        losses("jax", folder, "three", "--devices", "3")
+    with pytest.raises(AssertionError, match="--devices 2 needs JAX; this is torch"):
+        losses("torch", folder, "torch-two", "--devices", "2")

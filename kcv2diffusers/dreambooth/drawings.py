@@ -1,0 +1,50 @@
+"""Pictures of the run as it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.models.sampler import TextToImage, initial_noise
+from kcv2diffusers.pictures import grid
+
+
+@dataclass
+class Drawings:
+    """Drawings of the prompts that are asked for, from the same noise each time.
+
+    Without `sampler.text_encoder`, which may have left the device, `context` is what it made of the prompts.
+    """
+
+    config: Config
+    sampler: TextToImage
+    size: int
+    folder: Path
+    context: np.ndarray[Any, Any] | None = None
+
+    def encode(self) -> np.ndarray[Any, Any]:
+        """What `context` is to be; needs the text encoder."""
+        prompts = self.config.sample_prompt
+        return self.sampler.encode_prompts([*[""] * len(prompts), *prompts])
+
+    def draw(self, step: int) -> None:
+        """Leave a grid of the prompts in `folder`, if there are any."""
+        prompts = self.config.sample_prompt
+        if not prompts:
+            return
+        noise = initial_noise(len(prompts), self.size, self.size, self.config.seed)
+        latents = self.sampler.denoise(
+            self.encode() if self.context is None else self.context,
+            noise,
+            steps=self.config.sample_steps,
+            guidance_scale=self.config.guidance_scale,
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        images = self.sampler.decode(latents)
+        grid(images, min(4, len(images)), prompts, scale=max(1, 256 // self.size)).save(
+            self.folder / f"step-{step:06}.png"
+        )

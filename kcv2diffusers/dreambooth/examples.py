@@ -1,0 +1,89 @@
+"""From folders of photos to what steps are made of: class pictures drawn where they are missing, latents
+encoded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from kcv2diffusers.dreambooth.batches import Examples
+from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.photos import Photo, bucket_of, find_photos
+from kcv2diffusers.errors import Error
+from kcv2diffusers.models.base import Base
+from kcv2diffusers.models.sampler import PROMPT_LENGTH
+
+Progress = Callable[[str, int, int, str], None]
+"""Told what is being done, how much of how much, and a few words on it."""
+
+
+def usable_photos(folder: Path, notes: list[str]) -> list[Photo]:
+    """The pictures of `folder`; what is none is named in `notes`. Raises Error if there is no picture."""
+    photos = find_photos(folder)
+    if photos.skipped:
+        notes.append(f"Skipped in {folder}: {', '.join(photos.skipped)}.")
+    if not photos.found:
+        raise Error(f"{folder}: no picture in this folder.\n" + "\n".join(notes or ["It is empty."]))
+    return photos.found
+
+
+def class_photos(config: Config, base: Base, notes: list[str], progress: Progress) -> list[Photo]:
+    """Pictures of the class: those of the folder, and generated ones up to the number that is asked for."""
+    folder = Path(config.class_images or Path(config.out) / "class")
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = config.num_class_images - len(find_photos(folder).found)
+    sampler, number = base.sampler(), 0
+    for done in range(max(0, missing)):
+        while (path := folder / f"class-{number:04}.png").exists():
+            number += 1
+        image = sampler(
+            [config.class_prompt],
+            height=base.image_size,
+            width=base.image_size,
+            seed=config.seed + number,
+            steps=config.sample_steps,
+            guidance_scale=config.guidance_scale,
+        )[0]
+        part = path.with_name(f".{path.name}.part")
+        Image.fromarray(image).save(part, format="png")
+        part.replace(path)
+        progress("Drawing the class", done + 1, missing, "")
+    return usable_photos(folder, notes)[: config.num_class_images]
+
+
+def make_examples(
+    config: Config, base: Base, photos: Sequence[Photo], classes: Sequence[Photo] | None
+) -> tuple[Examples, Examples | None]:
+    """Photos of the subject and, with prior preservation, of the class, each with its prompt."""
+    encoder = base.image_encoder
+
+    def condition(prompt: str) -> np.ndarray[Any, Any]:
+        if config.train_text_encoder:
+            return np.array(base.tokenizer.encode(prompt, PROMPT_LENGTH), dtype="int32")
+        return np.asarray(base.sampler().encode_prompts([prompt])[0], dtype="float32")
+
+    make = partial(
+        Examples,
+        encode=lambda images: np.asarray(encoder.predict_on_batch(images), dtype="float32"),
+        resolution=config.resolution or base.image_size,
+        flip=config.flip,
+        cache=config.cache,
+    )
+    instance = make(photos, condition(config.instance_prompt))
+    prior = None if classes is None else make(classes, condition(config.class_prompt))
+    return instance, prior
+
+
+def encode(instance: Examples, prior: Examples | None, progress: Progress) -> None:
+    """All that steps will ask for: each photo at its size, class pictures at every size of the photos."""
+    sizes = [bucket_of(photo.size, instance.resolution) for photo in instance.photos]
+    instance.fill(list(enumerate(sizes)), lambda done, total: progress("Encoding photos", done, total, ""))
+    if prior is not None:
+        wanted = [(number, size) for size in sorted(set(sizes)) for number in range(len(prior.photos))]
+        prior.fill(wanted, lambda done, total: progress("Encoding the class", done, total, ""))

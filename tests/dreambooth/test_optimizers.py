@@ -1,0 +1,67 @@
+"""Adam-mini is its formula, and its state is small."""
+
+from __future__ import annotations
+
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+
+from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.optimizers import make_optimizer
+
+RATE, DECAY = 0.01, 0.1
+
+
+def by_hand(value: np.ndarray, gradients: list[np.ndarray], axes: tuple[int, ...]) -> np.ndarray:
+    """Adam with bfloat16 first moments, and second moments shared along `axes`."""
+    first, second = np.zeros_like(value), np.zeros_like(value)
+    for step, gradient in enumerate(gradients, start=1):
+        mean = 0.9 * first + 0.1 * gradient
+        second = 0.999 * second + 0.001 * np.mean(gradient**2, axis=axes, keepdims=True)
+        first = mean.astype(ml_dtypes.bfloat16).astype("float64")
+        update = mean / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        value = value * (1 - RATE * DECAY) - RATE * update
+    return value
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "axes"),
+    [
+        (keras.layers.Dense(3, use_bias=False), (2, 5), (0,)),
+        (keras.layers.Conv2D(3, 2, use_bias=False), (1, 4, 4, 5), (0, 1, 2)),
+        (keras.layers.Embedding(4, 3), (2, 2), (1,)),
+        (keras.layers.LayerNormalization(center=False), (2, 5), ()),
+    ],
+    ids=["dense", "convolution", "embedding", "norm"],
+)
+def test_adam_mini(layer: keras.layers.Layer, shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
+    layer.build(shape)
+    (variable,) = layer.trainable_variables
+    config = Config(optimizer="adam_mini", learning_rate=RATE, weight_decay=DECAY, clip_norm=0)
+    optimizer = make_optimizer(config, [])
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal(variable.shape)
+    gradients = [rng.standard_normal(variable.shape) for _ in range(4)]
+    variable.assign(before)
+    optimizer.build([variable])
+    for gradient in gradients:
+        optimizer.apply([keras.ops.convert_to_tensor(gradient, "float32")])
+    expected = by_hand(before, gradients, axes)
+    assert np.abs(expected - before).max() > 2 * RATE
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(variable), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("name", "stated"), [("adamw", 8), ("lion", 4), ("adafactor", 4), ("adam_mini", 2)])
+def test_bytes_of_state_for_a_weight(name: str, stated: int) -> None:
+    """As the help of --optimizer says."""
+    layer = keras.layers.Dense(256, use_bias=False)
+    layer.build((1, 256))
+    optimizer = make_optimizer(Config(optimizer=name), [])
+    optimizer.build(layer.trainable_variables)
+    bytes_of = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
+    held = sum(
+        np.prod(variable.shape) * bytes_of[keras.backend.standardize_dtype(variable.dtype)]
+        for variable in optimizer.variables
+    )
+    assert held / 256**2 == pytest.approx(stated, rel=0.02)
