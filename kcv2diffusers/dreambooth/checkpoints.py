@@ -15,6 +15,7 @@ from typing import Any
 
 import h5py
 import keras
+import ml_dtypes
 import numpy as np
 
 from kcv2diffusers.dreambooth.lora import LORA_FILE, attention_projections, write_lora
@@ -92,7 +93,10 @@ class Checkpoints:
                     if len(file.get(group, ())) != len(variables):
                         raise KeyError(group)
                     for number, variable in enumerate(variables):
-                        variable.assign(np.asarray(file[f"{group}/{number}"]).reshape(variable.shape))
+                        values = np.asarray(file[f"{group}/{number}"])
+                        if values.dtype.kind == "V":  # HDF5 has no bfloat16: h5py writes the bare words
+                            values = values.view(ml_dtypes.bfloat16)
+                        variable.assign(values.reshape(variable.shape))
         except (OSError, KeyError, ValueError) as error:
             raise Error(
                 f"{path}: does not belong to a run with these options, or is damaged.\n"

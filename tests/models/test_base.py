@@ -50,6 +50,25 @@ def test_the_pipeline_made_of_it_gives_the_same_model(folder: Path, tmp_path: Pa
     assert load_base(tmp_path / "pipeline").config.unet.gelu == "exact"
 
 
+def test_a_pipeline_that_predicts_v(folder: Path, tmp_path: Path) -> None:
+    """Ours beside diffusers on the same UNet; a UNet of KerasCV predicts noise, whatever the base does."""
+    pytest.importorskip("diffusers")
+    from kcv2diffusers.replay import replay
+
+    options = {"tokenizer": folder / "tokenizer", "image_size": 64}
+    convert(folder, out=tmp_path / "v", prediction_type="v_prediction", **options)
+    convert(unet=folder / "unet.weights.h5", base=tmp_path / "v", out=tmp_path / "e")
+    pictures = {}
+    noise = np.random.default_rng(1).standard_normal((1, 8, 8, 4)).astype("float32")
+    for name in ("v", "e"):
+        base = load_base(tmp_path / name)
+        assert base.prediction_type == {"v": "v_prediction", "e": "epsilon"}[name]
+        pictures[name] = base.sampler().decode(base.sampler().sample(["a red car"], noise, steps=3))
+        stock = replay(tmp_path / name, ["a red car"], noise, steps=3)
+        assert np.abs(pictures[name].astype(int) - stock).max() <= 1
+    assert np.abs(pictures["v"].astype(int) - pictures["e"]).max() > 20
+
+
 def test_what_is_not_a_whole_model_is_refused(folder: Path) -> None:
     with pytest.raises(Error, match="VAE decoder"):
         load_base(folder / "unet.weights.h5", folder / "text_encoder.weights.h5")
