@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -210,13 +210,13 @@ def held_out(concept: Concept) -> bool:
     return zlib.crc32(concept.phrase().encode()) % 20 == 0
 
 
-def sample_concept(rng: Rng, unseen: bool = False) -> Concept:
-    """A random concept, of the combinations trained on or of the unseen ones.
+def sample_concept(rng: Rng, unseen: bool = False, things: Sequence[str] = OBJECTS) -> Concept:
+    """A random concept of one of `things`, of the combinations trained on or of the unseen ones.
 
     A thing is never put on a plain ground of its own colour.
     """
     while True:
-        thing = OBJECTS[rng.integers(len(OBJECTS))]
+        thing = things[rng.integers(len(things))]
         colours = ("", *COLOURS)
         colour = colours[rng.integers(len(colours))] if thing in COLOURABLE else ""
         ground = GROUNDS[rng.integers(len(GROUNDS))]

@@ -39,12 +39,12 @@ class Score:
 
 
 class Judge(nn.Module):
-    """(batch, 64, 64, 3) pictures in -1..1 to one row of logits: things, then colours, then grounds."""
+    """(batch, 64, 64, 3) pictures in -1..1 to one row of logits: `things`, then colours, then grounds."""
 
-    sizes = (len(tiny_pictures.OBJECTS), len(COLOURS), len(tiny_pictures.GROUNDS))
-
-    def __init__(self) -> None:
+    def __init__(self, things: Sequence[str] = tiny_pictures.OBJECTS) -> None:
         super().__init__()
+        self.things = tuple(things)
+        self.sizes = (len(things), len(COLOURS), len(tiny_pictures.GROUNDS))
         widths = (3, 16, 32, 64, 96)
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
@@ -56,19 +56,21 @@ class Judge(nn.Module):
         return logits.split(self.sizes, dim=1)
 
 
-def train_judge(steps: int = 1500, batch: int = 64, seed: int = 0) -> Judge:
-    """A judge trained on freshly drawn pictures; about a minute on two cores."""
+def train_judge(
+    things: Sequence[str] = tiny_pictures.OBJECTS, steps: int = 1500, batch: int = 64, seed: int = 0
+) -> Judge:
+    """A judge of `things` trained on freshly drawn pictures; about a minute on two cores."""
     torch.manual_seed(seed)
-    judge = Judge()
+    judge = Judge(things)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
     rng = np.random.default_rng((seed, 99))
     for _ in range(steps):
-        concepts = [tiny_pictures.sample_concept(rng) for _ in range(batch)]
+        concepts = [tiny_pictures.sample_concept(rng, things=things) for _ in range(batch)]
         images = _degrade(torch.from_numpy(np.stack([tiny_pictures.draw(c, rng) for c in concepts])))
         loss = sum(
             functional.cross_entropy(logits, labels, ignore_index=-1)
-            for logits, labels in zip(judge(images), _labels(concepts), strict=True)
+            for logits, labels in zip(judge(images), _labels(judge, concepts), strict=True)
         )
         optimizer.zero_grad()
         torch.as_tensor(loss).backward()
@@ -85,11 +87,11 @@ def _degrade(images: torch.Tensor) -> torch.Tensor:
     return (chosen + torch.randn_like(chosen) * torch.rand(len(clean), 1, 1, 1) * 0.15).permute(0, 2, 3, 1)
 
 
-def _labels(concepts: Sequence[Concept]) -> tuple[torch.Tensor, ...]:
+def _labels(judge: Judge, concepts: Sequence[Concept]) -> tuple[torch.Tensor, ...]:
     """Class numbers; a natural colour has none (-1)."""
     rows = [
         (
-            tiny_pictures.OBJECTS.index(c.thing),
+            judge.things.index(c.thing),
             COLOURS.index(c.colour) if c.colour else -1,
             tiny_pictures.GROUNDS.index(c.ground),
         )
@@ -102,12 +104,12 @@ def _labels(concepts: Sequence[Concept]) -> tuple[torch.Tensor, ...]:
 def score(judge: Judge, images: np.ndarray, concepts: Sequence[Concept]) -> Score:
     """Judge uint8 pictures (n, 64, 64, 3) against what they should show."""
     logits = judge(torch.from_numpy(images).float() / 127.5 - 1)
-    labels = _labels(concepts)
+    labels = _labels(judge, concepts)
     right = [(row.argmax(1) == label).float() for row, label in zip(logits, labels, strict=True)]
     named = labels[1] >= 0
     per_thing = {
         name: float(right[0][labels[0] == index].mean())
-        for index, name in enumerate(tiny_pictures.OBJECTS)
+        for index, name in enumerate(judge.things)
         if bool((labels[0] == index).any())
     }
     return Score(float(right[0].mean()), float(right[1][named].mean()), float(right[2].mean()), per_thing)
