@@ -1,14 +1,15 @@
-"""The tiny base in Keras, converted, and in diffusers: the same pictures.
+"""The tiny base learns a subject by DreamBooth in Keras; its pipeline draws the same in diffusers.
 
     python tools/demo.py FOLDER
 
-FOLDER/both.png shows what Keras made above what diffusers made of the same prompts and the same noise;
-FOLDER/pipeline is the converted pipeline.
+FOLDER/demo.png shows one prompt a column and three rows: the base before training, after it in Keras, and
+after it in diffusers from the same noise. FOLDER/run is the training run, FOLDER/pipeline its export.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -19,14 +20,14 @@ os.environ.setdefault("KERAS_BACKEND", "torch")  # diffusers needs it anyway
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 PROMPTS = [
-    "a red car on a white background",
-    "a blue car in a meadow",
-    "a yellow star at night",
-    "a purple mushroom in a meadow",
-    "a cat in a meadow",
+    "a sks cat in the snow",
+    "a sks cat on a pink background",
+    "a sks cat in a meadow",
+    "a sks cat at night",
+    "a cat in the snow",
+    "a cat at night",
     "a panda in the snow",
-    "a fox in the snow",
-    "a house at sunset",
+    "a red car in a meadow",
 ]
 STEPS, GUIDANCE_SCALE = 25, 5.0
 
@@ -41,29 +42,51 @@ def timed(what: str) -> Iterator[None]:
 
 def main(folder: Path) -> None:
     started = time.monotonic()
-    with timed("Keras: loading the tiny base"):
+    with timed("loading"):
         import numpy as np
 
-        from kcv2diffusers import convert
+        from kcv2diffusers.dreambooth.config import Config
+        from kcv2diffusers.dreambooth.train import train
         from kcv2diffusers.models.base import load_base
         from kcv2diffusers.pictures import grid, psnr
         from kcv2diffusers.replay import replay
+        from kcv2diffusers.sources.locate import TINY, locate
 
-        sampler = load_base("tiny").sampler()
+    run, pipeline = folder / "run", folder / "pipeline"
+    for old in (run, pipeline):
+        shutil.rmtree(old, ignore_errors=True)
     noise = np.random.default_rng(0).standard_normal((len(PROMPTS), 8, 8, 4)).astype("float32")
-    with timed(f"Keras: {len(PROMPTS)} pictures, {STEPS} steps"):
-        latents = sampler.sample(PROMPTS, noise, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
-        keras = sampler.decode(latents)
-    with timed(f"kcv2diffusers convert tiny:// --out {folder / 'pipeline'}"):
-        convert("tiny://", out=folder / "pipeline", overwrite=True)
-    with timed("diffusers: the same pictures"):
-        stock = replay(folder / "pipeline", PROMPTS, noise, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
-    captions = [f"Keras: {prompt}" for prompt in PROMPTS] + [f"diffusers: {prompt}" for prompt in PROMPTS]
-    grid(np.concatenate([keras, stock]), len(PROMPTS), captions, scale=2).save(folder / "both.png")
-    print(
-        f"least PSNR of a pair {psnr(keras, stock).min():.1f} dB; {time.monotonic() - started:.0f} s in all"
+
+    def draw(base: str | Path) -> np.ndarray:
+        sampler = load_base(base).sampler()
+        return sampler.decode(sampler.sample(PROMPTS, noise, steps=STEPS, guidance_scale=GUIDANCE_SCALE))
+
+    with timed(f"Keras: {len(PROMPTS)} pictures of the tiny base"):
+        before = draw("tiny")
+    config = Config(
+        base=["tiny"],
+        instance_images=str(locate(TINY) / "subject"),
+        instance_prompt="a sks cat",
+        class_prompt="a cat",
+        num_class_images=16,
+        batch_size=4,
+        steps=200,
+        learning_rate=5e-4,
+        train_text_encoder=True,
+        guidance_scale=GUIDANCE_SCALE,
+        out=str(run),
+        export=str(pipeline),
     )
-    print(f"Look at {folder / 'both.png'}: Keras above, diffusers below.")
+    with timed(f"Keras: DreamBooth, {config.steps} steps, and export"):
+        train(config)
+    with timed("Keras: the same pictures after it"):
+        after = draw(pipeline)
+    with timed("diffusers: the same pictures after it"):
+        stock = replay(pipeline, PROMPTS, noise, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
+    captions = [f"{row}: {p}" for row in ("before", "after, Keras", "after, diffusers") for p in PROMPTS]
+    grid(np.concatenate([before, after, stock]), len(PROMPTS), captions, scale=2).save(folder / "demo.png")
+    print(f"Keras and diffusers: least PSNR of a pair {psnr(after, stock).min():.1f} dB")
+    print(f"{time.monotonic() - started:.0f} s in all. Look at {folder / 'demo.png'}.")
 
 
 if __name__ == "__main__":

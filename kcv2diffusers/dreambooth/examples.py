@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.photos import Photo, bucket_of, find_photos
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models.base import Base
-from kcv2diffusers.models.sampler import PROMPT_LENGTH
+from kcv2diffusers.models.sampler import PROMPT_LENGTH, initial_noise
 
 Progress = Callable[[str, int, int, str], None]
 """Told what is being done, how much of how much, and a few words on it."""
@@ -38,23 +39,28 @@ def class_photos(config: Config, base: Base, notes: list[str], progress: Progres
     folder = Path(config.class_images or Path(config.out) / "class")
     folder.mkdir(parents=True, exist_ok=True)
     missing = config.num_class_images - len(find_photos(folder).found)
-    sampler, number = base.sampler(), 0
-    for done in range(max(0, missing)):
-        while (path := folder / f"class-{number:04}.png").exists():
-            number += 1
-        image = sampler(
-            [config.class_prompt],
-            height=base.image_size,
-            width=base.image_size,
-            seed=config.seed + number,
+    numbers = (n for n in count() if not _class_path(folder, n).exists())
+    sampler, size = base.sampler(), base.image_size
+    for done in range(0, missing, config.batch_size):
+        batch = list(islice(numbers, min(config.batch_size, missing - done)))
+        noise = np.concatenate([initial_noise(1, size, size, config.seed + number) for number in batch])
+        latents = sampler.sample(
+            [config.class_prompt] * len(batch),
+            noise,
             steps=config.sample_steps,
             guidance_scale=config.guidance_scale,
-        )[0]
-        part = path.with_name(f".{path.name}.part")
-        Image.fromarray(image).save(part, format="png")
-        part.replace(path)
-        progress("Drawing the class", done + 1, missing, "")
+        )
+        for number, image in zip(batch, sampler.decode(latents), strict=True):
+            path = _class_path(folder, number)
+            part = path.with_name(f".{path.name}.part")
+            Image.fromarray(image).save(part, format="png")
+            part.replace(path)
+        progress("Drawing the class", done + len(batch), missing, "")
     return usable_photos(folder, notes)[: config.num_class_images]
+
+
+def _class_path(folder: Path, number: int) -> Path:
+    return folder / f"class-{number:04}.png"
 
 
 def make_examples(
