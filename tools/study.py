@@ -68,9 +68,8 @@ def main(folder: Path) -> None:
     asked = {
         "a sks cat": [(prompt(c).replace("cat", "sks cat"), TIGER) for c in concepts("cat")],
         "a cat": [(prompt(c), "cat") for c in concepts("cat")],
-        "22 other things": [(prompt(c), t) for t in OTHERS for c in concepts(t)[::4]],
+        "other things": [(prompt(c), t) for t in OTHERS for c in concepts(t)[::6]],
     }
-    asked["other things"] = asked.pop("22 other things")
 
     def shares(base: str | Path, seed: int) -> tuple[dict[str, float], np.ndarray]:
         """How probable the judge finds what was asked for, on average; and the pictures."""
