@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import interleaved
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
@@ -142,29 +140,18 @@ def main() -> None:
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        print("RESULT", json.dumps(measure(arguments)))
-        return
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.only}
-    for _ in range(arguments.rounds):
-        for name in arguments.only:
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-            environment = {**os.environ, "KERAS_BACKEND": CONTENDERS[name][1], "PYTHONPATH": str(ROOT)}
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-            results[name].append(json.loads(lines[-1].removeprefix("RESULT ")))
-            print(name, results[name][-1], file=sys.stderr, flush=True)
+        return interleaved.report(measure(arguments))
+    contenders = {name: CONTENDERS[name][1] for name in arguments.only}
+    results = interleaved.rounds(__file__, contenders, arguments.rounds, sys.argv[1:])
     lines = [
         "| | forward | step | first step | peak memory of forward | of a step |",
         "|---|---|---|---|---|---|",
     ]
-    for name, rounds in results.items():
-        median = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-        peaks = [max(r[key] for r in rounds) for key in ("forward memory", "step memory")]
+    for name, found in results.items():
+        middle = interleaved.medians(found)
         lines.append(
-            f"| {name} | {median['forward']:.2f} s | {median['step']:.2f} s | {median['first step']:.1f} s "
-            f"| {peaks[0]:.1f} GB | {peaks[1]:.1f} GB |"
+            f"| {name} | {middle['forward']:.2f} s | {middle['step']:.2f} s | {middle['first step']:.1f} s "
+            f"| {middle['forward memory']:.1f} GB | {middle['step memory']:.1f} GB |"
         )
     print("\n".join(lines))
     (ROOT / ".cache").mkdir(exist_ok=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -65,3 +69,39 @@ def test_bytes_of_state_for_a_weight(name: str, stated: int) -> None:
         for variable in optimizer.variables
     )
     assert held / 256**2 == pytest.approx(stated, rel=0.02)
+
+
+def test_adamw_is_keras_own() -> None:
+    """Two groups of variables, one at half the rate, which stops after two steps; as AdamW of each rate.
+
+    On PyTorch it is another kernel: this test in a process of that backend is test_adamw_on_pytorch.
+    """
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal((3, 4)).astype("float32") for _ in range(2)]
+    gradients = [[rng.standard_normal((3, 4)).astype("float32") * 1e-4 for _ in range(2)] for _ in range(4)]
+    ours, theirs = ([keras.Variable(value) for value in values] for _ in range(2))
+    config = Config(
+        learning_rate=RATE, weight_decay=DECAY, clip_norm=0, text_encoder_learning_rate=RATE / 2,
+        text_encoder_steps=2,
+    )  # fmt: skip
+    optimizer = make_optimizer(config, ours[1:])
+    optimizer.build(ours)
+    plain = [keras.optimizers.AdamW(rate, weight_decay=DECAY) for rate in (RATE, RATE / 2)]
+    for step, pair in enumerate(gradients):
+        optimizer.apply([keras.ops.convert_to_tensor(gradient) for gradient in pair])
+        for one, variable, gradient in zip(plain, theirs, pair, strict=True):
+            if one is plain[0] or step < 2:
+                one.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+    for variable, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (variable, expected)), atol=1e-6)
+
+
+def test_adamw_on_pytorch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_adamw_is_keras_own"],
+        env={**os.environ, "KERAS_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
