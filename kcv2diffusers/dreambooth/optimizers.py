@@ -95,6 +95,7 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
     ids = {id(variable) for variable in slower}
 
     kind: Any = type(_CLASSES[config.optimizer]())  # on PyTorch, Keras makes one of a quicker class
+    on_torch = keras.backend.backend() == "torch"
 
     class TwoRates(kind):  # type: ignore[misc]
         """Updates the text encoder's variables at `factor` times the rate, and not after its last step.
@@ -102,10 +103,15 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
         Weight decay is decoupled (Loshchilov and Hutter 2019) and follows each rate; Keras' knows only one.
         """
 
+        def _clip_gradients(self, grads: list[Tensor]) -> list[Tensor]:
+            if on_torch and self.global_clipnorm:
+                return _clip_in_place(grads, self.global_clipnorm)
+            return list(super()._clip_gradients(grads))
+
         def _backend_update_step(self, grads: list[Tensor], variables: list[Any], rate: Tensor) -> None:
             later = rate * factor * ops.cast(self.iterations < end, "float32")
             pairs = list(zip(grads, variables, strict=True))
-            fused = config.optimizer == "adamw" and keras.backend.backend() == "torch"
+            fused = config.optimizer == "adamw" and on_torch
             together = len(pairs) if fused else _TOGETHER
             for first in range(0, len(pairs), together):
                 chunk = pairs[first : first + together]
@@ -129,6 +135,18 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
         name=config.optimizer,
     )
     return optimizer
+
+
+def _clip_in_place(gradients: list[Tensor], limit: float) -> list[Tensor]:
+    """By the global norm, without the copy of all gradients that Keras makes on PyTorch."""
+    import torch
+
+    with torch.no_grad():
+        norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
+        scale = limit / torch.clamp(norm, min=limit) + (norm - norm)  # not a number if one gradient is none
+        for gradient in gradients:
+            gradient.mul_(scale)
+    return gradients
 
 
 def _fused_adamw(

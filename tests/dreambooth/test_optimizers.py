@@ -71,7 +71,8 @@ def test_bytes_of_state_for_a_weight(name: str, stated: int) -> None:
     assert held / 256**2 == pytest.approx(stated, rel=0.02)
 
 
-def test_adamw_is_keras_own() -> None:
+@pytest.mark.parametrize("clip", [0.0, 2e-4])
+def test_adamw_is_keras_own(clip: float) -> None:
     """Two groups of variables, one at half the rate, which stops after two steps; as AdamW of each rate.
 
     On PyTorch it is another kernel: this test in a process of that backend is test_adamw_on_pytorch.
@@ -81,7 +82,7 @@ def test_adamw_is_keras_own() -> None:
     gradients = [[rng.standard_normal((3, 4)).astype("float32") * 1e-4 for _ in range(2)] for _ in range(4)]
     ours, theirs = ([keras.Variable(value) for value in values] for _ in range(2))
     config = Config(
-        learning_rate=RATE, weight_decay=DECAY, clip_norm=0, text_encoder_learning_rate=RATE / 2,
+        learning_rate=RATE, weight_decay=DECAY, clip_norm=clip, text_encoder_learning_rate=RATE / 2,
         text_encoder_steps=2,
     )  # fmt: skip
     optimizer = make_optimizer(config, ours[1:])
@@ -90,8 +91,11 @@ def test_adamw_is_keras_own() -> None:
     for step, pair in enumerate(gradients):
         optimizer.apply([keras.ops.convert_to_tensor(gradient) for gradient in pair])
         for one, variable, gradient in zip(plain, theirs, pair, strict=True):
+            norm = np.sqrt(sum((g**2).sum() for g in pair))
+            assert not clip or norm > clip
+            clipped = gradient * (clip / norm if clip else 1)
             if one is plain[0] or step < 2:
-                one.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+                one.apply([keras.ops.convert_to_tensor(clipped, "float32")], [variable])
     for variable, expected in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (variable, expected)), atol=1e-6)
 
@@ -104,4 +108,4 @@ def test_adamw_on_pytorch() -> None:
         text=True,
         check=False,
     )
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-3000:]
