@@ -2,9 +2,9 @@
 
     python tools/update_readme.py
 
-Reads .cache/parity.json (left by the full-size tests of tests/test_parity.py), .cache/benchmark.md and
-.cache/train_step.md (left by the benchmarks) and what tools/train_tiny.py measured; a file that is not there
-leaves its table as it is.
+Reads .cache/parity.json (left by the full-size tests of tests/test_parity.py), the tables that benchmarks/ and
+tools/study.py leave in .cache, and what tools/train_tiny.py measured; a file that is not there leaves its
+table as it is.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def main() -> None:
     for marker, measured in (
         ("speed", ROOT / ".cache" / "benchmark.md"),
         ("train-step", ROOT / ".cache" / "train_step.md"),
+        ("study", ROOT / ".cache" / "study.md"),
+        ("dreambooth-full", ROOT / ".cache" / "dreambooth-full.md"),
+        ("dreambooth-lora", ROOT / ".cache" / "dreambooth-lora.md"),
         ("tiny", ROOT / "kcv2diffusers" / "tiny" / "quality.txt"),
     ):
         if measured.exists():
