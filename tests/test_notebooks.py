@@ -1,0 +1,56 @@
+"""The notebooks run from top to bottom on the tiny base, with fewer and shorter runs than they show."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+SHORTER = {
+    "convert": {"STEPS, GUIDANCE_SCALE = 25, 5.0": "STEPS, GUIDANCE_SCALE = 3, 5.0"},
+    "dreambooth": {"TRAINING_STEPS = 250": "TRAINING_STEPS = 3", "num_class_images=16": "num_class_images=2"},
+    "settings": {
+        "LEARNING_RATES = [1e-4, 5e-4, 2e-3]": "LEARNING_RATES = [1e-4, 5e-4]",
+        "TRAINING_STEPS, EVERY = 200, 50": "TRAINING_STEPS, EVERY = 2, 1",
+        "num_class_images=16": "num_class_images=2",
+        "GUIDANCE_SCALES = LEARNING_RATES[1], [1.0, 2.5, 5.0, 7.5]": "GUIDANCE_SCALES = 5e-4, [5.0]",
+        "steps=25": "steps=2",
+    },
+}
+
+
+def test_every_notebook_is_run() -> None:
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(SHORTER)
+
+
+@pytest.mark.parametrize("name", SHORTER)
+def test_notebook(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = FOLDER / f"{name}.ipynb"
+    text = path.read_text(encoding="utf-8")
+    for shown, shorter in SHORTER[name].items():
+        assert shown in text
+        text = text.replace(shown, shorter)
+    monkeypatch.setattr(os, "environ", {**os.environ, "KERAS_BACKEND": "torch", "OMP_NUM_THREADS": "1"})
+    notebook = nbformat.reads(text, as_version=4)
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    pictures = [
+        output
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) == {"convert": 1, "dreambooth": 4, "settings": 2}[name]
+
+
+@pytest.mark.parametrize("name", SHORTER)
+def test_its_shown_outputs_are_of_a_whole_run(name: str) -> None:
+    """As it is in the repository: every code cell has been run, in order, without an error."""
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [o for cell in cells for o in cell.outputs if o.output_type == "error"]
