@@ -86,7 +86,9 @@ def _fail(message: str) -> NoReturn:
 def convert(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SRC", help="KerasCV checkpoints, or folders of them, in any order."),
+        typer.Argument(
+            metavar="SRC", help="KerasCV checkpoints, folders of them or hf://user/repo, in any order."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The pipeline folder to write.")] = ...,  # type: ignore[assignment]
     unet: Part = None,
@@ -97,8 +99,9 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="SRC|tiny|none",
-            help="Where missing parts come from: a diffusers pipeline folder, KerasCV checkpoints, or tiny; "
-            "none writes only the given parts.",
+            help="Where missing parts come from: a diffusers pipeline folder, KerasCV checkpoints, "
+            "hf://user/repo, or tiny; none writes only the given parts. Default for SD1: the missing "
+            "parts of stable-diffusion-v1-5 from the Hub.",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -113,6 +116,10 @@ def convert(
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Variant in the file names, such as fp16.")
     ] = None,
+    with_sibling: Annotated[
+        bool,
+        typer.Option("--with-sibling", help="Take the text encoder from hf://user/repo-text-encoder."),
+    ] = False,
     placeholder_token: Annotated[
         list[str] | None,
         typer.Option(metavar="TOKEN", help="Name of an extra token embedding (textual inversion), in order."),
@@ -144,6 +151,7 @@ def convert(
             tokenizer=tokenizer,
             dtype=dtype and dtype.value,
             variant=variant,
+            with_sibling=with_sibling,
             placeholder_tokens=placeholder_token or (),
             image_size=image_size,
             gelu=gelu.value,
@@ -173,7 +181,9 @@ def _loading(variant: str | None) -> str:
 
 @app.command()
 def to_keras(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder.")],
+    pipeline: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or hf://user/repo.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
     format: Annotated[
         KerasFormat, typer.Option(help="weights.h5 for Keras 3, h5 for Keras 2 (legacy).")
@@ -206,7 +216,9 @@ def to_keras(
 
 @app.command()
 def inspect(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint, or a folder of them.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint, a folder of them, or hf://user/repo.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Say what a checkpoint holds: part, version, container, dtype, Keras version, what is wrong."""
@@ -223,7 +235,9 @@ def inspect(
 def generate(
     base: Annotated[
         list[str],
-        typer.Option(metavar="SRC|tiny", help="A diffusers pipeline folder, KerasCV checkpoints, or tiny."),
+        typer.Option(
+            metavar="SRC|tiny", help="A pipeline folder, KerasCV checkpoints, hf://user/repo, or tiny."
+        ),
     ],
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="As often as there are prompts.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write pictures to.")],

@@ -28,7 +28,9 @@ class Config:
     class_prompt: str = _option("", 'The class without the identifier: "a photo of a dog".')
     class_images: str = _option("", "Folder with pictures of the class; missing ones are generated into it.")
     num_class_images: int = _option(100, "How many pictures of the class to use.", least=1)
-    base: list[str] = _option([], "A pipeline folder, KerasCV checkpoints (once for each), or tiny.")
+    base: list[str] = _option(
+        [], "A pipeline folder, KerasCV checkpoints (once for each), hf://user/repo, tiny."
+    )
     tokenizer: str = _option("", "As in convert.")
     out: str = _option("", "Folder of the run: checkpoints, logs, pictures.")
     export: str = _option("", "Folder for the result as a diffusers pipeline.")

@@ -1,0 +1,117 @@
+"""`conversion.json` in a pipeline folder: what it was converted from, for its model card.
+
+Hashes are not computed here: SHA-256 (0.8 GB/s on the machine of the benchmark) would take longer than the
+conversion. `push` computes them from the files if they are still as they were. For that the record has their
+paths, relative to the pipeline; `push` publishes it without. What came from the Hub brings its hash along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.hub.address import cached, shown
+from kcv2diffusers.recognise import Match
+from kcv2diffusers.sources.source import Source
+
+CONVERSION_FILE = "conversion.json"
+_LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*['\"]?([\w.:/-]+)['\"]?[ \t]*$", re.M)
+_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.S)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def record(
+    parts: Mapping[str, Match], bases: Iterable[Path], dtypes: Mapping[str, str], out: Path
+) -> dict[str, Any]:
+    """What to write: the tool, the source of each part, the bases and the licenses that they state.
+
+    `out` is where the pipeline will be, `bases` the paths that filled in for missing parts.
+    """
+    from kcv2diffusers import __version__
+
+    roots = {found[1]: found[0].at("") for m in parts.values() if (found := cached(m.source.path))}
+    roots |= {path: found[0] for path in bases if (found := cached(path))}
+    origins = [{"source": str(address), **license_of(path)} for path, address in roots.items()]
+    origins += [{"source": path.name, **license_of(path)} for path in bases if path not in roots]
+    filled = set(bases)
+    return {
+        "tool": f"kcv2diffusers {__version__}",
+        "parts": {part: _part(match, out) for part, match in parts.items()},
+        "bases": [str(found[0]) if (found := cached(path)) else path.name for path in filled],
+        "origins": origins,
+        "dtypes": dict(dtypes),
+    }
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` of a model card in a folder, where it states them."""
+    try:
+        text = (folder / "README.md").read_bytes()[: 1 << 20].decode("utf-8", "replace")
+    except OSError:
+        return {}
+    front = _FRONT_MATTER.match(text)
+    return dict(_LICENSE.findall(front[1])) if front else {}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The record in a pipeline folder; empty if there is none that can be read."""
+    with suppress(OSError, ValueError, RecursionError):
+        data = json.loads((folder / CONVERSION_FILE).read_bytes()[: 4 << 20])
+        if isinstance(data, dict):
+            return data
+    return {}
+
+
+def published(folder: Path) -> dict[str, Any]:
+    """The record as it may be published: hashes of the source files that are still as they were, no paths."""
+    data = read(folder)
+    for part in data.get("parts", {}).values():
+        for file in part["files"]:
+            path, modified = file.pop("path", None), file.pop("modified", None)
+            if path is not None and "sha256" not in file:
+                with suppress(OSError):
+                    source = folder / path
+                    state = source.stat()
+                    if (state.st_size, state.st_mtime_ns) == (file["bytes"], modified):
+                        with source.open("rb") as opened:
+                            file["sha256"] = hashlib.file_digest(opened, "sha256").hexdigest()
+    return data
+
+
+def _part(match: Match, out: Path) -> dict[str, Any]:
+    source = match.source
+    return {
+        "from": shown(source.path) if cached(source.path) else source.path.name,
+        "container": source.container,
+        "keras": source.keras_version,
+        "checkpoint": match.keras,
+        "files": [_file(path, source.path, out) for path in _files(source)],
+    }
+
+
+def _files(source: Source) -> list[Path]:
+    """The files of the checkpoint that hold tensors; an archive that had to be unpacked is itself."""
+    if source.spool is not None or source.path.is_file():
+        return [source.path]
+    return sorted({tensor.path for tensor in source.tensors})
+
+
+def _file(path: Path, source: Path, out: Path) -> dict[str, Any]:
+    state = path.stat()
+    name = path.relative_to(source.parent).as_posix() if source.parent in path.parents else path.name
+    if found := cached(path):
+        blob = path.resolve().name
+        known = {"sha256": blob} if _SHA256.fullmatch(blob) else {}
+        return {"name": str(found[0]), "bytes": state.st_size, **known}
+    return {
+        "name": name,
+        "bytes": state.st_size,
+        "modified": state.st_mtime_ns,
+        "path": os.path.relpath(path, out),
+    }
