@@ -12,12 +12,15 @@ from dataclasses import fields
 from enum import StrEnum
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
 from kcv2diffusers.dreambooth.config import Config, make_config
 from kcv2diffusers.errors import Error
+
+if TYPE_CHECKING:
+    from kcv2diffusers.hub.push import Pushed
 
 app = typer.Typer(
     help="Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.",
@@ -41,6 +44,11 @@ class Gelu(StrEnum):
     tanh = "tanh"
 
 
+class Stated(StrEnum):
+    linear_betas = "linear-betas"
+    old_image_encoder = "old-image-encoder"
+
+
 class KerasFormat(StrEnum):
     weights_h5 = "weights.h5"
     h5 = "h5"
@@ -51,6 +59,11 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Write values that are NaN, infinite or overflow.")
 ]
+License = Annotated[
+    str | None,
+    typer.Option(metavar="ID", help="The license of what is published (default: the base's on the Hub)."),
+]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository private.")]
 Part = Annotated[str | None, typer.Option(metavar="SRC", help="The source for this part.")]
 
 
@@ -132,6 +145,11 @@ def convert(
         typer.Option(help="Activation of an SD2 text encoder; tanh if trained on keras-cv 0.6.4 or newer."),
     ] = Gelu.exact,
     allow_nonfinite: AllowNonfinite = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO_ID", help="Publish the pipeline as this repository.")
+    ] = None,
+    license: License = None,
+    private: Private = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -139,6 +157,8 @@ def convert(
     from kcv2diffusers.recognise import NAMES
     from kcv2diffusers.to_diffusers import convert as run
 
+    if push_to_hub:
+        _log_in(push_to_hub)
     with _progress("Converting") as progress:
         result = run(
             *(sources or ()),
@@ -159,8 +179,9 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
+    pushed = _push(out, push_to_hub, license=license, private=private) if push_to_hub else None
     if as_json:
-        return _print_json(result.to_dict())
+        return _print_json(result.to_dict() | ({"pushed": pushed.to_dict()} if pushed else {}))
     version = "" if result.version == "any" else f" ({result.version.upper()})"
     print(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
     for part, source in result.parts.items():
@@ -173,6 +194,70 @@ def convert(
         needs = ", ".join(NAMES[part] for part in result.missing)
         print(f"A full pipeline still needs: {needs or 'nothing; leave away --base none to write one'}.")
     print(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
+    if pushed:
+        print(pushed.text())
+
+
+@app.command()
+def push(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name, made if it is not there.")],
+    private: Private = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="The branch, made if it is not there.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="The commit's message.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Default: HF_TOKEN, then that of `hf auth login`.", show_default=False)
+    ] = None,
+    license: License = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="REPO_ID", help="What it was fine-tuned from, for the card.")
+    ] = None,
+    trained_with: Annotated[
+        list[Stated] | None, typer.Option(help="What weights do not tell, as a warning in the card.")
+    ] = None,
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Replace a README.md that is there.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check it and print the card; ask the Hub nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a pipeline folder and publish it on the Hugging Face Hub, with a model card."""
+    pushed = _push(
+        pipeline,
+        repository,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        token=token,
+        license=license,
+        base_model=base_model,
+        trained_with=[fact.value for fact in trained_with or ()],
+        overwrite_card=overwrite_card,
+        dry_run=dry_run,
+    )
+    if as_json:
+        return _print_json(pushed.to_dict())
+    print(pushed.text())
+
+
+def _push(pipeline: Path, repository: str, **options: Any) -> Pushed:
+    from kcv2diffusers.hub.push import push as run
+
+    with _progress("Checking") as progress:
+        return run(pipeline, repository, progress=progress, **options)
+
+
+def _log_in(repository: str) -> None:
+    """Refuse now, not after the work, what cannot be published."""
+    from kcv2diffusers.hub.push import log_in
+
+    log_in(repository)
 
 
 def _loading(variant: str | None) -> str:
@@ -284,12 +369,19 @@ def dreambooth(**given: Any) -> None:
         from kcv2diffusers.dreambooth.train import train
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "keras") from error
+    if config.push_to_hub:
+        _log_in(config.push_to_hub)
     with _stages() as progress:
         result = train(config, progress)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
         print(result.text())
+    if config.push_to_hub and result.export:
+        options = {"license": config.license or None, "private": config.private}
+        print(
+            _push(result.export, config.push_to_hub, **options).text(), file=sys.stderr if as_json else None
+        )
     if not result.finished:
         sys.exit(128 + signal.SIGINT)
 

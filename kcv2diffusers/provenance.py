@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def record(
-    parts: Mapping[str, Match], bases: Iterable[Path], dtypes: Mapping[str, str], out: Path
+    parts: Mapping[str, Match], bases: Sequence[Path], dtypes: Mapping[str, str], out: Path
 ) -> dict[str, Any]:
     """What to write: the tool, the source of each part, the bases and the licenses that they state.
 
@@ -35,18 +35,28 @@ def record(
     """
     from kcv2diffusers import __version__
 
-    roots = {found[1]: found[0].at("") for m in parts.values() if (found := cached(m.source.path))}
-    roots |= {path: found[0] for path in bases if (found := cached(path))}
-    origins = [{"source": str(address), **license_of(path)} for path, address in roots.items()]
-    origins += [{"source": path.name, **license_of(path)} for path in bases if path not in roots]
-    filled = set(bases)
+    homes = {_home(path): None for path in (*(m.source.path for m in parts.values()), *bases)}
+    stated = {home: license_of(home) for home in homes}
     return {
         "tool": f"kcv2diffusers {__version__}",
         "parts": {part: _part(match, out) for part, match in parts.items()},
-        "bases": [str(found[0]) if (found := cached(path)) else path.name for path in filled],
-        "origins": origins,
+        "bases": sorted({_named(_home(path)) for path in bases}),
+        "origins": [
+            {"source": _named(home), **stated[home]} for home in homes if stated[home] or cached(home)
+        ],
         "dtypes": dict(dtypes),
     }
+
+
+def _home(path: Path) -> Path:
+    """The folder where a source's model card would be."""
+    found = cached(path)
+    return found[1] if found else path if path.is_dir() else path.parent
+
+
+def _named(path: Path) -> str:
+    """A folder by its address or its name: where it lies on this machine is nobody's business."""
+    return shown(path) if cached(path) else path.name
 
 
 def license_of(folder: Path) -> dict[str, str]:
@@ -87,7 +97,7 @@ def published(folder: Path) -> dict[str, Any]:
 def _part(match: Match, out: Path) -> dict[str, Any]:
     source = match.source
     return {
-        "from": shown(source.path) if cached(source.path) else source.path.name,
+        "from": _named(source.path),
         "container": source.container,
         "keras": source.keras_version,
         "checkpoint": match.keras,

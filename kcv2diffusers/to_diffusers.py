@@ -15,6 +15,7 @@ import numpy as np
 from safetensors import safe_open
 
 from kcv2diffusers import pipeline
+from kcv2diffusers.dreambooth.config import RUN_FILE
 from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import SCHEME, shown, snapshots
@@ -40,7 +41,7 @@ _OUTPUT_FILES = (
     CONVERSION_FILE,
     "learned_embeds*.safetensors",
     "pytorch_lora_weights.safetensors",
-    "dreambooth.toml",
+    RUN_FILE,
     "samples.png",
 )
 _NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}

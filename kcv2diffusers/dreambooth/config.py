@@ -84,19 +84,43 @@ class Config:
     tensorboard: bool = _option(False, "Write TensorBoard logs (needs tensorboard).")
     wandb: bool = _option(False, "Log to Weights & Biases (needs wandb).")
 
+    push_to_hub: str = _option("", "Publish --export as this repository, user/name.")
+    license: str = _option("", "The license of what is published (default: the base's).")
+    private: bool = _option(False, "Make the repository private.")
+
     @property
     def prior_preservation(self) -> bool:
         """Whether class pictures are part of each step."""
         return bool(self.class_prompt)
 
-    def toml(self) -> str:
-        """The options that are not at their defaults, as a file for `--config`."""
+    def toml(self, *, public: bool = False) -> str:
+        """The options that are not at their defaults, as a file for `--config`; with `public` only those that
+        tell nothing of the machine.
+        """
         lines = [
             f"{f.name} = {_literal(getattr(self, f.name))}"
             for f in fields(self)
-            if getattr(self, f.name) != _default(f)
+            if getattr(self, f.name) != _default(f) and (f.name in PUBLIC or not public)
         ]
         return "\n".join(lines) + "\n"
+
+
+_OWN = (
+    "instance_images",
+    "class_images",
+    "base",
+    "tokenizer",
+    "out",
+    "export",
+    "resume",
+    "push_to_hub",
+    "license",
+    "private",
+    "tensorboard",
+    "wandb",
+)
+PUBLIC = {f.name for f in fields(Config)} - set(_OWN)
+RUN_FILE = "dreambooth.toml"  # in an exported pipeline: the run's options, for its model card
 
 
 def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
@@ -119,6 +143,8 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
         raise Error("--class-images needs --class-prompt, the text that describes them.")
     if not config.ema < 1:
         raise Error(f"--ema {config.ema}: give a number below 1, such as 0.999.")
+    if config.push_to_hub and not config.export:
+        raise Error("--push-to-hub publishes --export.\nGive --export DIR.")
     if config.resolution % 64:
         raise Error(f"--resolution {config.resolution}: give a multiple of 64.")
     return config

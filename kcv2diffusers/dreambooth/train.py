@@ -21,7 +21,7 @@ from PIL import Image
 
 from kcv2diffusers.dreambooth.batches import Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints
-from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.config import RUN_FILE, Config
 from kcv2diffusers.dreambooth.loggers import open_loggers
 from kcv2diffusers.dreambooth.lora import LORA_FILE, add_lora
 from kcv2diffusers.dreambooth.model import DreamBooth
@@ -146,6 +146,9 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
             )
             if config.lora_rank:
                 shutil.copy(result.checkpoint / LORA_FILE, result.export)
+            (result.export / RUN_FILE).write_text(config.toml(public=True), encoding="utf-8")
+            if config.sample_prompt:
+                shutil.copy(samples.path(run.step), result.export / "samples.png")
     return result
 
 
@@ -233,9 +236,11 @@ class _Samples:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         images = self.sampler.decode(latents)
-        grid(images, min(4, len(images)), prompts, scale=max(1, 256 // self.size)).save(
-            self.folder / f"step-{step:06}.png"
-        )
+        grid(images, min(4, len(images)), prompts, scale=max(1, 256 // self.size)).save(self.path(step))
+
+    def path(self, step: int) -> Path:
+        """The picture of the drawings after `step` steps."""
+        return self.folder / f"step-{step:06}.png"
 
 
 def _check_free(config: Config) -> None:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _TOKEN = re.compile(r"hf_\w+|(?<=Bearer )[^\s'\"]+")
-_LOG_IN = "Log in with `hf auth login`, set HF_TOKEN, or give --token."
+NOT_LOGGED_IN = "Log in with `hf auth login`, set HF_TOKEN, or give --token."
 _AGAIN = "Try again later; what has been transferred is kept."
 _BY_STATUS = {
-    401: ("the Hub does not accept this token", _LOG_IN),
+    401: ("the Hub does not accept this token", NOT_LOGGED_IN),
     403: ("your token has no right to do this", "Use a token with write access, and a name of your own."),
-    404: ("there is no such repository, or it is private", f"Check the name. {_LOG_IN}"),
+    404: ("there is no such repository, or it is private", f"Check the name. {NOT_LOGGED_IN}"),
     409: ("the name is taken", "Choose another name."),
     413: ("the Hub finds a file too large", "Convert with --dtype float16."),
     429: ("the Hub's rate limit is reached", _AGAIN),
@@ -58,8 +58,13 @@ def connect(token: str | None = None) -> HfApi:
         disable_progress_bars()
     token = token or huggingface_hub.get_token()
     if token is not None and not re.fullmatch("[!-~]+", token):
-        raise Error(f"The token holds a space or a sign that no token has.\n{_LOG_IN}")
+        raise Error(f"The token holds a space or a sign that no token has.\n{NOT_LOGGED_IN}")
     return huggingface_hub.HfApi(token=token, library_name="kcv2diffusers", library_version=__version__)
+
+
+def token_of(api: HfApi) -> str | None:
+    """The token that a client sends."""
+    return api.token if isinstance(api.token, str) else None
 
 
 def redact(text: str, token: str | None = None) -> str:

@@ -213,7 +213,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(409, "You already created this model repo", url=url)
         if who != (name.split("/")[0], "write"):
             raise Refusal(403, f"You don't have the rights to create a model under {name.split('/')[0]!r}")
-        REPOSITORIES[name] = Repository(who[0], bool(order.get("private")))
+        REPOSITORIES[name] = Repository(who[0], order.get("visibility") == "private")
         self.send(200, {"url": url, "name": name})
 
     def validate(self) -> None:
