@@ -63,6 +63,9 @@ License = Annotated[
     str | None,
     typer.Option(metavar="ID", help="The license of what is published (default: the base's on the Hub)."),
 ]
+Tag = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="A tag for the card, such as keras-dreambooth.")
+]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository private.")]
 Part = Annotated[str | None, typer.Option(metavar="SRC", help="The source for this part.")]
 
@@ -215,6 +218,7 @@ def push(
     base_model: Annotated[
         str | None, typer.Option(metavar="REPO_ID", help="What it was fine-tuned from, for the card.")
     ] = None,
+    tag: Tag = None,
     trained_with: Annotated[
         list[Stated] | None, typer.Option(help="What weights do not tell, as a warning in the card.")
     ] = None,
@@ -237,6 +241,7 @@ def push(
         token=token,
         license=license,
         base_model=base_model,
+        tags=tag or (),
         trained_with=[fact.value for fact in trained_with or ()],
         overwrite_card=overwrite_card,
         dry_run=dry_run,
@@ -244,6 +249,37 @@ def push(
     if as_json:
         return _print_json(pushed.to_dict())
     print(pushed.text())
+
+
+@app.command()
+def space(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="The published pipeline's folder.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where it is published.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Default: the repository's name.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="An example (default: those of the run).")
+    ] = None,
+    tag: Tag = None,
+    license: License = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the folder of a Space (card, Gradio app, requirements) with a demo of a published pipeline."""
+    from kcv2diffusers.hub.space import space as run
+
+    run(
+        pipeline,
+        repository,
+        out=out,
+        title=title,
+        prompts=prompt or (),
+        tags=tag or (),
+        license=license,
+        overwrite=overwrite,
+    )
+    print(f"Space written to {out}; publish it:")
+    print(f"  hf repos create {repository}-demo --type space --space-sdk gradio")
+    print(f"  hf upload {repository}-demo {out} . --repo-type space")
 
 
 def _push(pipeline: Path, repository: str, **options: Any) -> Pushed:

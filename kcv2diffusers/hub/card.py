@@ -53,7 +53,7 @@ def model_card(facts: Facts, repository: str) -> str:
         base_model=facts.base_model,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=tags + (["dreambooth"] if facts.run else []),
+        tags=[*tags, *(["dreambooth"] if facts.run else []), *facts.tags],
         inference=True,
         instance_prompt=facts.run.get("instance_prompt"),
         widget=[{"text": prompt} for prompt in prompts] or None,

@@ -24,6 +24,8 @@ from kcv2diffusers.tokenizer import find_tokenizer
 Progress = Callable[[int, int], None]
 
 CARD = "README.md"
+# `verify` wrote it (report.json, or --json): figures for the card. It stays at home, because it holds paths.
+VERIFICATION_FILE = "verification.json"
 _AGAIN = "Convert or save the pipeline again."
 _SLICE = 16 << 20  # bytes looked at at a time
 # What is published: of the root, and of each component's folder. Anything else stays at home.
@@ -109,7 +111,7 @@ def _published(folder: Path, components: Sequence[str]) -> tuple[list[str], list
         inside, file = ("", name) if "/" not in name else name.rsplit("/", 1)
         patterns = _ROOT if not inside else _COMPONENT if inside in components else ()
         if not any(fnmatch(file, pattern) for pattern in patterns) or file.startswith("."):
-            left_out.append(name)
+            left_out += [name] if name != VERIFICATION_FILE else []
         elif not path.resolve().is_relative_to(root):
             raise Error(f"{path}: a link out of the folder.\nCopy the folder with its contents: cp -rL.")
         else:

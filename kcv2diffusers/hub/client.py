@@ -40,14 +40,20 @@ class NotThere(Error):
     """The repository, or the revision or file in it, does not exist (or nobody may see it)."""
 
 
+def require_hub() -> None:
+    """Raise Error if huggingface_hub is not installed."""
+    try:
+        import huggingface_hub  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingExtra(str(error.name), "hub") from error
+
+
 def connect(token: str | None = None) -> HfApi:
     """The library's client, with `token` or the one of HF_TOKEN or `hf auth login`. Raises Error if
     huggingface_hub is not installed or the token cannot be one.
     """
-    try:
-        import huggingface_hub
-    except ModuleNotFoundError as error:
-        raise MissingExtra(str(error.name), "hub") from error
+    require_hub()
+    import huggingface_hub
     from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -127,6 +133,8 @@ def _explained(what: str, error: BaseException, token: str | None) -> Error:
             if status == 429 or status >= 500:
                 return Unreachable(what, reason, remedy)
             return Error(f"{what}: {reason}.\n{remedy}")
+        case RuntimeError() if isinstance(cause, httpx2.HTTPError):  # of an upload
+            return _explained(what, cause, token)
         case httpx2.HTTPError() | ConnectionError():
             remedy = "Check the connection and try again; what has been transferred is kept."
             return Unreachable(what, _reason(error), remedy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,8 @@ from kcv2diffusers import provenance
 from kcv2diffusers.dreambooth.config import PUBLIC, RUN_FILE
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import SCHEME, parse
-from kcv2diffusers.hub.check import Checked
+from kcv2diffusers.hub.check import VERIFICATION_FILE, Checked, variant_of
 
-VERIFICATION_FILE = "verification.json"  # the report.json of `verify`, or what its --json prints
 _OLD_KERAS = (2, 12)  # the newest that keras-cv before 0.5, the stack of the 2023 DreamBooth sprint, ran on
 
 
@@ -34,6 +33,7 @@ class Facts:
     pictures: list[str]
     license: dict[str, str]
     base_model: str | None
+    tags: Sequence[str]
     trained_with: frozenset[str]
 
     @property
@@ -41,6 +41,13 @@ class Facts:
         """The parts that came from KerasCV files."""
         parts: dict[str, Any] = self.conversion.get("parts", {})
         return {name: part for name, part in parts.items() if part["checkpoint"]}
+
+    @property
+    def variant(self) -> str | None:
+        """What `from_pretrained` has to be told if there are no weights of the plain name."""
+        files = [n for n in self.checked.files if n.startswith("unet/") and n.endswith(".safetensors")]
+        variants = {variant_of(name) for name in files}
+        return None if "" in variants else min(variants)
 
     @property
     def old_stack(self) -> bool:
@@ -54,6 +61,7 @@ def gather(
     *,
     license: str | None = None,
     base_model: str | None = None,
+    tags: Sequence[str] = (),
     trained_with: frozenset[str] = frozenset(),
 ) -> Facts:
     """What is known of a checked pipeline. Raises Error without a license: none is invented."""
@@ -68,6 +76,7 @@ def gather(
         [name for name in checked.files if name.endswith(".png")],
         stated,
         base_model or _base_model(conversion),
+        tags,
         trained_with,
     )
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.card import STATED, model_card
 from kcv2diffusers.hub.check import CARD, Progress, check
-from kcv2diffusers.hub.client import NOT_LOGGED_IN, asking, connect, token_of
+from kcv2diffusers.hub.client import NOT_LOGGED_IN, asking, connect, require_hub, token_of
 from kcv2diffusers.hub.facts import Facts, gather
 from kcv2diffusers.provenance import CONVERSION_FILE
 
@@ -65,6 +65,7 @@ def push(
     token: str | None = None,
     license: str | None = None,
     base_model: str | None = None,
+    tags: Sequence[str] = (),
     trained_with: Sequence[str] = (),
     overwrite_card: bool = False,
     dry_run: bool = False,
@@ -74,18 +75,20 @@ def push(
 
     The repository is made if it is not there, `private` or not. `revision` is a branch, made if it is not
     there; `create_pr` opens a pull request instead. `token` defaults to HF_TOKEN and `hf auth login`.
-    `license` and `base_model` go before what the sources on the Hub state; `trained_with` are facts that
-    weights do not tell (`STATED` in card.py). A card that is there is kept unless `overwrite_card`. A
-    `dry_run` asks the Hub nothing. `progress` is told bytes checked. Raises Error with a message for the
-    user; nothing that is not whole, finite and licensed is published.
+    `license` and `base_model` go before what the sources on the Hub state; `tags` are added to the card's;
+    `trained_with` are facts that weights do not tell (`STATED` in card.py). A card that is there is kept
+    unless `overwrite_card`. A `dry_run` asks the Hub nothing. `progress` is told bytes checked. Raises Error
+    with a message for the user; nothing that is not whole, finite and licensed is published.
     """
     if create_pr and revision:
         raise Error("A pull request goes to the default branch.\nLeave --revision or --create-pr away.")
     if wrong := [fact for fact in trained_with if fact not in STATED]:
         raise Error(f"--trained-with {wrong[0]}: choose of {', '.join(STATED)}.")
-    folder = Path(pipeline)
-    checked = check(folder, progress)
-    facts = gather(checked, license=license, base_model=base_model, trained_with=frozenset(trained_with))
+    require_hub()
+    checked = check(Path(pipeline), progress)
+    facts = gather(
+        checked, license=license, base_model=base_model, tags=tags, trained_with=frozenset(trained_with)
+    )
     if dry_run:
         return Pushed(repository, "", None, checked.files, checked.left_out, model_card(facts, repository))
     api, repository = log_in(repository, token)
