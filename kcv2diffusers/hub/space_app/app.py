@@ -22,7 +22,7 @@ pipeline = StableDiffusionPipeline.from_pretrained(
 ).to("cuda" if CUDA else "cpu")
 
 
-def draw(prompt, negative_prompt, steps, guidance_scale, seed, progress=gr.Progress()):
+def draw(prompt, negative_prompt, steps, guidance_scale, seed, progress=gr.Progress()):  # noqa: B008  (how Gradio finds it)
     """The picture of a prompt, and the seed that draws it again; a negative seed stands for any."""
     if not prompt.strip():
         raise gr.Error("Write what to draw first.", print_exception=False)
