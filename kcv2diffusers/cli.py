@@ -487,7 +487,9 @@ def _print_json(data: Any) -> None:
 
 @contextmanager
 def _progress(title: str, *, steps: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar with bytes and rate, or with steps, on stderr, where that is a terminal."""
+    """A bar with bytes and rate, or with steps, on stderr, where that is a terminal, from the first word on
+    to the last: downloads before it and uploads after it have bars of their own.
+    """
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -497,9 +499,19 @@ def _progress(title: str, *, steps: bool = False) -> Iterator[Callable[[int, int
     sizes = (progress.DownloadColumn(), progress.TransferSpeedColumn())
     counts = (progress.MofNCompleteColumn(),) if steps else sizes
     columns = (title, progress.BarColumn(), *counts, progress.TimeRemainingColumn())
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    try:
+        yield update
+    finally:
+        bar.stop()
 
 
 @contextmanager

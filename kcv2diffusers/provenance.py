@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kcv2diffusers.hub.address import cached, shown
+from kcv2diffusers.hub.address import cached
 from kcv2diffusers.recognise import Match
 from kcv2diffusers.sources.source import Source
 
@@ -56,7 +56,8 @@ def _home(path: Path) -> Path:
 
 def _named(path: Path) -> str:
     """A folder by its address or its name: where it lies on this machine is nobody's business."""
-    return shown(path) if cached(path) else path.name
+    found = cached(path)
+    return str(found[0]) if found else path.name
 
 
 def license_of(folder: Path) -> dict[str, str]:

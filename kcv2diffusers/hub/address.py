@@ -62,9 +62,10 @@ def cached(path: Path) -> tuple[Address, Path] | None:
 
 
 def shown(path: Path) -> str:
-    """How messages and records name a source: by its address if it came from the Hub."""
-    found = cached(path)
-    return str(found[0]) if found else str(path)
+    """How messages name a source: one from the Hub by its address, with seven digits of the commit."""
+    if found := cached(path):
+        return str(replace(found[0], revision=(found[0].revision or "")[:7]))
+    return str(path)
 
 
 def snapshots(paths: Iterable[Path]) -> list[Path]:

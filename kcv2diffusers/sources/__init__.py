@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kcv2diffusers.errors import SourceError, reading
+from kcv2diffusers.hub.address import shown
 from kcv2diffusers.sources.source import Source
 
 _KINDS = (
@@ -48,9 +49,8 @@ def _checkpoint(prefix: Path) -> Source:
 
 def _folder(path: Path) -> list[Source]:
     if (path / "model_index.json").is_file():
-        raise SourceError(
-            path, "a diffusers pipeline, not a Keras checkpoint.", "Give it with --base, or to to-keras."
-        )
+        problem = "a diffusers pipeline, not a Keras checkpoint."
+        raise SourceError(shown(path), problem, "Give it with --base, or to to-keras.")
     if (path / "saved_model.pb").is_file():
         raise SourceError(
             path, "a SavedModel without its variables/ folder.", "Download that folder as well."
