@@ -14,8 +14,10 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from kcv2diffusers.errors import SourceError
 from kcv2diffusers.hub.address import cached
 from kcv2diffusers.recognise import Match
 from kcv2diffusers.sources.source import Source
@@ -23,6 +25,21 @@ from kcv2diffusers.sources.source import Source
 CONVERSION_FILE = "conversion.json"
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*['\"]?([\w.:/-]+)['\"]?[ \t]*$", re.M)
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.S)
+_FORM = {
+    "tool": str,
+    "parts": {
+        "*": {
+            "from": str,
+            "container": str,
+            "keras": (str, NoneType),
+            "checkpoint": bool,
+            "files": [{"name": str, "bytes": int, "?sha256": str, "?modified": int, "?path": str}],
+        }
+    },
+    "bases": [str],
+    "origins": [{"source": str, "?license": str, "?license_name": str, "?license_link": str}],
+    "dtypes": {"*": str},
+}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -71,12 +88,35 @@ def license_of(folder: Path) -> dict[str, str]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The record in a pipeline folder; empty if there is none that can be read."""
-    with suppress(OSError, ValueError, RecursionError):
-        data = json.loads((folder / CONVERSION_FILE).read_bytes()[: 4 << 20])
-        if isinstance(data, dict):
-            return data
-    return {}
+    """The record in a pipeline folder; empty if there is none. Raises SourceError if it is not one."""
+    path = folder / CONVERSION_FILE
+    try:
+        data = json.loads(path.read_bytes()[: 4 << 20])
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError):
+        data = None
+    if not _fits(data, _FORM):
+        raise SourceError(path, "not what `convert` writes.", "Remove it, or convert again.")
+    found: dict[str, Any] = data
+    return found
+
+
+def _fits(data: Any, form: Any) -> bool:
+    """Whether JSON has a form: types, [form of each], {"*": form of each}, or {name: form, "?name": form},
+    where those with "?" may be absent.
+    """
+    if isinstance(form, list):
+        return isinstance(data, list) and all(_fits(item, form[0]) for item in data)
+    if not isinstance(form, dict):
+        return isinstance(data, form)
+    if not isinstance(data, dict):
+        return False
+    if "*" in form:
+        return all(_fits(item, form["*"]) for item in data.values())
+    needed = {name for name in form if not name.startswith("?")}
+    known = {name.lstrip("?"): inner for name, inner in form.items()}
+    return needed <= data.keys() <= known.keys() and all(_fits(data[name], known[name]) for name in data)
 
 
 def published(folder: Path) -> dict[str, Any]:

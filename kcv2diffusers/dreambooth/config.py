@@ -125,7 +125,7 @@ RUN_FILE = "dreambooth.toml"  # in an exported pipeline: the run's options, for 
 
 def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
     """The options `given`, over those of a TOML `file`, over the defaults. Raises Error for what is wrong."""
-    values = _read(file) | dict(given) if file is not None else dict(given)
+    values = read_options(file) | dict(given) if file is not None else dict(given)
     config = Config(**values)
     for name, missing in (
         ("instance_images", not config.instance_images),
@@ -150,7 +150,8 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
     return config
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_options(file: Path) -> dict[str, Any]:
+    """The options of a TOML file, of the right types. Raises Error for what is wrong."""
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kcv2diffusers import provenance
-from kcv2diffusers.dreambooth.config import PUBLIC, RUN_FILE
+from kcv2diffusers.dreambooth.config import PUBLIC, RUN_FILE, read_options
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import SCHEME, parse
 from kcv2diffusers.hub.check import VERIFICATION_FILE, Checked, variant_of
@@ -125,10 +124,8 @@ def _base_model(conversion: Mapping[str, Any]) -> str | None:
 
 def _run(path: Path) -> dict[str, Any]:
     """The options of a DreamBooth run that may be published."""
-    with suppress(OSError, ValueError):
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-        return {name: values[name] for name in values if name in PUBLIC}
-    return {}
+    values = read_options(path) if path.is_file() else {}
+    return {name: values[name] for name in values if name in PUBLIC}
 
 
 def _numbers(version: str) -> tuple[int, ...]:

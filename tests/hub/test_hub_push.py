@@ -19,6 +19,7 @@ import yaml
 from hub import ALICE, BOB, READER, Hub
 
 import kcv2diffusers
+import kcv2diffusers.hub.push
 from kcv2diffusers.hub.check import check
 from kcv2diffusers.hub.client import connect, redact
 from kcv2diffusers.hub.facts import figures
@@ -149,6 +150,35 @@ def test_license_is_never_invented(hub: Hub, pipeline: Path) -> None:
     (pipeline / "conversion.json").unlink()  # a pipeline of somebody else's making
     hub.does("push", pipeline, "alice/unlicensed", "--license", "mit", **TOKEN)
     assert "## Conversion" not in card(hub, "alice/unlicensed")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("conversion.json", "{", "not what `convert` writes"),
+        ("conversion.json", '{"parts": {"unet": []}}', "not what `convert` writes"),
+        ("conversion.json", '["../../etc/passwd"]', "not what `convert` writes"),
+        ("dreambooth.toml", "steps = ", "not a TOML file"),
+        ("dreambooth.toml", "sample_prompt = 3", "sample_prompt is 3"),
+        ("dreambooth.toml", "colour = 3", "unknown options colour"),
+    ],
+)
+def test_damaged_records(pipeline: Path, name: str, text: str, message: str) -> None:
+    (pipeline / name).write_text(text)
+    with pytest.raises(kcv2diffusers.Error, match=message):
+        kcv2diffusers.hub.push.push(pipeline, "alice/x", license="mit", dry_run=True)
+
+
+def test_nothing_in_a_card_is_markup(pipeline: Path) -> None:
+    record = json.loads((pipeline / "conversion.json").read_text())
+    record["parts"]["unet"]["files"][0]["name"] = "a|b<script>`x`"
+    record["tool"] = f"tool {ALICE}"
+    (pipeline / "conversion.json").write_text(json.dumps(record))
+    (pipeline / "dreambooth.toml").write_text('instance_prompt = "a \\"b\\": <i>"\nsample_prompt = ["x|y"]')
+    text = kcv2diffusers.hub.push.push(pipeline, "alice/x", license="mit", dry_run=True).card
+    assert "<script>" not in text and "a\\|b&lt;script>" in text and ALICE not in text
+    assert yaml.safe_load(text.split("---\n")[1])["instance_prompt"] == 'a "b": <i>'
+    assert 'pipeline("a \\"b\\": <i>").images' in text
 
 
 def test_verification_figures(hub: Hub, pipeline: Path) -> None:
