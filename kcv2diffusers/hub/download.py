@@ -12,36 +12,48 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kcv2diffusers.errors import Error, MissingExtra
+from kcv2diffusers.errors import Error, MissingExtra, SourceError
 from kcv2diffusers.hub import layout
 from kcv2diffusers.hub.address import Address, parse
 from kcv2diffusers.hub.client import NotThere, Unreachable, asking, connect
 from kcv2diffusers.recognise import NAMES
+from kcv2diffusers.sources import NOT_KERAS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# What fills in for SD1 where nothing is named. The plain float32 files are taken: the averaged weights (EMA),
-# which the KerasCV weights of SD1 were made from; --variant fp16 takes those of half the size.
+# What fills in for SD1 where nothing is named. Its plain files are float32 and the averaged weights (EMA; the
+# others are the non_ema variant); --variant fp16 takes those of half the size.
 SD1_BASE = "hf://stable-diffusion-v1-5/stable-diffusion-v1-5"
 SIBLINGS = ("-text-encoder", "-text_encoder", "_text_encoder")
 
 
-def fetch(source: str, parts: Collection[str] | None = None, variant: str | None = None) -> list[Path]:
+def fetch(
+    source: str,
+    parts: Collection[str] | None = None,
+    variant: str | None = None,
+    *,
+    pipelines: bool = True,
+) -> list[Path]:
     """Download what `source` holds of `parts` (None: everything that is a part; empty: only a tokenizer).
 
     Returns the checkpoints, or the one folder of a diffusers pipeline or of a tokenizer, in the cache.
-    `variant` is preferred among a pipeline's weight files. Raises Error with a message for the user.
+    `variant` is preferred among a pipeline's weight files. Raises Error with a message for the user, also for
+    a pipeline if `pipelines` are not wanted.
     """
-    return list(_fetch(source, None if parts is None else frozenset(parts), variant))
+    return list(_fetch(source, None if parts is None else frozenset(parts), variant, pipelines))
 
 
 @cache  # asked once, downloaded once, even where a source is named for two purposes
-def _fetch(source: str, parts: frozenset[str] | None, variant: str | None) -> tuple[Path, ...]:
+def _fetch(
+    source: str, parts: frozenset[str] | None, variant: str | None, pipelines: bool
+) -> tuple[Path, ...]:
     api = connect()
     address = parse(source)
     with asking(source):
         commit, listing = _listing(api, address)
+    if not pipelines and layout.is_pipeline(listing, address.path):
+        raise SourceError(source, NOT_KERAS, "Give it with --base, or to to-keras.")
     names, found = _needed(address, listing, parts, variant)
     with asking(source):
         folder = _download(api, address.repository, commit, names)

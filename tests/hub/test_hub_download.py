@@ -198,7 +198,10 @@ def test_only_what_is_needed_of_a_pipeline(hub: Hub, tiny_pipeline: Path, tmp_pa
     hub.does("to-keras", "hf://alice/tiny", "--out", tmp_path / "keras")
     for name in ("unet.weights.h5", "vae_encoder.weights.h5"):
         assert kcv2diffusers.inspect(tmp_path / "keras" / name)[0].problems is None
-    assert "give it with --base" in hub.refuses("inspect", "hf://alice/tiny").lower()
+    hub.home = tmp_path / "another cache"
+    hub.log()
+    assert "Give it with --base" in hub.refuses("inspect", "hf://alice/tiny")
+    assert downloaded(hub) == set()
 
 
 DEFAULT = """
