@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -84,19 +85,24 @@ def figures(path: Path) -> list[tuple[str, str]]:
     """What a card says of a verification, as (what, figure); empty if there is none that can be read.
 
     Read are `passed` and `reason`, `weights.tensors` (part to number), of `modules` each `name` and `stock`
-    (its error), and of `images.runs` each `stock.psnr` in dB and `stock.ssim`.
+    (its error), and of `images.runs` each `stock.psnr` in dB (or "infinite") and `stock.ssim`.
     """
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         data = json.loads(path.read_bytes()[: 16 << 20])
         rows = [("verdict", "passed" if data["passed"] else str(data["reason"]))]
         if tensors := (data.get("weights") or {}).get("tensors"):
             rows.append(("tensors compared", str(sum(tensors.values()))))
-        rows += [(f"error of {m['name']}", f"{float(m['stock']):.1e}") for m in data.get("modules") or []]
+        rows += [(f"error of {m['name']}", f"{_number(m['stock']):.1e}") for m in data.get("modules") or []]
         if runs := [run["stock"] for run in (data.get("images") or {}).get("runs") or []]:
-            psnr, ssim = (min(float(run[name]) for run in runs) for name in ("psnr", "ssim"))
+            psnr, ssim = (min(_number(run[name]) for run in runs) for name in ("psnr", "ssim"))
             rows.append((f"pictures ({len(runs)}), the least alike", f"PSNR {psnr:.1f} dB, SSIM {ssim:.4f}"))
         return rows
     return []
+
+
+def _number(value: Any) -> float:
+    """A figure of a verification; JSON has no infinity, so it is a text there."""
+    return {"infinite": math.inf, "not a number": math.nan}.get(value) or float(value)
 
 
 def _license(folder: Path, conversion: Mapping[str, Any]) -> dict[str, str]:

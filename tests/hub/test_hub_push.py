@@ -195,6 +195,9 @@ def test_verification_figures(hub: Hub, pipeline: Path) -> None:
     for row in ("verdict | passed", "tensors compared | 826", "UNet | 1.3e-04", "PSNR 41.3 dB, SSIM 0.9900"):
         assert row in body
     assert "verification.json" not in hub.ask("state")["alice/verified"]["heads"]["main"]  # it holds paths
+    report["images"] = {"runs": [{"stock": {"psnr": "infinite", "ssim": 1.0}}]}
+    (pipeline / "verification.json").write_text(json.dumps(report))
+    assert figures(pipeline / "verification.json")[-1][1] == "PSNR inf dB, SSIM 1.0000"
     for damaged in ("{", "[]", "{}", '{"passed": true, "modules": [{}]}'):
         (pipeline / "verification.json").write_text(damaged)
         assert figures(pipeline / "verification.json") == []
