@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
@@ -23,6 +23,7 @@ from kcv2diffusers.recognise import Match
 from kcv2diffusers.sources.source import Source
 
 CONVERSION_FILE = "conversion.json"
+_BLOCK = 16 << 20  # bytes hashed at a time
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*['\"]?([\w.:/-]+)['\"]?[ \t]*$", re.M)
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.S)
 _FORM = {
@@ -119,20 +120,37 @@ def _fits(data: Any, form: Any) -> bool:
     return needed <= data.keys() <= known.keys() and all(_fits(data[name], known[name]) for name in data)
 
 
-def published(folder: Path) -> dict[str, Any]:
-    """The record as it may be published: hashes of the source files that are still as they were, no paths."""
+def published(folder: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """The record as it may be published: hashes of the source files that are still as they were, no paths.
+
+    `progress` is told bytes hashed and in total.
+    """
     data = read(folder)
-    for part in data.get("parts", {}).values():
-        for file in part["files"]:
-            path, modified = file.pop("path", None), file.pop("modified", None)
-            if path is not None and "sha256" not in file:
-                with suppress(OSError):
-                    source = folder / path
-                    state = source.stat()
-                    if (state.st_size, state.st_mtime_ns) == (file["bytes"], modified):
-                        with source.open("rb") as opened:
-                            file["sha256"] = hashlib.file_digest(opened, "sha256").hexdigest()
+    files = [file for part in data.get("parts", {}).values() for file in part["files"]]
+    there = [(path, file) for file in files if (path := _unchanged(folder, file))]
+    total, done = sum(file["bytes"] for _, file in there), 0
+    for path, file in there:
+        digest = hashlib.sha256()
+        with path.open("rb") as opened:
+            while block := opened.read(_BLOCK):
+                digest.update(block)
+                progress(done := done + len(block), total)
+        file["sha256"] = digest.hexdigest()
+    for file in files:
+        file.pop("path", None), file.pop("modified", None)
     return data
+
+
+def _unchanged(folder: Path, file: Mapping[str, Any]) -> Path | None:
+    """Where a file of the record is, if it needs a hash and is as it was at the conversion."""
+    if "path" not in file or "sha256" in file:
+        return None
+    path = folder / str(file["path"])
+    with suppress(OSError):
+        state = path.stat()
+        if (state.st_size, state.st_mtime_ns) == (file["bytes"], file.get("modified")):
+            return path
+    return None
 
 
 def _part(match: Match, out: Path) -> dict[str, Any]:

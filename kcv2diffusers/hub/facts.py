@@ -14,7 +14,7 @@ from kcv2diffusers import provenance
 from kcv2diffusers.dreambooth.config import PUBLIC, RUN_FILE, read_options
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import SCHEME, parse
-from kcv2diffusers.hub.check import VERIFICATION_FILE, Checked, variant_of
+from kcv2diffusers.hub.check import VERIFICATION_FILE, Checked, Progress, variant_of
 
 _OLD_KERAS = (2, 12)  # the newest that keras-cv before 0.5, the stack of the 2023 DreamBooth sprint, ran on
 
@@ -63,10 +63,14 @@ def gather(
     base_model: str | None = None,
     tags: Sequence[str] = (),
     trained_with: frozenset[str] = frozenset(),
+    progress: Progress = lambda done, total: None,
 ) -> Facts:
-    """What is known of a checked pipeline. Raises Error without a license: none is invented."""
+    """What is known of a checked pipeline; `progress` is told bytes of its sources that are hashed.
+
+    Raises Error without a license: none is invented.
+    """
     folder = checked.folder
-    conversion = provenance.published(folder)
+    conversion = provenance.published(folder, progress)
     stated = {"license": license} if license else _license(folder, conversion)
     return Facts(
         checked,

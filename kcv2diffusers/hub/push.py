@@ -87,7 +87,12 @@ def push(
     require_hub()
     checked = check(Path(pipeline), progress)
     facts = gather(
-        checked, license=license, base_model=base_model, tags=tags, trained_with=frozenset(trained_with)
+        checked,
+        license=license,
+        base_model=base_model,
+        tags=tags,
+        trained_with=frozenset(trained_with),
+        progress=progress,
     )
     if dry_run:
         return Pushed(repository, "", None, checked.files, checked.left_out, model_card(facts, repository))

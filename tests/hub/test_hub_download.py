@@ -17,9 +17,13 @@ from hub import ALICE, BOB, Hub
 import kcv2diffusers
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import Address, cached, parse
+from kcv2diffusers.hub.card import model_card
+from kcv2diffusers.hub.check import Checked
+from kcv2diffusers.hub.facts import gather
 from kcv2diffusers.hub.layout import candidates, chosen, pipeline_files, unsafe
 from kcv2diffusers.recognise import NAMES as PARTS
 from kcv2diffusers.sources.locate import TINY, locate
+from kcv2diffusers.sources.pipeline import read_pipeline
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -202,6 +206,17 @@ def test_only_what_is_needed_of_a_pipeline(hub: Hub, tiny_pipeline: Path, tmp_pa
     hub.log()
     assert "Give it with --base" in hub.refuses("inspect", "hf://alice/tiny")
     assert downloaded(hub) == set()
+
+
+def test_card_of_a_checkpoint_of_the_sprint(expected: Path) -> None:
+    """What its weights do not tell is said to be possible, or, where the publisher knows, a fact."""
+    parts = {p: m for c in read_pipeline(expected).values() for p, m in c.parts.items()}
+    checked = Checked(expected, ["unet/diffusion_pytorch_model.safetensors"], [], parts)
+    text = model_card(gather(checked, license="mit"), "a/b")
+    assert "written by Keras 2.12 or older" in text and "approximation of the GELU" in text
+    stated = gather(checked, license="mit", trained_with=frozenset(["old-image-encoder"]))
+    assert "It was trained with the image encoder of KerasCV before 0.5" in model_card(stated, "a/b")
+    assert "written by Keras 2.12" not in model_card(stated, "a/b")
 
 
 DEFAULT = """
