@@ -86,7 +86,11 @@ def main() -> NoReturn:
 
 
 def _stop(number: int, _: object) -> NoReturn:
-    """Leave by an exception, so that temporary folders go away."""
+    """Leave by an exception, so that temporary folders go away; there are none while the Hub is asked."""
+    client = sys.modules.get("kcv2diffusers.hub.client")
+    if client is not None and client.busy():
+        os.write(2, b"kcv2diffusers: interrupted; what has been transferred is kept.\n")
+        os._exit(128 + number)
     os.write(2, b"kcv2diffusers: interrupted; nothing was written.\n")
     sys.exit(128 + number)
 

@@ -28,6 +28,14 @@ _REFUSED = ("the Hub refuses it", "Change what it names, and try again.")
 _BROKEN = ("the Hub has an internal error", _AGAIN)
 
 
+_asked: list[str] = []  # what the Hub is being asked about
+
+
+def busy() -> bool:
+    """Whether the Hub is being asked, by threads that an exit would wait for."""
+    return bool(_asked)
+
+
 class Unreachable(Error):
     """The Hub cannot be asked: no network, it is down, or HF_HUB_OFFLINE is set; `reason` says which."""
 
@@ -86,6 +94,7 @@ def asking(what: str, token: str | None = None) -> Iterator[None]:
     import httpx2
     from huggingface_hub import errors
 
+    _asked.append(what)
     try:
         yield
     except Error:
@@ -99,6 +108,8 @@ def asking(what: str, token: str | None = None) -> Iterator[None]:
         RuntimeError,
     ) as error:  # not `from error`: what the library says of a request may hold the token
         raise _explained(what, error, token) from None
+    finally:
+        _asked.pop()
 
 
 def _explained(what: str, error: BaseException, token: str | None) -> Error:

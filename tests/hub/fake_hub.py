@@ -14,6 +14,7 @@ import json
 import re
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def fails(self, rule: dict[str, Any]) -> bool:
         here = rule["method"] == self.command and re.search(rule["path"], self.path)
-        return bool(here and rule["times"] and "cut" not in rule)
+        return bool(here and rule["times"] and not {"cut", "sleep"} & rule.keys())
 
     def handle_any(self) -> None:
         url = urlsplit(self.path)
@@ -108,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.body = self.rfile.read(length)
         entry["bytes"] = len(self.body)
+        if self.command == "PUT":
+            time.sleep(sum(rule.get("sleep", 0) for rule in FAILURES))
         try:
             if failure:
                 raise Refusal(failure["status"], failure.get("message", "told to fail"))

@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +287,26 @@ def test_a_broken_push_goes_on(hub: Hub, pipeline: Path) -> None:
     hub.does("push", pipeline, "alice/broken", **TOKEN)
     assert hub.uploaded() == sizes[UNET]
     assert contents(hub, "alice/broken", UNET) == (pipeline / UNET).read_bytes()
+
+
+def test_interrupted(hub: Hub, pipeline: Path) -> None:
+    """At once, not when the upload is through; with a line, and to be gone on with."""
+    shuffle = np.random.default_rng(2).shuffle  # weights that this Hub has not seen
+    spoil(pipeline / UNET, shuffle)
+    hub.fail({"sleep": 10})
+    command = [sys.executable, "-m", "kcv2diffusers.cli", "push", str(pipeline), "alice/interrupted"]
+    with subprocess.Popen(command, env=hub.environment(**TOKEN), stderr=subprocess.PIPE, text=True) as push:
+        while not any(entry["method"] == "PUT" for entry in hub.log()):
+            assert push.poll() is None
+            time.sleep(0.1)
+        started = time.monotonic()
+        push.send_signal(signal.SIGINT)
+        assert push.wait(timeout=60) == 130
+        assert time.monotonic() - started < 5
+        assert push.stderr is not None
+        assert push.stderr.read() == "kcv2diffusers: interrupted; what has been transferred is kept.\n"
+    hub.fail()
+    hub.does("push", pipeline, "alice/interrupted", **TOKEN)
 
 
 def spoil(path: Path, change: Callable[[np.ndarray], Any]) -> None:
