@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 
-.PHONY: venv venv-sprint test test-quick lint demo demo-full benchmark clean
+.PHONY: venv venv-sprint venv-space test test-quick lint demo demo-full benchmark clean
 
 # The development environment: exact versions from constraints/dev.txt. torch comes first and by exact
 # version, because an open range would fetch whatever build is newest.
@@ -26,12 +26,20 @@ venv-sprint: .venv-sprint/.done
 	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-sprint/bin/pip install --quiet -r constraints/sprint.txt
 	touch $@
 
+# Gradio and Playwright, to drive the demo of a Space; the rest of what it needs comes from .venv.
+venv-space: .venv-space/.done
+.venv-space/.done: constraints/space.txt $(VENV)/.done
+	$(PYTHON) -m venv .venv-space
+	cd $(VENV)/lib/python3*/site-packages && pwd > $$(echo $(CURDIR)/.venv-space/lib/python3*/site-packages)/zz-venv.pth
+	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-space/bin/pip install --quiet -r constraints/space.txt
+	touch $@
+
 # Two at a time, one file each; the full-size models are all in one file, and take up to 10 GB.
-test: venv venv-sprint
+test: venv venv-sprint venv-space
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Without the full-size models.
-test-quick: venv venv-sprint
+test-quick: venv venv-sprint venv-space
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not full_size'
 
 lint: venv
@@ -51,4 +59,4 @@ benchmark: venv venv-sprint
 	$(BIN)/python benchmarks/convert.py --space
 
 clean:
-	rm -rf $(VENV) .venv-sprint .cache demo
+	rm -rf $(VENV) .venv-sprint .venv-space .cache demo

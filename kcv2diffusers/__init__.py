@@ -3,7 +3,8 @@
 The modules, in the order a checkpoint passes them: `sources` (readers, one a container), `tables` and
 `layouts` (the weight maps), `recognise` (what a checkpoint is), `plan` and `keras_files` (what goes where),
 `stream` and `transfer` (the bytes), `pipeline` and `tokenizer` (what stands around the weights), `output`
-(all or nothing). `to_diffusers` and `to_kerascv` put them together. `models` are the networks in Keras 3.
+(all or nothing). `to_diffusers` and `to_kerascv` put them together. `models` are the networks in Keras 3,
+`hub` reads from the Hugging Face Hub and publishes there.
 """
 
 from __future__ import annotations
@@ -12,20 +13,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kcv2diffusers.errors import Error
+    from kcv2diffusers.hub.push import Pushed, push
     from kcv2diffusers.inspection import Inspected, inspect
     from kcv2diffusers.to_diffusers import Converted, convert
     from kcv2diffusers.to_kerascv import ToKeras, to_keras
 
 __version__ = "0.1.0"
-__all__ = ["Converted", "Error", "Inspected", "ToKeras", "convert", "inspect", "to_keras"]
+__all__ = [
+    "Converted",
+    "Error",
+    "Inspected",
+    "Pushed",
+    "ToKeras",
+    "convert",
+    "inspect",
+    "push",
+    "to_keras",
+]
 
 _HOME = {
     "Converted": "to_diffusers",
     "Error": "errors",
     "Inspected": "inspection",
+    "Pushed": "hub.push",
     "ToKeras": "to_kerascv",
     "convert": "to_diffusers",
     "inspect": "inspection",
+    "push": "hub.push",
     "to_keras": "to_kerascv",
 }
 

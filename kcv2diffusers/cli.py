@@ -12,12 +12,15 @@ from dataclasses import fields
 from enum import StrEnum
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
 from kcv2diffusers.dreambooth.config import Config, make_config
 from kcv2diffusers.errors import Error
+
+if TYPE_CHECKING:
+    from kcv2diffusers.hub.push import Pushed
 
 app = typer.Typer(
     help="Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.",
@@ -46,6 +49,11 @@ class Gelu(StrEnum):
     tanh = "tanh"
 
 
+class Stated(StrEnum):
+    linear_betas = "linear-betas"
+    old_image_encoder = "old-image-encoder"
+
+
 class KerasFormat(StrEnum):
     weights_h5 = "weights.h5"
     h5 = "h5"
@@ -56,6 +64,14 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Write values that are NaN, infinite or overflow.")
 ]
+License = Annotated[
+    str | None,
+    typer.Option(metavar="ID", help="The license of what is published (default: the base's on the Hub)."),
+]
+Tag = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="A tag for the card, such as keras-dreambooth.")
+]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository private.")]
 Part = Annotated[str | None, typer.Option(metavar="SRC", help="The source for this part.")]
 
 
@@ -75,7 +91,11 @@ def main() -> NoReturn:
 
 
 def _stop(number: int, _: object) -> NoReturn:
-    """Leave by an exception, so that temporary folders go away."""
+    """Leave by an exception, so that temporary folders go away; there are none while the Hub is asked."""
+    client = sys.modules.get("kcv2diffusers.hub.client")
+    if client is not None and client.busy():
+        os.write(2, b"kcv2diffusers: interrupted; what has been transferred is kept.\n")
+        os._exit(128 + number)
     os.write(2, b"kcv2diffusers: interrupted; nothing was written.\n")
     sys.exit(128 + number)
 
@@ -91,7 +111,9 @@ def _fail(message: str) -> NoReturn:
 def convert(
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SRC", help="KerasCV checkpoints, or folders of them, in any order."),
+        typer.Argument(
+            metavar="SRC", help="KerasCV checkpoints, folders of them or hf://user/repo, in any order."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The pipeline folder to write.")] = ...,  # type: ignore[assignment]
     unet: Part = None,
@@ -102,8 +124,9 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="SRC|tiny|none",
-            help="Where missing parts come from: a diffusers pipeline folder, KerasCV checkpoints, or tiny; "
-            "none writes only the given parts.",
+            help="Where missing parts come from: a diffusers pipeline folder, KerasCV checkpoints, "
+            "hf://user/repo, or tiny; none writes only the given parts. Default for SD1: the missing "
+            "parts of stable-diffusion-v1-5 from the Hub.",
         ),
     ] = None,
     tokenizer: Annotated[
@@ -118,6 +141,10 @@ def convert(
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Variant in the file names, such as fp16.")
     ] = None,
+    with_sibling: Annotated[
+        bool,
+        typer.Option("--with-sibling", help="Take the text encoder from hf://user/repo-text-encoder."),
+    ] = False,
     placeholder_token: Annotated[
         list[str] | None,
         typer.Option(metavar="TOKEN", help="Name of an extra token embedding (textual inversion), in order."),
@@ -134,6 +161,11 @@ def convert(
         typer.Option(help="What the UNet predicts (default: epsilon, as in KerasCV; a base's as it says)."),
     ] = None,
     allow_nonfinite: AllowNonfinite = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO_ID", help="Publish the pipeline as this repository.")
+    ] = None,
+    license: License = None,
+    private: Private = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -141,6 +173,8 @@ def convert(
     from kcv2diffusers.recognise import NAMES
     from kcv2diffusers.to_diffusers import convert as run
 
+    if push_to_hub:
+        _log_in(push_to_hub)
     with _progress("Converting") as progress:
         result = run(
             *(sources or ()),
@@ -153,6 +187,7 @@ def convert(
             tokenizer=tokenizer,
             dtype=dtype and dtype.value,
             variant=variant,
+            with_sibling=with_sibling,
             placeholder_tokens=placeholder_token or (),
             image_size=image_size,
             gelu=gelu.value,
@@ -161,8 +196,9 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
+    pushed = _push(out, push_to_hub, license=license, private=private) if push_to_hub else None
     if as_json:
-        return _print_json(result.to_dict())
+        return _print_json(result.to_dict() | ({"pushed": pushed.to_dict()} if pushed else {}))
     version = "" if result.version == "any" else f" ({result.version.upper()})"
     print(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
     for part, source in result.parts.items():
@@ -175,6 +211,103 @@ def convert(
         needs = ", ".join(NAMES[part] for part in result.missing)
         print(f"A full pipeline still needs: {needs or 'nothing; leave away --base none to write one'}.")
     print(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
+    if pushed:
+        print(pushed.text())
+
+
+@app.command()
+def push(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name, made if it is not there.")],
+    private: Private = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="The branch, made if it is not there.")
+    ] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="The commit's message.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="Default: HF_TOKEN, then that of `hf auth login`.", show_default=False)
+    ] = None,
+    license: License = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="REPO_ID", help="What it was fine-tuned from, for the card.")
+    ] = None,
+    tag: Tag = None,
+    trained_with: Annotated[
+        list[Stated] | None, typer.Option(help="What weights do not tell, as a warning in the card.")
+    ] = None,
+    overwrite_card: Annotated[
+        bool, typer.Option("--overwrite-card", help="Replace a README.md that is there.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check it and print the card; ask the Hub nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a pipeline folder and publish it on the Hugging Face Hub, with a model card."""
+    pushed = _push(
+        pipeline,
+        repository,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        token=token,
+        license=license,
+        base_model=base_model,
+        tags=tag or (),
+        trained_with=[fact.value for fact in trained_with or ()],
+        overwrite_card=overwrite_card,
+        dry_run=dry_run,
+    )
+    if as_json:
+        return _print_json(pushed.to_dict())
+    print(pushed.text())
+
+
+@app.command()
+def space(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="The published pipeline's folder.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where it is published.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
+    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Default: the repository's name.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="An example (default: those of the run).")
+    ] = None,
+    tag: Tag = None,
+    license: License = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the folder of a Space (card, Gradio app, requirements) with a demo of a published pipeline."""
+    from kcv2diffusers.hub.space import space as run
+
+    run(
+        pipeline,
+        repository,
+        out=out,
+        title=title,
+        prompts=prompt or (),
+        tags=tag or (),
+        license=license,
+        overwrite=overwrite,
+    )
+    print(f"Space written to {out}; publish it:")
+    print(f"  hf repos create {repository}-demo --type space --space-sdk gradio")
+    print(f"  hf upload {repository}-demo {out} . --repo-type space")
+
+
+def _push(pipeline: Path, repository: str, **options: Any) -> Pushed:
+    from kcv2diffusers.hub.push import push as run
+
+    with _progress("Checking") as progress:
+        return run(pipeline, repository, progress=progress, **options)
+
+
+def _log_in(repository: str) -> None:
+    """Refuse now, not after the work, what cannot be published."""
+    from kcv2diffusers.hub.push import log_in
+
+    log_in(repository)
 
 
 def _loading(variant: str | None) -> str:
@@ -183,7 +316,9 @@ def _loading(variant: str | None) -> str:
 
 @app.command()
 def to_keras(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder.")],
+    pipeline: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or hf://user/repo.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
     format: Annotated[
         KerasFormat, typer.Option(help="weights.h5 for Keras 3, h5 for Keras 2 (legacy).")
@@ -216,7 +351,9 @@ def to_keras(
 
 @app.command()
 def inspect(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A checkpoint, or a folder of them.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint, a folder of them, or hf://user/repo.")
+    ],
     as_json: Json = False,
 ) -> None:
     """Say what a checkpoint holds: part, version, container, dtype, Keras version, what is wrong."""
@@ -233,7 +370,9 @@ def inspect(
 def generate(
     base: Annotated[
         list[str],
-        typer.Option(metavar="SRC|tiny", help="A diffusers pipeline folder, KerasCV checkpoints, or tiny."),
+        typer.Option(
+            metavar="SRC|tiny", help="A pipeline folder, KerasCV checkpoints, hf://user/repo, or tiny."
+        ),
     ],
     prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="As often as there are prompts.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write pictures to.")],
@@ -280,12 +419,19 @@ def dreambooth(**given: Any) -> None:
         from kcv2diffusers.dreambooth.train import train
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "keras") from error
+    if config.push_to_hub:
+        _log_in(config.push_to_hub)
     with _stages() as progress:
         result = train(config, progress)
     if as_json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
         print(result.text())
+    if config.push_to_hub and result.export:
+        options = {"license": config.license or None, "private": config.private}
+        print(
+            _push(result.export, config.push_to_hub, **options).text(), file=sys.stderr if as_json else None
+        )
     if not result.finished:
         sys.exit(128 + signal.SIGINT)
 
@@ -355,7 +501,9 @@ def _print_json(data: Any) -> None:
 
 @contextmanager
 def _progress(title: str, *, steps: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar with bytes and rate, or with steps, on stderr, where that is a terminal."""
+    """A bar with bytes and rate, or with steps, on stderr, where that is a terminal, from the first word on
+    to the last: downloads before it and uploads after it have bars of their own.
+    """
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
@@ -365,9 +513,19 @@ def _progress(title: str, *, steps: bool = False) -> Iterator[Callable[[int, int
     sizes = (progress.DownloadColumn(), progress.TransferSpeedColumn())
     counts = (progress.MofNCompleteColumn(),) if steps else sizes
     columns = (title, progress.BarColumn(), *counts, progress.TimeRemainingColumn())
-    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    try:
+        yield update
+    finally:
+        bar.stop()
 
 
 @contextmanager

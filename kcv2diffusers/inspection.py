@@ -7,9 +7,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from kcv2diffusers.hub.address import shown
 from kcv2diffusers.recognise import NAMES, recognise
 from kcv2diffusers.sources import open_sources
-from kcv2diffusers.sources.locate import locate
+from kcv2diffusers.sources.locate import locate_all
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Inspected:
         version = "" if self.version == "any" else f" {self.version.upper()}"
         keras = f", Keras {self.keras_version}" if self.keras_version else ""
         lines = [
-            f"{self.path}",
+            shown(self.path),
             f"  {NAMES[self.part]}{version}{'' if self.standard else ' of unusual sizes'}",
             f"  {self.container}{keras}, {', '.join(self.dtypes)}",
             f"  {self.tensors} tensors, {self.parameters / 1e6:.1f} M parameters, {self.bytes / 1e9:.2f} GB",
@@ -49,7 +50,7 @@ class Inspected:
 def inspect(source: str | PathLike[str]) -> list[Inspected]:
     """What is at `source`: one entry for each checkpoint. Raises SourceError for what cannot be read."""
     found = []
-    for opened in open_sources(locate(source)):
+    for opened in (opened for path in locate_all(source) for opened in open_sources(path)):
         match = recognise(opened)
         tensors = [tensor for _, tensor in match.slots()]
         found.append(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from kcv2diffusers.errors import Error, PlanError, SourceError
+from kcv2diffusers.hub.address import shown
 from kcv2diffusers.sources.source import KEYS, Source, StoredLayer, Style
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import REPEAT, Slot, Spec, specs
@@ -249,6 +250,6 @@ def _could_be(slot: Slot, tensor: Tensor) -> bool:
 def add_part(parts: dict[str, Match], match: Match) -> None:
     """Put `match` among `parts`. Raises Error if there is another source for its part."""
     if match.part in parts:
-        other = parts[match.part].source.path
-        raise Error(f"Two {NAMES[match.part]}s: {other} and {match.source.path}.\nGive only one of them.")
+        one, other = (shown(m.source.path) for m in (parts[match.part], match))
+        raise Error(f"Two {NAMES[match.part]}s: {one} and {other}.\nGive only one of them.")
     parts[match.part] = match

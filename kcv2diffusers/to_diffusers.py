@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,13 +15,16 @@ import numpy as np
 from safetensors import safe_open
 
 from kcv2diffusers import pipeline
+from kcv2diffusers.dreambooth.config import RUN_FILE
 from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.errors import Error
+from kcv2diffusers.hub.address import SCHEME, shown, snapshots
 from kcv2diffusers.output import check_free, new_folder
 from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetensors
+from kcv2diffusers.provenance import CONVERSION_FILE, record
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
 from kcv2diffusers.sources import open_sources
-from kcv2diffusers.sources.locate import locate
+from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.pipeline import (
     PREDICTION_TYPES,
     Component,
@@ -39,7 +43,13 @@ PARTS = tuple(NAMES)
 _SLACK = 32 << 20  # bytes for everything that is not weights
 _CLIP_VOCABULARY = 49408
 _OUTPUT = {"model_index.json", "unet", "text_encoder", "vae", "tokenizer", "scheduler"}
-_OUTPUT_FILES = ("learned_embeds*.safetensors", "pytorch_lora_weights.safetensors")
+_OUTPUT_FILES = (
+    CONVERSION_FILE,
+    "learned_embeds*.safetensors",
+    "pytorch_lora_weights.safetensors",
+    RUN_FILE,
+    "samples.png",
+)
 _NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}
 _GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 
@@ -83,6 +93,7 @@ def convert(
     tokenizer: Source | None = None,
     dtype: str | None = None,
     variant: str | None = None,
+    with_sibling: bool = False,
     placeholder_tokens: Sequence[str] = (),
     image_size: int | None = None,
     gelu: Literal["exact", "tanh"] = "exact",
@@ -93,9 +104,11 @@ def convert(
 ) -> Converted:
     """Write the diffusers pipeline of KerasCV checkpoints into folder `out`.
 
-    `sources` are files or folders whose parts are recognised by content; the named arguments say which
-    part a source is for. `base` fills in what is not given: a diffusers pipeline folder, KerasCV parts, or
-    "none" to write only the given parts, or "tiny". `dtype` is float32, float16 or bfloat16 (default: as
+    `sources` are files or folders whose parts are recognised by content, or hf:// addresses; the named
+    arguments say which part a source is for. `base` fills in what is not given: a diffusers pipeline folder,
+    KerasCV parts, or "none" to write only the given parts, or "tiny" (default: for SD1 the parts that are
+    missing, from the Hub). `with_sibling` adds the text encoder from the repository beside one that has none.
+    `dtype` is float32, float16 or bfloat16 (default: as
     stored). `image_size` is the pipeline's default (512, unless a checkpoint's config states another).
     `gelu` is the text encoder's activation for SD2 (see the README). `prediction_type` is the scheduler's,
     "epsilon" or "v_prediction" (default: the pipeline's that the UNet is from, epsilon for KerasCV's).
@@ -114,14 +127,20 @@ def convert(
     named = {
         "unet": unet, "text_encoder": text_encoder, "vae_decoder": vae_decoder, "vae_encoder": vae_encoder
     }  # fmt: skip
-    parts = _gather(sources, named)
-    filler, only_given = _base(base, parts, variant)
+    notes: list[str] = []
+    paths = [path for source in sources for path in locate_all(source)]
+    parts = _gather(paths, named)
+    if beside := _sibling([*sources, *named.values()], parts, with_sibling, notes):
+        paths += beside
+        parts |= _gather(beside, {})
+    filler, only_given = _base(base, parts, variant, notes)
+    used = [path for path in filler.paths if filler.parts.keys() - parts.keys()]
     parts |= {part: match for part, match in filler.parts.items() if part not in parts}
     missing = [part for part in PARTS if part not in parts]
-    _check_missing(parts, missing, only_given)
+    _check_missing(parts, missing, only_given, notes)
     complete = not missing and not only_given
     parts = _check_together({part: parts[part].require_complete() for part in PARTS if part in parts})
-    given = [*map(locate, sources), *filler.paths]
+    given = [*paths, *filler.paths, *snapshots(paths)]
     files = _tokenizer(parts.get("text_encoder"), tokenizer, given, placeholder_tokens, only_given)
 
     unet_of = parts.get("unet")
@@ -130,7 +149,7 @@ def convert(
     scheduler = pipeline.SCHEDULER | {"prediction_type": prediction_type or PREDICTION_TYPES[0]}
 
     plans: list[tuple[Table, list[Entry], np.dtype]] = []
-    configs, dtypes, notes = {}, {}, []
+    configs, dtypes = {}, {}
     for table in tables().values():
         mine = [parts[part] for part in table.parts if part in parts]
         if not mine:
@@ -168,12 +187,16 @@ def convert(
             pipeline.write_json(
                 folder / "model_index.json", pipeline.model_index({t.folder: t for t, _, _ in plans})
             )
+            pipeline.write_json(
+                folder / CONVERSION_FILE,
+                record(parts, used, dtypes, Path(os.path.abspath(target))),  # noqa: PTH100
+            )
             notes.append("The safety checker is off: KerasCV has none.")
     return Converted(
         out=target,
         version=_version(parts),
         complete=complete,
-        parts={part: f"{m.source.path} ({m.source.container})" for part, m in parts.items()},
+        parts={part: f"{shown(m.source.path)} ({m.source.container})" for part, m in parts.items()},
         dtypes=dtypes,
         missing=missing,
         bytes_read=total,
@@ -183,21 +206,21 @@ def convert(
     )
 
 
-def _gather(sources: Sequence[Source], named: Mapping[str, Source | None]) -> dict[str, Match]:
+def _gather(paths: Sequence[Path], named: Mapping[str, Source | None]) -> dict[str, Match]:
     """One match a part, from positional sources and from those given for a part."""
     parts: dict[str, Match] = {}
-    for given in sources:
-        for source in open_sources(locate(given)):
-            add_part(parts, recognise(source))
-    for part, path in named.items():
-        if path is None:
+    for source in (source for path in paths for source in open_sources(path)):
+        add_part(parts, recognise(source))
+    for part, given in named.items():
+        if given is None:
             continue
-        matches = [recognise(source) for source in open_sources(locate(path))]
+        located = locate_all(given, parts={part})
+        matches = [recognise(source) for path in located for source in open_sources(path)]
         fitting = [match for match in matches if match.part == part]
         if not fitting:
             held = " and a ".join(NAMES[match.part] for match in matches)
             raise Error(
-                f"{path}: holds a {held}, not a {NAMES[part]}.\n"
+                f"{given}: holds a {held}, not a {NAMES[part]}.\n"
                 "Leave the option away: parts are recognised by their contents."
             )
         for match in fitting:
@@ -205,8 +228,32 @@ def _gather(sources: Sequence[Source], named: Mapping[str, Source | None]) -> di
     return parts
 
 
+def _sibling(
+    sources: Sequence[Source | None], parts: Mapping[str, Match], wanted: bool, notes: list[str]
+) -> list[Path]:
+    """The checkpoint of the text encoder in a repository beside a source without one; only proposed, in
+    `notes`, where it is not wanted.
+    """
+    if "text_encoder" in parts:
+        return []
+    for source in sources:
+        if isinstance(source, str) and source.startswith(SCHEME):
+            from kcv2diffusers.hub.download import sibling
+
+            if (found := sibling(source)) and wanted:
+                return locate_all(found, parts={"text_encoder"})
+            if found:
+                notes.append(f"{found} exists: --with-sibling takes the text encoder from there.")
+    if wanted:
+        raise Error("--with-sibling: no hf:// source has a text encoder in a repository beside it.")
+    return []
+
+
 def _base(
-    base: Source | Sequence[Source] | None, parts: Mapping[str, Match], variant: str | None
+    base: Source | Sequence[Source] | None,
+    parts: Mapping[str, Match],
+    variant: str | None,
+    notes: list[str],
 ) -> tuple[_Base, bool]:
     """The filler, and whether only the given parts are to be written."""
     bases = [] if base is None else [base] if isinstance(base, (str, PathLike)) else list(base)
@@ -214,28 +261,44 @@ def _base(
         if len(bases) > 1:
             raise Error("--base none cannot be combined with another --base.")
         return _Base(), True
-    paths = [locate(b, base=True) for b in bases]
+    missing = [part for part in PARTS if part not in parts]
+    unusual = [match.part for match in parts.values() if not match.known]
+    if bases:
+        needed = [*missing, *unusual]
+        paths = [path for b in bases for path in locate_all(b, base=True, parts=needed, variant=variant)]
+    elif missing and not unusual and _version(parts) == "sd1":
+        from kcv2diffusers.hub.download import SD1_BASE, sd1_base
+
+        for match in parts.values():
+            match.require_complete()
+        paths = [sd1_base(missing, variant)]
+        notes.append(f"{', '.join(NAMES[part] for part in missing)}: from the default --base, {SD1_BASE}.")
+    else:
+        paths = []
     folders = [path for path in paths if is_pipeline(path)]
     if not folders:
         return _Base(paths, parts=_gather(paths, {})), False
     if len(paths) > 1:
         raise Error("Give one pipeline folder as --base, or KerasCV files, not both.")
-    wanted = {table_of(part).folder for part in PARTS if part not in parts} | {
-        match.spec.table.folder for match in parts.values() if not match.known
-    }
+    wanted = {table_of(part).folder for part in (*missing, *unusual)}
     components = read_pipeline(folders[0], wanted, variant)
     found = {part: match for component in components.values() for part, match in component.parts.items()}
     return _Base(paths, components, found), False
 
 
-def _check_missing(parts: Mapping[str, Match], missing: Sequence[str], only_given: bool) -> None:
+def _check_missing(
+    parts: Mapping[str, Match], missing: Sequence[str], only_given: bool, notes: Sequence[str]
+) -> None:
     if not parts:
         raise Error("Nothing to convert: give checkpoint files or folders.")
     if missing and not only_given:
         options = " ".join("--" + part.replace("_", "-") + " SRC" for part in missing)
+        proposals = "".join(f"{note}\n" for note in notes)
+        gone = " (the original repositories of SD2 are gone)" if _version(parts) == "sd2" else ""
         raise Error(
             f"A pipeline still needs: {', '.join(NAMES[part] for part in missing)}.\n"
-            f"Give {options}, or --base PIPELINE to take them from there; --base none writes only the rest."
+            f"{proposals}Give {options}, or --base PIPELINE{gone} to take them from there; "
+            "--base none writes only the rest."
         )
     halves = [part for part in ("vae_decoder", "vae_encoder") if part in missing]
     if len(halves) == 1:
@@ -279,7 +342,8 @@ def _tokenizer(
     if text is None or (only_given and tokenizer is None and not placeholder_tokens):
         _check_rows(text, _CLIP_VOCABULARY, placeholder_tokens)
         return None
-    files = find_tokenizer(locate(tokenizer, base=True) if tokenizer is not None else None, given)
+    named = None if tokenizer is None else locate(tokenizer, base=True, parts=())
+    files = find_tokenizer(named, given)
     _check_rows(text, len(files.vocab) + len(files.placeholder_tokens), placeholder_tokens)
     return files
 

@@ -14,6 +14,7 @@ from kcv2diffusers.keras_files import WRITERS
 from kcv2diffusers.output import new_folder
 from kcv2diffusers.pipeline import CONFIG_FILE, untold, write_json
 from kcv2diffusers.recognise import NAMES
+from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.pipeline import read_pipeline
 from kcv2diffusers.stream import Progress, run_finite
 
@@ -44,16 +45,16 @@ def to_keras(
     allow_nonfinite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ToKeras:
-    """Write the parts of a diffusers pipeline folder as float32 files that KerasCV's `load_weights` takes.
+    """Write the parts of a diffusers pipeline as float32 files that KerasCV's `load_weights` takes.
 
-    `format` is "weights.h5" (Keras 3) or "h5" (Keras 2 and 3). For a model of unusual widths the small
-    config that `convert` asks for is written beside them. Raises Error with a message for the user; `out`
-    is then as it was.
+    `pipeline` is a folder or hf://user/repo. `format` is "weights.h5" (Keras 3) or "h5" (Keras 2 and 3). For
+    a model of unusual widths the small config that `convert` asks for is written beside them. Raises Error
+    with a message for the user; `out` is then as it was.
     """
     started = time.monotonic()
     if format not in WRITERS:
         raise Error(f"--format {format}: choose one of {', '.join(WRITERS)}.")
-    components = read_pipeline(Path(pipeline), variant=variant)
+    components = read_pipeline(locate_all(pipeline, base=True, variant=variant)[0], variant=variant)
     parts = {p: m.require_complete() for component in components.values() for p, m in component.parts.items()}
     needed = sum(4 * math.prod(t.shape) for match in parts.values() for _, t in match.slots())
     ours = {CONFIG_FILE, *(f"{part}.{name}" for part in NAMES for name in WRITERS)}

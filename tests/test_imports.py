@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import Checkpoints
 
-HEAVY = ("tensorflow", "keras", "torch", "diffusers", "transformers", "keras_cv", "jax")
+HEAVY = ("tensorflow", "keras", "torch", "diffusers", "transformers", "keras_cv", "jax", "huggingface_hub")
 
 
 def test_convert_and_back_import_no_framework(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def test_folder_loads_and_draws(version: int, bpe: Path, cli: Cli, load: Load, t
     }
     assert {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()} == {
         *WEIGHTS.values(),
+        "conversion.json",
         *(f"{name}/config.json" for name in WEIGHTS),
         "model_index.json",
         "scheduler/scheduler_config.json",

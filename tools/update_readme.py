@@ -2,9 +2,9 @@
 
     python tools/update_readme.py
 
-Reads .cache/parity.json (left by the full-size tests of tests/test_parity.py), the tables that benchmarks/ and
-tools/study.py leave in .cache, and what tools/train_tiny.py measured; a file that is not there leaves its
-table as it is.
+Reads .cache/parity.json (left by the full-size tests of tests/test_parity.py), the tables that benchmarks/
+and tools/study.py leave in .cache, and what tools/train_tiny.py measured; a file that is not there leaves
+its table as it is.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ class Config:
     class_prompt: str = _option("", 'The class without the identifier: "a photo of a dog".')
     class_images: str = _option("", "Folder with pictures of the class; missing ones are generated into it.")
     num_class_images: int = _option(100, "How many pictures of the class to use.", least=1)
-    base: list[str] = _option([], "A pipeline folder, KerasCV checkpoints (once for each), or tiny.")
+    base: list[str] = _option(
+        [], "A pipeline folder, KerasCV checkpoints (once for each), hf://user/repo, tiny."
+    )
     tokenizer: str = _option("", "As in convert.")
     out: str = _option("", "Folder of the run: checkpoints, logs, pictures.")
     export: str = _option("", "Folder for the result as a diffusers pipeline.")
@@ -91,24 +93,48 @@ class Config:
     tensorboard: bool = _option(False, "Write TensorBoard logs (needs tensorboard).")
     wandb: bool = _option(False, "Log to Weights & Biases (needs wandb).")
 
+    push_to_hub: str = _option("", "Publish --export as this repository, user/name.")
+    license: str = _option("", "The license of what is published (default: the base's).")
+    private: bool = _option(False, "Make the repository private.")
+
     @property
     def prior_preservation(self) -> bool:
         """Whether class pictures are part of each step."""
         return bool(self.class_prompt)
 
-    def toml(self) -> str:
-        """The options that are not at their defaults, as a file for `--config`."""
+    def toml(self, *, public: bool = False) -> str:
+        """The options that are not at their defaults, as a file for `--config`; with `public` only those that
+        tell nothing of the machine.
+        """
         lines = [
             f"{f.name} = {_literal(getattr(self, f.name))}"
             for f in fields(self)
-            if getattr(self, f.name) != _default(f)
+            if getattr(self, f.name) != _default(f) and (f.name in PUBLIC or not public)
         ]
         return "\n".join(lines) + "\n"
 
 
+_OWN = (
+    "instance_images",
+    "class_images",
+    "base",
+    "tokenizer",
+    "out",
+    "export",
+    "resume",
+    "push_to_hub",
+    "license",
+    "private",
+    "tensorboard",
+    "wandb",
+)
+PUBLIC = {f.name for f in fields(Config)} - set(_OWN)
+RUN_FILE = "dreambooth.toml"  # in an exported pipeline: the run's options, for its model card
+
+
 def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
     """The options `given`, over those of a TOML `file`, over the defaults. Raises Error for what is wrong."""
-    values = _read(file) | dict(given) if file is not None else dict(given)
+    values = read_options(file) | dict(given) if file is not None else dict(given)
     config = Config(**values)
     for name, missing in (
         ("instance_images", not config.instance_images),
@@ -126,12 +152,15 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
         raise Error("--class-images needs --class-prompt, the text that describes them.")
     if not config.ema < 1:
         raise Error(f"--ema {config.ema}: give a number below 1, such as 0.999.")
+    if config.push_to_hub and not config.export:
+        raise Error("--push-to-hub publishes --export.\nGive --export DIR.")
     if config.resolution % 64:
         raise Error(f"--resolution {config.resolution}: give a multiple of 64.")
     return config
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_options(file: Path) -> dict[str, Any]:
+    """The options of a TOML file, of the right types. Raises Error for what is wrong."""
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -45,6 +45,8 @@ class Drawings:
         )
         self.folder.mkdir(parents=True, exist_ok=True)
         images = self.sampler.decode(latents)
-        grid(images, min(4, len(images)), prompts, scale=max(1, 256 // self.size)).save(
-            self.folder / f"step-{step:06}.png"
-        )
+        grid(images, min(4, len(images)), prompts, scale=max(1, 256 // self.size)).save(self.path(step))
+
+    def path(self, step: int) -> Path:
+        """The picture of the drawings after `step` steps."""
+        return self.folder / f"step-{step:06}.png"

@@ -15,7 +15,7 @@ import keras
 
 from kcv2diffusers.dreambooth.batches import Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints
-from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.config import RUN_FILE, Config
 from kcv2diffusers.dreambooth.devices import spread
 from kcv2diffusers.dreambooth.drawings import Drawings
 from kcv2diffusers.dreambooth.examples import Progress, class_photos, encode, make_examples, usable_photos
@@ -123,6 +123,9 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
             )
             if config.lora_rank:
                 shutil.copy(result.checkpoint / LORA_FILE, result.export)
+            (result.export / RUN_FILE).write_text(config.toml(public=True), encoding="utf-8")
+            if config.sample_prompt:
+                shutil.copy(drawings.path(run.step), result.export / "samples.png")
     return result
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from kcv2diffusers import pipeline
 from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.hub.address import snapshots
 from kcv2diffusers.layouts import core, reverse
 from kcv2diffusers.models.config import (
     PIXELS_PER_LATENT,
@@ -35,7 +36,7 @@ from kcv2diffusers.models.unet import build_unet
 from kcv2diffusers.models.vae import build_decoder, build_image_encoder
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
 from kcv2diffusers.sources import open_sources
-from kcv2diffusers.sources.locate import locate
+from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.pipeline import PREDICTION_TYPES, is_pipeline, prediction_of, read_pipeline
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import spec
@@ -86,7 +87,7 @@ def load_base(
     encoder give mean and log variance. `dtype` is a Keras dtype policy. Raises Error with a message for the
     user.
     """
-    paths = [locate(source, base=True) for source in sources]
+    paths = [path for source in sources for path in locate_all(source, base=True)]
     prediction_type = PREDICTION_TYPES[0]
     if len(paths) == 1 and is_pipeline(paths[0]):
         components = read_pipeline(paths[0])
@@ -112,7 +113,8 @@ def load_base(
         text_encoder_config(*configs["text_encoder"]),
         vae_config(*configs["vae_decoder"]),
     )
-    files = find_tokenizer(locate(tokenizer, base=True) if tokenizer is not None else None, paths)
+    named = None if tokenizer is None else locate(tokenizer, base=True, parts=())
+    files = find_tokenizer(named, [*paths, *snapshots(paths)])
     with zeros():
         base = Base(
             unet.version,

@@ -8,6 +8,7 @@ from typing import BinaryIO
 from kcv2diffusers.errors import SourceError, reading
 from kcv2diffusers.sources.source import Source
 
+NOT_KERAS = "a diffusers pipeline, not a Keras checkpoint."
 _KINDS = (
     "Legacy .h5, whole-model .h5, .weights.h5 (or the .weights.json of its shards), .keras, "
     "SavedModel folders and TensorFlow checkpoints are read."
@@ -48,9 +49,7 @@ def _checkpoint(prefix: Path) -> Source:
 
 def _folder(path: Path) -> list[Source]:
     if (path / "model_index.json").is_file():
-        raise SourceError(
-            path, "a diffusers pipeline, not a Keras checkpoint.", "Give it with --base, or to to-keras."
-        )
+        raise SourceError(path, NOT_KERAS, "Give it with --base, or to to-keras.")
     if (path / "saved_model.pb").is_file():
         raise SourceError(
             path, "a SavedModel without its variables/ folder.", "Download that folder as well."

@@ -1,23 +1,50 @@
-"""What a user may write for a source: a path, or the name of the base that ships with the package."""
+"""What a user may write for a source: a path, an address on the Hub, or the name of the base that ships with
+the package.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib import resources
 from os import PathLike
 from pathlib import Path
 
 from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.hub.address import SCHEME
 
 TINY = "tiny://"
 
 
-def locate(source: str | PathLike[str], *, base: bool = False) -> Path:
-    """Where a source lies: `tiny://` in the package, anything else at its path.
+def locate(source: str | PathLike[str], *, base: bool = False, parts: Collection[str] | None = None) -> Path:
+    """The one path of a source: a pipeline folder, a tokenizer, a checkpoint; see `locate_all`."""
+    first, *others = locate_all(source, base=base, parts=parts)
+    if others:
+        raise Error(
+            f"{source}: several checkpoints, {first.name} and {others[0].name} among them.\nName one."
+        )
+    return first
 
-    For a `base` the name may be written `tiny`. Raises Error if that is also a file or folder here.
+
+def locate_all(
+    source: str | PathLike[str],
+    *,
+    base: bool = False,
+    parts: Collection[str] | None = None,
+    variant: str | None = None,
+) -> list[Path]:
+    """Where a source lies: `tiny://` in the package, `hf://` downloaded, anything else at its path.
+
+    Several paths for a repository of several checkpoints. `parts` are those that are needed (all by default;
+    none for a tokenizer) and `variant` the weight files preferred, which keeps downloads small. A `base` may
+    be a diffusers pipeline on the Hub, and may be written `tiny`. Raises Error if that is also a file or
+    folder here, and for what the Hub refuses.
     """
+    if isinstance(source, str) and source.startswith(SCHEME):
+        from kcv2diffusers.hub.download import fetch
+
+        return fetch(source, parts, variant, pipelines=base)
     if source != TINY and not (base and source == "tiny"):
-        return Path(source)
+        return [Path(source)]
     if source != TINY and Path(source).exists():
         raise Error(
             f"{source}: a file or folder of that name is here.\n"
@@ -26,4 +53,4 @@ def locate(source: str | PathLike[str], *, base: bool = False) -> Path:
     folder = Path(str(resources.files("kcv2diffusers") / "tiny"))
     if not folder.is_dir():
         raise SourceError(folder, "this installation lacks the tiny base.", "Install kcv2diffusers again.")
-    return folder
+    return [folder]

@@ -1,0 +1,73 @@
+"""`hf://user/repo[/path][@revision]`: how a source on the Hub is written, and where it lies in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kcv2diffusers.errors import Error
+
+SCHEME = "hf://"
+_FORM = "Write hf://user/repo, hf://user/repo/path/in/repo.h5, and @revision behind either."
+
+
+@dataclass(frozen=True)
+class Address:
+    """A model repository, a path in it ("" for all of it) and a branch, tag or commit (None: the default)."""
+
+    repository: str
+    path: str = ""
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        path, end = (f"/{self.path}" if self.path else ""), (f"@{self.revision}" if self.revision else "")
+        return f"{SCHEME}{self.repository}{path}{end}"
+
+    def at(self, path: str) -> Address:
+        """Another path of the same repository and revision."""
+        return replace(self, path=path)
+
+
+def parse(source: str) -> Address:
+    """Raises Error if that is not an address of a model repository."""
+    from huggingface_hub import parse_hf_uri
+    from huggingface_hub.errors import HfUriError
+
+    user, _, rest = source.removeprefix(SCHEME).partition("/")
+    name, _, path = rest.partition("/")
+    if "@" not in name and "@" in path:  # the library takes the revision behind the name only
+        path, _, revision = path.rpartition("@")
+        source = f"{SCHEME}{user}/{name}@{revision.replace('/', '%2F')}/{path}"
+    try:
+        uri = parse_hf_uri(source.rstrip("/"))
+    except HfUriError as error:
+        raise Error(f"{source}: not an address on the Hub ({error.msg}).\n{_FORM}") from None
+    if uri.type != "model":
+        raise Error(f"{source}: a {uri.type}, not a model repository.\n{_FORM}")
+    return Address(uri.id, uri.path_in_repo, uri.revision)
+
+
+def cached(path: Path) -> tuple[Address, Path] | None:
+    """The address, by commit, of a file or folder in the Hub's cache, and its snapshot's folder; None for
+    any other path.
+    """
+    parts = path.parts
+    for index, part in enumerate(parts[:-2]):
+        if part.startswith("models--") and parts[index + 1] == "snapshots":
+            repository = part.removeprefix("models--").replace("--", "/", 1)
+            rest = "/".join(parts[index + 3 :])
+            return Address(repository, rest, parts[index + 2]), Path(*parts[: index + 3])
+    return None
+
+
+def shown(path: Path) -> str:
+    """How messages name a source: one from the Hub by its address, with seven digits of the commit."""
+    if found := cached(path):
+        return str(replace(found[0], revision=(found[0].revision or "")[:7]))
+    return str(path)
+
+
+def snapshots(paths: Iterable[Path]) -> list[Path]:
+    """The root folders in the cache of those paths that came from the Hub: a tokenizer may lie there."""
+    return list(dict.fromkeys(found[1] for path in paths if (found := cached(path))))

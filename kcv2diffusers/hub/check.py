@@ -1,0 +1,182 @@
+"""A pipeline folder before it is published: whole, finite, loadable, and nothing foreign in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kcv2diffusers import pipeline
+from kcv2diffusers.dreambooth.config import RUN_FILE
+from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.provenance import CONVERSION_FILE
+from kcv2diffusers.recognise import NAMES, Match
+from kcv2diffusers.sources.pipeline import Component, read_pipeline, read_safetensors
+from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.tables import tables
+from kcv2diffusers.tokenizer import find_tokenizer
+
+Progress = Callable[[int, int], None]
+
+CARD = "README.md"
+# `verify` wrote it (report.json, or --json): figures for the card. It stays at home, because it holds paths.
+VERIFICATION_FILE = "verification.json"
+_AGAIN = "Convert or save the pipeline again."
+_SLICE = 16 << 20  # bytes looked at at a time
+# What is published: of the root, and of each component's folder. Anything else stays at home.
+_ROOT = (
+    "model_index.json",
+    CARD,
+    CONVERSION_FILE,
+    "LICENSE*",
+    "learned_embeds*.safetensors",
+    "pytorch_lora_weights.safetensors",
+    RUN_FILE,
+    "*.png",
+)
+_STRUCTURE = {"down_block_types", "up_block_types", "layers_per_block", "use_linear_projection"}
+_NOT_SHAPES = {"sample_size", "bos_token_id", "eos_token_id"}
+_COMPONENT = ("*.json", "*.txt", "*.safetensors")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A pipeline that may be published: the files, relative to its folder, and what was left out; the part
+    matches tell sizes and version.
+    """
+
+    folder: Path
+    files: list[str]
+    left_out: list[str]
+    parts: dict[str, Match]
+
+    @property
+    def version(self) -> str:
+        return self.parts["unet"].version
+
+
+def check(folder: Path, progress: Progress = lambda done, total: None) -> Checked:
+    """Check a pipeline folder; `progress` is told bytes of weights, done and in total.
+
+    Raises Error for what may not be published: missing parts or configs, weights that do not fit their
+    configs, values that are not finite, links out of the folder.
+    """
+    if not (folder / "model_index.json").is_file():
+        raise SourceError(folder, "not a diffusers pipeline (no model_index.json).", "Check the path.")
+    index = _json(folder / "model_index.json")
+    components = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
+    files, left_out = _published(folder, components)
+    if gone := [name for name in components if not any(f.startswith(f"{name}/") for f in files)]:
+        raise Error(
+            f"{folder}: model_index.json names {', '.join(gone)}, not there.\nConvert or save it again."
+        )
+    for table in tables().values():
+        if index.get(table.folder) != (expected := table.diffusers.split(".")):
+            raise Error(
+                f"{folder / 'model_index.json'}: {table.folder} is not {'.'.join(expected)}, as Stable "
+                f"Diffusion's.\n{_AGAIN}"
+            )
+    parts: dict[str, Match] = {}
+    for variant in sorted(
+        {variant_of(name) for name in files if name.endswith(".safetensors")}, reverse=True
+    ):
+        for name, component in read_pipeline(folder, variant=variant or None).items():
+            _fits(folder / name, component)
+            parts |= component.parts
+    if missing := [NAMES[part] for part in NAMES if part not in parts]:
+        raise Error(f"{folder}: no {', '.join(missing)}; not a whole pipeline.\n{_AGAIN}")
+    words = len((tokenizer := find_tokenizer(folder / "tokenizer")).vocab) + len(tokenizer.placeholder_tokens)
+    if words > (rows := parts["text_encoder"].dims["vocabulary"]):
+        raise Error(
+            f"{folder}: the tokenizer has {words} tokens and the text encoder {rows}.\nConvert it again."
+        )
+    _json(folder / "scheduler" / "scheduler_config.json")
+    _finite([t for f in files if f.endswith(".safetensors") for t in read_safetensors(folder / f)], progress)
+    return Checked(folder, files, left_out, parts)
+
+
+def _published(folder: Path, components: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The files to publish, and those that stay. Raises Error for links that lead out of the folder."""
+    files, left_out = [], []
+    root = folder.resolve()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            continue
+        inside, file = ("", name) if "/" not in name else name.rsplit("/", 1)
+        patterns = _ROOT if not inside else _COMPONENT if inside in components else ()
+        if not any(fnmatch(file, pattern) for pattern in patterns) or file.startswith("."):
+            left_out += [name] if name != VERIFICATION_FILE else []
+        elif not path.resolve().is_relative_to(root):
+            raise Error(f"{path}: a link out of the folder.\nCopy the folder with its contents: cp -rL.")
+        else:
+            files.append(name)
+    return files, left_out
+
+
+def variant_of(name: str) -> str:
+    """What stands between the name of a weight file and .safetensors: "fp16", or nothing."""
+    return name.rsplit("/")[-1].removesuffix(".safetensors").partition(".")[2]
+
+
+def _fits(folder: Path, component: Component) -> None:
+    """Raise Error unless a model built from the config has the tensors that are there.
+
+    What the shapes of a model follow from are its entries that have sizes in the table, and `_STRUCTURE`;
+    an entry that is left out has Stable Diffusion's own value.
+    """
+    for match in component.parts.values():
+        match.require_complete()
+        table, config = match.spec.table, component.config
+        told = {**table.config, **table.versions[match.version].config}
+        wanted = pipeline.config_of(table, match.version, match.dims, image_size=pipeline.IMAGE_SIZE)
+        for name in told:
+            shapes = "$" in str(told[name]) and name not in _NOT_SHAPES
+            if not (shapes or name in _STRUCTURE) or (name not in config and (match.known or not shapes)):
+                continue
+            if (has := config.get(name)) != wanted[name]:
+                raise Error(
+                    f"{folder / 'config.json'}: {name} is {has}, the weights have {wanted[name]}.\n{_AGAIN}"
+                )
+
+
+def _finite(tensors: Sequence[Tensor], progress: Progress) -> None:
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+    for tensor in tensors:
+        for values in _slices(tensor):
+            if not np.isfinite(values).all():
+                raise Error(
+                    f"{tensor.path}: {tensor.name} holds values that are NaN or infinite.\n"
+                    "Such a pipeline draws black pictures; convert an earlier checkpoint, or as float32."
+                )
+            done += values.nbytes
+            progress(done, total)
+
+
+def _slices(tensor: Tensor) -> Iterator[np.ndarray[Any, Any]]:
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.offset or 0)
+        left = tensor.nbytes
+        while left:
+            data = file.read(min(left, _SLICE))
+            if not data:
+                raise SourceError(tensor.path, f"{tensor.name}: the file ends within it.")
+            left -= len(data)
+            yield np.frombuffer(data, tensor.dtype)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes()[: 1 << 20])
+    except FileNotFoundError:
+        raise SourceError(path, "no such file.", _AGAIN) from None
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise SourceError(path, "not a JSON object, the file is damaged.")
+    return data

@@ -1,0 +1,161 @@
+"""From an address on the Hub to files on this machine: list, choose, download what is needed, once.
+
+huggingface_hub keeps the cache, goes on where a download was interrupted, and shows the progress. Files are
+taken from one commit. Without the Hub its cache answers, listing included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kcv2diffusers.errors import Error, MissingExtra, SourceError
+from kcv2diffusers.hub import layout
+from kcv2diffusers.hub.address import Address, parse
+from kcv2diffusers.hub.client import NotThere, Unreachable, asking, connect
+from kcv2diffusers.recognise import NAMES
+from kcv2diffusers.sources import NOT_KERAS
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+# What fills in for SD1 where nothing is named. Its plain files are float32 and the averaged weights (EMA; the
+# others are the non_ema variant); --variant fp16 takes those of half the size.
+SD1_BASE = "hf://stable-diffusion-v1-5/stable-diffusion-v1-5"
+SIBLINGS = ("-text-encoder", "-text_encoder", "_text_encoder")
+
+
+def fetch(
+    source: str,
+    parts: Collection[str] | None = None,
+    variant: str | None = None,
+    *,
+    pipelines: bool = True,
+) -> list[Path]:
+    """Download what `source` holds of `parts` (None: everything that is a part; empty: only a tokenizer).
+
+    Returns the checkpoints, or the one folder of a diffusers pipeline or of a tokenizer, in the cache.
+    `variant` is preferred among a pipeline's weight files. Raises Error with a message for the user, also for
+    a pipeline if `pipelines` are not wanted.
+    """
+    return list(_fetch(source, None if parts is None else frozenset(parts), variant, pipelines))
+
+
+@cache  # asked once, downloaded once, even where a source is named for two purposes
+def _fetch(
+    source: str, parts: frozenset[str] | None, variant: str | None, pipelines: bool
+) -> tuple[Path, ...]:
+    api = connect()
+    address = parse(source)
+    with asking(source):
+        commit, listing = _listing(api, address)
+    if not pipelines and layout.is_pipeline(listing, address.path):
+        raise SourceError(source, NOT_KERAS, "Give it with --base, or to to-keras.")
+    names, found = _needed(address, listing, parts, variant)
+    with asking(source):
+        folder = _download(api, address.repository, commit, names)
+    return tuple(folder / path for path in found)
+
+
+def _needed(
+    address: Address, listing: layout.Listing, parts: frozenset[str] | None, variant: str | None
+) -> tuple[list[str], list[str]]:
+    """The files to download, and the paths among them that are sources."""
+    found = layout.candidates(listing, address.repository, address.path)
+    if not (found or not address.path or any(f"{name}/".startswith(f"{address.path}/") for name in listing)):
+        raise NotThere(f"{address}: there is no such file or folder in the repository.\nCheck the path.")
+    if layout.is_pipeline(listing, address.path):
+        return layout.pipeline_files(listing, address.path, parts, variant, address), [address.path]
+    if parts is not None and not parts:
+        either = (address.path, f"{address.path}/tokenizer".lstrip("/"))
+        inside = [name for folder in either for name in layout.tokenizer_files(listing, folder)]
+        return ([address.path] if address.path in listing else inside), [address.path]
+    if not found:
+        raise Error(f"{address}: no checkpoint that is read here.\nGive the path of one in the repository.")
+    chosen = layout.chosen(found, parts, address)
+    folders = {"", *(c.path.rpartition("/")[0] for c in chosen)}
+    small = [name for folder in folders for name in layout.small_files(listing, folder)]
+    return [*(name for c in chosen for name in c.files), *small], [c.path for c in chosen]
+
+
+def sd1_base(missing: Sequence[str], variant: str | None) -> Path:
+    """The folder with the `missing` parts of Stable Diffusion 1 from the Hub, or Error with the ways to do
+    without it.
+    """
+    try:
+        return fetch(SD1_BASE, missing, variant)[0]
+    except (Unreachable, NotThere, MissingExtra) as error:
+        options = " ".join(f"--{part.replace('_', '-')} SRC" for part in missing)
+        raise Error(
+            f"A pipeline still needs: {', '.join(NAMES[part] for part in missing)}; no way to the default "
+            f"base, {str(error).splitlines()[0].rstrip('.')}.\n"
+            f"Give --base PIPELINE (a folder here), or {options}, or run this once online (then the cache "
+            "serves); --base none writes only the rest."
+        ) from None
+
+
+def sibling(source: str) -> str | None:
+    """The address of a repository beside `source` that is named as its text encoder, if there is one."""
+    address = parse(source)
+    if address.path or any(address.repository.endswith(end) for end in SIBLINGS):
+        return None
+    api = connect()
+    for name in (address.repository + end for end in SIBLINGS):
+        try:
+            with asking(source):
+                exists = api.repo_exists(name)
+        except Unreachable:
+            exists = _in_cache(name)
+        if exists:
+            return str(Address(name))
+    return None
+
+
+def _in_cache(repository: str) -> bool:
+    from huggingface_hub import resolve_revision
+    from huggingface_hub.errors import RevisionResolutionError
+
+    try:
+        return bool(resolve_revision(repository, local_files_only=True))
+    except RevisionResolutionError:
+        return False
+
+
+def _listing(api: HfApi, address: Address) -> tuple[str, dict[str, int]]:
+    """The commit and its files; a commit never changes, so a listing that is in the cache is taken."""
+    import httpx2
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.hf_api import RepoFile
+
+    commit = api.resolve_revision(address.repository, revision=address.revision).resolved
+    try:
+        entries = get_cached_repo_tree(address.repository, revision=commit)
+    except CachedRepoTreeNotFoundError:
+        try:
+            tree = api.list_repo_tree(address.repository, revision=commit, recursive=True)
+            entries = [entry for entry in tree if isinstance(entry, RepoFile)]
+        except (OfflineModeIsEnabled, httpx2.TransportError):  # the cache of an older huggingface_hub
+            return commit, _cached_files(address.repository, commit)
+    if bad := next((entry.path for entry in entries if layout.unsafe(entry.path)), None):
+        raise Error(f"{address}: the Hub lists a file outside of the repository: {bad}.\nDo not use it.")
+    return commit, {entry.path: entry.size for entry in entries}
+
+
+def _cached_files(repository: str, commit: str) -> dict[str, int]:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repository, revision=commit, local_files_only=True))
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def _download(api: HfApi, repository: str, commit: str, names: Collection[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # A pattern that only matches itself: names may hold what patterns mean something by.
+    patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
+    return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, token=api.token))
