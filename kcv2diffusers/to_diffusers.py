@@ -58,7 +58,7 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class _Base:
+class Filler:
     """What fills the gaps: components of a diffusers pipeline, or more KerasCV parts; a tokenizer too."""
 
     paths: Sequence[Path] = ()
@@ -103,13 +103,13 @@ def convert(
     named = {
         "unet": unet, "text_encoder": text_encoder, "vae_decoder": vae_decoder, "vae_encoder": vae_encoder
     }  # fmt: skip
-    parts = _gather(sources, named)
-    filler, only_given = _base(base, parts, variant)
+    parts = gather(sources, named)
+    filler, only_given = find_base(base, parts, variant)
     parts |= {part: match for part, match in filler.parts.items() if part not in parts}
     missing = [part for part in PARTS if part not in parts]
     _check_missing(parts, missing, only_given)
     complete = not missing and not only_given
-    parts = _check_together({part: parts[part].require_complete() for part in PARTS if part in parts})
+    parts = check_together({part: parts[part].require_complete() for part in PARTS if part in parts})
     given = [*map(locate, sources), *filler.paths]
     files = _tokenizer(parts.get("text_encoder"), tokenizer, given, placeholder_tokens, only_given)
 
@@ -123,7 +123,7 @@ def convert(
         kind = DTYPES[dtype] if dtype else common_dtype(entry.tensor for entry in entries)
         plans.append((table, entries, kind))
         dtypes[table.folder] = kind.name
-        configs[table.folder] = _config(mine[0], filler, image_size, gelu, files)
+        configs[table.folder] = config_for(mine[0], filler, image_size, gelu, files)
     embeddings = _embeddings(parts.get("text_encoder"), placeholder_tokens, dtypes.get("text_encoder"))
 
     for match in parts.values():
@@ -167,7 +167,7 @@ def convert(
     )
 
 
-def _gather(sources: Sequence[Source], named: Mapping[str, Source | None]) -> dict[str, Match]:
+def gather(sources: Sequence[Source], named: Mapping[str, Source | None]) -> dict[str, Match]:
     """One match a part, from positional sources and from those given for a part."""
     parts: dict[str, Match] = {}
     for given in sources:
@@ -189,19 +189,19 @@ def _gather(sources: Sequence[Source], named: Mapping[str, Source | None]) -> di
     return parts
 
 
-def _base(
+def find_base(
     base: Source | Sequence[Source] | None, parts: Mapping[str, Match], variant: str | None
-) -> tuple[_Base, bool]:
+) -> tuple[Filler, bool]:
     """The filler, and whether only the given parts are to be written."""
     bases = [] if base is None else [base] if isinstance(base, (str, PathLike)) else list(base)
     if "none" in map(str, bases):
         if len(bases) > 1:
             raise Error("--base none cannot be combined with another --base.")
-        return _Base(), True
+        return Filler(), True
     paths = [locate(b, base=True) for b in bases]
     folders = [path for path in paths if is_pipeline(path)]
     if not folders:
-        return _Base(paths, parts=_gather(paths, {})), False
+        return Filler(paths, parts=gather(paths, {})), False
     if len(paths) > 1:
         raise Error("Give one pipeline folder as --base, or KerasCV files, not both.")
     wanted = {table_of(part).folder for part in PARTS if part not in parts} | {
@@ -209,7 +209,7 @@ def _base(
     }
     components = read_pipeline(folders[0], wanted, variant)
     found = {part: match for component in components.values() for part, match in component.parts.items()}
-    return _Base(paths, components, found), False
+    return Filler(paths, components, found), False
 
 
 def _check_missing(parts: Mapping[str, Match], missing: Sequence[str], only_given: bool) -> None:
@@ -227,7 +227,7 @@ def _check_missing(parts: Mapping[str, Match], missing: Sequence[str], only_give
         raise Error(f"A VAE needs both halves and the {NAMES[halves[0]]} is missing.\nGive {option} SRC.")
 
 
-def _check_together(parts: dict[str, Match]) -> dict[str, Match]:
+def check_together(parts: dict[str, Match]) -> dict[str, Match]:
     """The parts, if they belong to one model; the version of an unusual text encoder is its UNet's."""
     unet, text = parts.get("unet"), parts.get("text_encoder")
     if unet and text:
@@ -292,9 +292,10 @@ def _check_rows(text: Match | None, vocabulary: int, placeholder_tokens: Sequenc
         )
 
 
-def _config(
-    match: Match, filler: _Base, image_size: int | None, gelu: str, files: TokenizerFiles | None
+def config_for(
+    match: Match, filler: Filler, image_size: int | None, gelu: str, files: TokenizerFiles | None
 ) -> dict[str, Any]:
+    """The config.json of a part's component: from the table, and from `filler` what weights do not tell."""
     table = match.spec.table
     component = filler.components.get(table.folder)
     if not match.keras:  # the base's own component, with the base's own config

@@ -1,0 +1,97 @@
+"""What is compared with what: each part of the pipeline and the source it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kcv2diffusers.errors import Error
+from kcv2diffusers.recognise import NAMES, Match
+from kcv2diffusers.sources.locate import locate
+from kcv2diffusers.sources.pipeline import Component, read_pipeline
+from kcv2diffusers.tables import table_of
+from kcv2diffusers.to_diffusers import Filler, check_together, config_for, find_base, gather
+from kcv2diffusers.verification.request import Request
+
+
+@dataclass(frozen=True)
+class Side:
+    """A part: `source` is what it was made of, or, where nothing was `given` for it, the pipeline's own.
+
+    `config` is the component's config.json as the conversion writes it.
+    """
+
+    source: Match
+    component: Component
+    given: bool
+    config: Mapping[str, Any]
+
+    @property
+    def part(self) -> str:
+        return self.source.part
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.part]
+
+    @property
+    def own(self) -> Match | None:
+        """The pipeline's tensors of this part, None if it has none."""
+        return self.component.parts.get(self.part)
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The dtype in which the pipeline has most of this part."""
+        assert self.own is not None
+        dtypes = [tensor.dtype for tensor in self.own.found.values()]
+        return max(set(dtypes), key=dtypes.count)
+
+    def unet_gelu(self, request: Request) -> str:
+        """The GELU of the Keras UNet: KerasCV's, or for weights from a pipeline diffusers'."""
+        return request.unet_gelu if self.source.keras else "exact"
+
+
+def open_sides(request: Request) -> dict[str, Side]:
+    """The parts of the pipeline by name, those of `request`'s sources and those only the pipeline has.
+
+    Raises Error if a source is incomplete, or if it holds a part that the pipeline lacks.
+    """
+    folder = Path(request.pipeline)
+    components = read_pipeline(folder, variant=request.variant, strict=False)
+    parts = gather(request.sources, request.named)
+    filler, _ = find_base(request.base or None, parts, request.variant)
+    parts |= {part: match for part, match in filler.parts.items() if part not in parts}
+    if not parts:
+        raise Error(
+            f"Nothing to compare {folder} with.\n"
+            "Give the KerasCV checkpoints that it was made of, or folders of them."
+        )
+    for part in parts:
+        if table_of(part).folder not in components:
+            there = parts[part].source.path
+            raise Error(f"{folder}: has no {table_of(part).folder}/ to compare {there} with.")
+    given = {part: parts[part].require_complete() for part in NAMES if part in parts}
+    owns = {part: match for component in components.values() for part, match in component.parts.items()}
+    sound = {part: match for part, match in owns.items() if not match.problems}
+    checked = check_together(sound | given)
+    given = {part: checked[part] for part in given}
+    sides = {}
+    for part in NAMES:
+        component = components.get(table_of(part).folder)
+        if component is None or (part not in given and part not in owns):
+            continue
+        stating = filler if table_of(part).folder in filler.components else Filler(components=components)
+        source = given.get(part) or owns[part]
+        config = config_for(source, stating, None, request.gelu, None) if part in given else component.config
+        sides[part] = Side(source, component, part in given, config)
+    return sides
+
+
+def source_paths(request: Request) -> list[Path]:
+    """Where the sources lie, as far as they were given."""
+    bases = [locate(base, base=True) for base in request.base if base != "none"]
+    return [*map(locate, [*request.sources, *request.named.values()]), *bases]
