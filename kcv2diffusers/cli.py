@@ -12,12 +12,16 @@ from dataclasses import fields
 from enum import StrEnum
 from inspect import Parameter, Signature
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
 from kcv2diffusers.dreambooth.config import Config, make_config
 from kcv2diffusers.errors import Error
+
+if TYPE_CHECKING:
+    from kcv2diffusers.verification.request import Request
+    from kcv2diffusers.verification.result import Verified
 
 app = typer.Typer(
     help="Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.",
@@ -41,6 +45,17 @@ class Gelu(StrEnum):
     tanh = "tanh"
 
 
+class Level(StrEnum):
+    weights = "weights"
+    modules = "modules"
+    images = "images"
+
+
+class Reference(StrEnum):
+    builtin = "builtin"
+    keras_cv = "keras-cv"
+
+
 class KerasFormat(StrEnum):
     weights_h5 = "weights.h5"
     h5 = "h5"
@@ -52,6 +67,7 @@ AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Write values that are NaN, infinite or overflow.")
 ]
 Part = Annotated[str | None, typer.Option(metavar="SRC", help="The source for this part.")]
+Report = Annotated[Path | None, typer.Option(metavar="DIR", help="A folder for report.html and report.json.")]
 
 
 def main() -> NoReturn:
@@ -169,6 +185,85 @@ def convert(
 
 def _loading(variant: str | None) -> str:
     return f', variant="{variant}"' if variant else ""
+
+
+@app.command()
+def verify(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SRC", help="The KerasCV checkpoints it was made of, or folders of them."),
+    ] = None,
+    unet: Part = None,
+    text_encoder: Part = None,
+    vae_decoder: Part = None,
+    vae_encoder: Part = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SRC|tiny", help="Where the conversion took other parts from, as in convert."),
+    ] = None,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Read this variant.")] = None,
+    level: Annotated[
+        Level, typer.Option(help="Compare weights; these and modules; these and images.")
+    ] = Level.images,
+    reference: Annotated[
+        Reference,
+        typer.Option(help="The Keras side: our models, or KerasCV's classes (need TensorFlow and keras-cv)."),
+    ] = Reference.builtin,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What to draw; as often as there are prompts.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    seeds: Annotated[int, typer.Option(help="Pictures of each prompt, from seeds 0, 1, ...")] = 3,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width in pixels (default: the pipeline's own, 512).")
+    ] = None,
+    gelu: Annotated[
+        Gelu, typer.Option(help="Activation of an SD2 text encoder, as in convert.")
+    ] = Gelu.exact,
+    unet_gelu: Annotated[
+        Gelu, typer.Option(help="Of the Keras UNet: KerasCV's tanh, or exact, as dreambooth trains.")
+    ] = Gelu.tanh,
+    report: Report = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a pipeline with the checkpoints it was made of: weights, modules and pictures."""
+    from kcv2diffusers.verification.request import PROMPTS, Request
+
+    named = {
+        "unet": unet, "text_encoder": text_encoder, "vae_decoder": vae_decoder, "vae_encoder": vae_encoder
+    }  # fmt: skip
+    request = Request(
+        pipeline=str(pipeline),
+        sources=sources or [],
+        named={part: source for part, source in named.items() if source is not None},
+        base=base or [],
+        variant=variant,
+        level=level.value,
+        reference=reference.value,
+        prompts=prompt or list(PROMPTS),
+        steps=steps,
+        guidance=guidance,
+        seeds=seeds,
+        size=size,
+        gelu=gelu.value,
+        unet_gelu=unet_gelu.value,
+    )
+    result = _verify(request, report)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        print(result.text())
+    if not result.passed:
+        raise Error(result.reason)
+
+
+def _verify(request: Request, report: Path | None) -> Verified:
+    from kcv2diffusers.verification.run import verify as run
+
+    with _stages() as progress:
+        return run(request, report=report, progress=progress)
 
 
 @app.command()

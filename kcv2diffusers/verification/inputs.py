@@ -10,7 +10,9 @@ from kcv2diffusers.schedule import Array
 from kcv2diffusers.verification.sides import Side
 
 TIMESTEPS = (999, 500, 1)
-BLOCK_SIZE = 128  # pixels of the pass in which blocks are compared: their arrays are kept
+# Pixels of the pass in which blocks are compared, whose arrays are kept. It is also the least for parts:
+# where a feature map shrinks to one pixel, norm groups of two channels blow up every rounding error.
+BLOCK_SIZE = 128
 _TEXTS = 2
 _PIXELS_PER_LATENT = 8
 
@@ -18,13 +20,14 @@ Inputs = dict[str, Array]
 
 
 def module_inputs(sides: Mapping[str, Side], size: int) -> dict[str, Inputs]:
-    """Inputs of each part that has a source; channels last, float32, `size` in pixels.
+    """Inputs of each part that has a source; channels last, float32, `size` in pixels, at least 128.
 
     The text encoder: `tokens` (2, 77). The UNet: `latent` (3, size / 8, size / 8, 4), `context` (3, 77,
     width) and `timesteps` (3,). The VAE decoder: `latent` (1, ...), scaled. The VAE encoder: `image` (1,
-    size, size, 3) in -1..1, coarse squares with some noise.
+    size, size, 3) in -1..1, coarse squares and noise.
     """
     rng = np.random.default_rng(7)
+    size = max(size, BLOCK_SIZE)
     cells = size // _PIXELS_PER_LATENT
     inputs: dict[str, Inputs] = {}
     for part, side in sides.items():
@@ -43,9 +46,9 @@ def module_inputs(sides: Mapping[str, Side], size: int) -> dict[str, Inputs]:
         elif part == "vae_decoder":
             inputs[part] = {"latent": rng.standard_normal((1, cells, cells, dims["latent"]))}
         else:
-            coarse = rng.uniform(-0.8, 0.8, (1, size // 16, size // 16, 3))
-            smooth = coarse.repeat(16, 1).repeat(16, 2)
-            inputs[part] = {"image": smooth + rng.uniform(-0.2, 0.2, smooth.shape)}
+            coarse = rng.uniform(-0.5, 0.5, (1, size // 16, size // 16, 3))
+            squares = coarse.repeat(16, 1).repeat(16, 2)
+            inputs[part] = {"image": squares + rng.uniform(-0.5, 0.5, squares.shape)}
     return {
         part: {k: v.astype("float32" if v.dtype.kind == "f" else "int32") for k, v in given.items()}
         for part, given in inputs.items()

@@ -73,9 +73,8 @@ class Part:
         if not self.stock <= self.bar:
             beyond.append(f"{self.stock:.1e} (bar {self.bar:.0e})")
         if not self.attributed <= self.bar_attributed and self.attributed != self.stock:
-            beyond.append(
-                f"{self.attributed:.1e} with {list(KINDS.values())[-1]} (bar {self.bar_attributed:.0e})"
-            )
+            how = KINDS[list(self.errors)[-1]]
+            beyond.append(f"{self.attributed:.1e} with {how} (bar {self.bar_attributed:.0e})")
         if self.departing and not beyond:
             beyond.append(f"{self.stock:.1e}")
         if not beyond:
@@ -110,7 +109,7 @@ def measure(
         # Where both sides have the exact GELU there is nothing to allow for.
         same = part == "unet" and "gelu, epsilon" not in errors
         blocks = [
-            Block(module, error, not error <= bars.block)
+            Block(module, error, not error <= bars.block[part])
             for module in modules_of(side.source)
             if (error := told["blocks"][part].get(module.name)) is not None
         ]

@@ -93,12 +93,13 @@ class Verified:
         if self.images is not None and self.images.runs:
             stock, attributed = (getattr(self.images.worst(s), s) for s in ("stock", "attributed"))
             lines.append(f"  pictures: PSNR {stock.psnr:.1f} dB, SSIM {stock.ssim:.5f}")
-            lines.append(
-                f"  with KerasCV's numerics: PSNR {attributed.psnr:.1f} dB, SSIM {attributed.ssim:.5f}"
-            )
+            alike = f"PSNR {attributed.psnr:.1f} dB, SSIM {attributed.ssim:.5f}"
+            lines.append(f"  with KerasCV's GELU and epsilon: {alike}")
         lines += self.notes
         if self.report:
             lines.append(f"Report: {self.report}")
+        if self.passed:
+            lines.append(self.reason.capitalize())
         return "\n".join(lines)
 
 

@@ -131,7 +131,7 @@ def _run_sides(
     told = json.loads((folder / "diffusers" / "results.json").read_text())
     result.versions |= json.loads((folder / "keras" / "versions.json").read_text()) | told["versions"]
     result.modules = modules.measure(folder, sides, wanted, BARS)
-    if any(side.stored.name != "float32" for side in sound.values() if side.given):
+    if any(side.given and side.source.dtypes != [side.stored.name] for side in sound.values()):
         result.notes.append("The Keras side has the weights rounded as the pipeline stores them.")
     if draw:
         from kcv2diffusers.verification import images
@@ -178,8 +178,13 @@ def _size(request: Request, sides: Mapping[str, Side]) -> int:
 
 
 def _megabytes(progress: Progress) -> weights.Advance:
+    told = 0
+
     def advance(done: int, total: int) -> None:
-        progress("Comparing weights (MB)", done // 10**6, max(1, total // 10**6), "")
+        nonlocal told
+        if done // 10**6 > told:
+            told = done // 10**6
+            progress("Comparing weights (MB)", told, total // 10**6, "")
 
     return advance
 
