@@ -20,7 +20,6 @@ from kcv2diffusers.dreambooth.config import Config, make_config
 from kcv2diffusers.errors import Error
 
 if TYPE_CHECKING:
-    from kcv2diffusers.verification.request import Request
     from kcv2diffusers.verification.result import Verified
 
 app = typer.Typer(
@@ -142,11 +141,18 @@ def convert(
     ] = Gelu.exact,
     allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the result with its sources at the end, as verify does.")
+    ] = False,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """Convert KerasCV checkpoints into a diffusers pipeline."""
     from kcv2diffusers.recognise import NAMES
     from kcv2diffusers.to_diffusers import convert as run
+
+    if report is not None and not verify:
+        raise Error("--report is where --verify writes; give that as well.")
 
     with _progress("Converting") as progress:
         result = run(
@@ -167,8 +173,24 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
+    verified = None
+    if verify:
+        verified = _verify(
+            report,
+            pipeline=str(out),
+            sources=sources or [],
+            unet=unet,
+            text_encoder=text_encoder,
+            vae_decoder=vae_decoder,
+            vae_encoder=vae_encoder,
+            base=[source for source in base or [] if source != "none"],
+            variant=variant,
+            gelu=gelu.value,
+            level="images" if result.complete else "modules",
+        )
     if as_json:
-        return _print_json(result.to_dict())
+        _print_json(result.to_dict() | ({"verified": verified.to_dict()} if verified else {}))
+        return _require_verified(verified)
     version = "" if result.version == "any" else f" ({result.version.upper()})"
     print(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
     for part, source in result.parts.items():
@@ -181,6 +203,9 @@ def convert(
         needs = ", ".join(NAMES[part] for part in result.missing)
         print(f"A full pipeline still needs: {needs or 'nothing; leave away --base none to write one'}.")
     print(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
+    if verified:
+        print(verified.text())
+    _require_verified(verified)
 
 
 def _loading(variant: str | None) -> str:
@@ -229,20 +254,19 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare a pipeline with the checkpoints it was made of: weights, modules and pictures."""
-    from kcv2diffusers.verification.request import PROMPTS, Request
-
-    named = {
-        "unet": unet, "text_encoder": text_encoder, "vae_decoder": vae_decoder, "vae_encoder": vae_encoder
-    }  # fmt: skip
-    request = Request(
+    result = _verify(
+        report,
         pipeline=str(pipeline),
         sources=sources or [],
-        named={part: source for part, source in named.items() if source is not None},
+        unet=unet,
+        text_encoder=text_encoder,
+        vae_decoder=vae_decoder,
+        vae_encoder=vae_encoder,
         base=base or [],
         variant=variant,
         level=level.value,
         reference=reference.value,
-        prompts=prompt or list(PROMPTS),
+        prompts=prompt,
         steps=steps,
         guidance=guidance,
         seeds=seeds,
@@ -250,20 +274,31 @@ def verify(
         gelu=gelu.value,
         unet_gelu=unet_gelu.value,
     )
-    result = _verify(request, report)
     if as_json:
         _print_json(result.to_dict())
     else:
         print(result.text())
-    if not result.passed:
+    _require_verified(result)
+
+
+def _require_verified(result: Verified | None) -> None:
+    """Exit code 1 with the reason in one line, unless all is within the bars."""
+    if result is not None and not result.passed:
         raise Error(result.reason)
 
 
-def _verify(request: Request, report: Path | None) -> Verified:
+def _verify(report: Path | None, **options: Any) -> Verified:
+    """Verify with the options of `Request`; those that are None have their defaults, and a part's name
+    stands for its source.
+    """
+    from kcv2diffusers.recognise import NAMES
+    from kcv2diffusers.verification.request import Request
     from kcv2diffusers.verification.run import verify as run
 
+    given = {name: value for name, value in options.items() if value is not None}
+    named = {part: given.pop(part) for part in NAMES if part in given}
     with _stages() as progress:
-        return run(request, report=report, progress=progress)
+        return run(Request(named=named, **given), report=report, progress=progress)
 
 
 @app.command()
@@ -367,12 +402,27 @@ def dreambooth(**given: Any) -> None:
         raise MissingExtra(str(error.name), "keras") from error
     with _stages() as progress:
         result = train(config, progress)
+    verified = None
+    if config.verify and result.export is not None:
+        verified = _verify(
+            result.out / "verify",
+            pipeline=str(result.export),
+            sources=[str(result.checkpoint)],
+            base=config.base,
+            unet_gelu=config.gelu,
+            prompts=config.sample_prompt or [config.instance_prompt],
+            steps=config.sample_steps,
+            guidance=config.guidance_scale,
+        )
     if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
+        _print_json(result.to_dict() | ({"verified": verified.to_dict()} if verified else {}))
     else:
         print(result.text())
+        if verified:
+            print(verified.text())
     if not result.finished:
         sys.exit(128 + signal.SIGINT)
+    _require_verified(verified)
 
 
 def _dreambooth_signature() -> Signature:

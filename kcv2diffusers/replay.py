@@ -52,13 +52,12 @@ def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
     pipe = stock.from_pretrained(
         pipeline,
         variant=variant,
-        torch_dtype=torch.float32,
         local_files_only=True,
         use_safetensors=True,
         safety_checker=None,
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.to(torch.float32)
 
 
 def draw(

@@ -98,13 +98,13 @@ def _load(side: Side) -> Any:
     """One component alone."""
     table = side.source.spec.table
     cls: Any = CLASSES[table.folder]
-    return cls.from_pretrained(
+    model = cls.from_pretrained(
         side.component.path,
         variant=_variant({side.part: side}),
-        torch_dtype=torch.float32,
         local_files_only=True,
         use_safetensors=True,
     )
+    return model.to(torch.float32)
 
 
 def first(values: Array) -> torch.Tensor:

@@ -160,7 +160,7 @@ def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> 
             (s for s in result.settings if s.startswith("scheduler/") and "_class_name" in s), None
         )
         if scheduler:
-            problem = f"not drawn, for the scheduler: {scheduler}"
+            problem = f"not drawn, {scheduler}"
     if problem:
         result.images = Images([], BARS.psnr, BARS.psnr_attributed, [f"pictures: {problem}"])
     return problem is None

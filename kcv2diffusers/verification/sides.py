@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kcv2diffusers.errors import Error
+from kcv2diffusers.pipeline import HEADS
 from kcv2diffusers.recognise import NAMES, Match
 from kcv2diffusers.sources.locate import locate
 from kcv2diffusers.sources.pipeline import Component, read_pipeline
 from kcv2diffusers.tables import table_of
 from kcv2diffusers.to_diffusers import Filler, check_together, config_for, find_base, gather
 from kcv2diffusers.verification.request import Request
+
+_UNTOLD = {"norm_num_groups", *HEADS.values()}
 
 
 @dataclass(frozen=True)
@@ -84,11 +87,18 @@ def open_sides(request: Request) -> dict[str, Side]:
         component = components.get(table_of(part).folder)
         if component is None or (part not in given and part not in owns):
             continue
-        stating = filler if table_of(part).folder in filler.components else Filler(components=components)
-        source = given.get(part) or owns[part]
-        config = config_for(source, stating, None, request.gelu, None) if part in given else component.config
-        sides[part] = Side(source, component, part in given, config)
+        source, config = given.get(part), component.config
+        if source is not None:
+            stating = filler if table_of(part).folder in filler.components else _stating(component)
+            config = config_for(source, stating, None, request.gelu, None)
+        sides[part] = Side(source or owns[part], component, part in given, config)
     return sides
+
+
+def _stating(component: Component) -> Filler:
+    """What the pipeline alone may know of a model of unusual widths: its heads and norm groups."""
+    config = {name: value for name, value in component.config.items() if name in _UNTOLD}
+    return Filler(components={component.path.name: replace(component, config=config)})
 
 
 def source_paths(request: Request) -> list[Path]:
