@@ -3,7 +3,8 @@
 The modules, in the order a checkpoint passes them: `sources` (readers, one a container), `tables` and
 `layouts` (the weight maps), `recognise` (what a checkpoint is), `plan` and `keras_files` (what goes where),
 `stream` and `transfer` (the bytes), `pipeline` and `tokenizer` (what stands around the weights), `output`
-(all or nothing). `to_diffusers` and `to_kerascv` put them together. `models` are the networks in Keras 3.
+(all or nothing). `to_diffusers` and `to_kerascv` put them together. `verification` compares the two sides.
+`models` are the networks in Keras 3.
 """
 
 from __future__ import annotations
@@ -15,18 +16,32 @@ if TYPE_CHECKING:
     from kcv2diffusers.inspection import Inspected, inspect
     from kcv2diffusers.to_diffusers import Converted, convert
     from kcv2diffusers.to_kerascv import ToKeras, to_keras
+    from kcv2diffusers.verification.result import Verified
+    from kcv2diffusers.verification.run import verify
 
 __version__ = "0.1.0"
-__all__ = ["Converted", "Error", "Inspected", "ToKeras", "convert", "inspect", "to_keras"]
+__all__ = [
+    "Converted",
+    "Error",
+    "Inspected",
+    "ToKeras",
+    "Verified",
+    "convert",
+    "inspect",
+    "to_keras",
+    "verify",
+]
 
 _HOME = {
     "Converted": "to_diffusers",
     "Error": "errors",
     "Inspected": "inspection",
     "ToKeras": "to_kerascv",
+    "Verified": "verification.result",
     "convert": "to_diffusers",
     "inspect": "inspection",
     "to_keras": "to_kerascv",
+    "verify": "verification.run",
 }
 
 

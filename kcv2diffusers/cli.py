@@ -176,9 +176,9 @@ def convert(
     verified = None
     if verify:
         verified = _verify(
-            report,
-            pipeline=str(out),
-            sources=sources or [],
+            out,
+            *(sources or ()),
+            report=report,
             unet=unet,
             text_encoder=text_encoder,
             vae_decoder=vae_decoder,
@@ -255,9 +255,9 @@ def verify(
 ) -> None:
     """Compare a pipeline with the checkpoints it was made of: weights, modules and pictures."""
     result = _verify(
-        report,
-        pipeline=str(pipeline),
-        sources=sources or [],
+        pipeline,
+        *(sources or ()),
+        report=report,
         unet=unet,
         text_encoder=text_encoder,
         vae_decoder=vae_decoder,
@@ -287,18 +287,17 @@ def _require_verified(result: Verified | None) -> None:
         raise Error(result.reason)
 
 
-def _verify(report: Path | None, **options: Any) -> Verified:
+def _verify(pipeline: Path, *sources: str | Path, report: Path | None, **options: Any) -> Verified:
     """Verify with the options of `Request`; those that are None have their defaults, and a part's name
     stands for its source.
     """
     from kcv2diffusers.recognise import NAMES
-    from kcv2diffusers.verification.request import Request
     from kcv2diffusers.verification.run import verify as run
 
     given = {name: value for name, value in options.items() if value is not None}
     named = {part: given.pop(part) for part in NAMES if part in given}
     with _stages() as progress:
-        return run(Request(named=named, **given), report=report, progress=progress)
+        return run(pipeline, *sources, report=report, progress=progress, named=named, **given)
 
 
 @app.command()
@@ -405,9 +404,9 @@ def dreambooth(**given: Any) -> None:
     verified = None
     if config.verify and result.export is not None:
         verified = _verify(
-            result.out / "verify",
-            pipeline=str(result.export),
-            sources=[str(result.checkpoint)],
+            result.export,
+            result.checkpoint,
+            report=result.out / "verify",
             base=config.base,
             unet_gelu=config.gelu,
             prompts=config.sample_prompt or [config.instance_prompt],

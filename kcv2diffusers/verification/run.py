@@ -12,6 +12,7 @@ from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from kcv2diffusers.errors import Error
 from kcv2diffusers.recognise import NAMES
@@ -26,16 +27,17 @@ from kcv2diffusers.verification.sides import Side, open_sides, source_paths
 
 _IMAGE_SIZE = 512  # pixels, where a pipeline does not state its own
 _STATED = (".json", ".txt", ".safetensors")  # files of a pipeline that the report lists
-Path_ = str | PathLike[str]
+Source = str | PathLike[str]
 
 
 def verify(
-    request: Request,
-    *,
-    report: Path_ | None = None,
+    pipeline: Source,
+    *sources: Source,
+    report: Source | None = None,
     progress: Progress = lambda *_: None,
+    **options: Any,
 ) -> Verified:
-    """Compare a pipeline with what it was made of, up to the level that `request` asks for.
+    """Compare a pipeline folder with the checkpoints it was made of; `options` are the rest of `Request`.
 
     A level above weights runs the Keras side, on the backend of KERAS_BACKEND (default: torch), then the
     diffusers side, each in a process of its own. Parts whose tensors are not those of a model are left out
@@ -43,6 +45,7 @@ def verify(
     much of how much, and a word on it. Raises Error with a message for the user if there is nothing to
     compare, a source cannot be read, or a package is missing; a pipeline that is wrong is a result.
     """
+    request = Request(pipeline=str(pipeline), sources=list(map(str, sources)), **options)
     _require(request, report)
     seconds: dict[str, float] = {}
     with _timed(seconds, "weights"):
@@ -68,7 +71,7 @@ def verify(
     return result
 
 
-def _require(request: Request, report: Path_ | None) -> None:
+def _require(request: Request, report: Source | None) -> None:
     if request.reaches("modules"):
         require("keras", "torch", "diffusers", "transformers")
     if request.reaches("images"):

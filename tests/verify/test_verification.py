@@ -18,14 +18,13 @@ import pytest
 from conftest import cached
 from safetensors.numpy import load_file, save_file
 
-from kcv2diffusers import convert
+from kcv2diffusers import convert, verify
 from kcv2diffusers.errors import Error
 from kcv2diffusers.verification import exchange
 from kcv2diffusers.verification import run as running
 from kcv2diffusers.verification.bars import BARS
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.result import Verified
-from kcv2diffusers.verification.run import verify
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 RESNET, OTHER = "down_blocks.1.resnets.1", "up_blocks.2.resnets.1"
@@ -77,8 +76,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KERAS_BACKEND", "torch")
             patch.setattr(running, "run_side", run_side)
-            request = Request(pipeline=str(pipeline), sources=list(map(str, sources)), **options)
-            return verify(request, report=report)
+            return verify(pipeline, *sources, report=report, **options)
 
     return run
 
