@@ -43,7 +43,7 @@ def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
     opened. Raises MissingExtra if diffusers is not installed.
     """
     try:
-        import torch
+        import torch  # noqa: F401  (without it diffusers has only a dummy)
         from diffusers import StableDiffusionPipeline
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "diffusers") from error
@@ -57,7 +57,16 @@ def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
         safety_checker=None,
     )
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(torch.float32)
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        in_float32(model)
+    return pipe
+
+
+def in_float32(model: Any) -> Any:
+    """A loaded torch model in float32, which diffusers loads in and transformers where its config says so."""
+    import torch
+
+    return model if model.dtype == torch.float32 else model.to(torch.float32)
 
 
 def draw(

@@ -2,8 +2,8 @@
 
     python tools/update_readme.py
 
-Reads .cache/parity.json (left by the full-size tests of tests/test_parity.py), .cache/benchmark.md and
-.cache/train_step.md (left by the benchmarks) and what tools/train_tiny.py measured; a file that is not there
+Reads .cache/parity.json (left by the full-size tests of tests/test_parity.py), .cache/benchmark.md,
+.cache/train_step.md and .cache/verify.md (left by the benchmarks) and what tools/train_tiny.py measured; a file that is not there
 leaves its table as it is.
 """
 
@@ -40,6 +40,7 @@ def main() -> None:
     for marker, measured in (
         ("speed", ROOT / ".cache" / "benchmark.md"),
         ("train-step", ROOT / ".cache" / "train_step.md"),
+        ("verify", ROOT / ".cache" / "verify.md"),
         ("tiny", ROOT / "kcv2diffusers" / "tiny" / "quality.txt"),
     ):
         if measured.exists():

@@ -104,7 +104,7 @@ def _load(side: Side) -> Any:
         local_files_only=True,
         use_safetensors=True,
     )
-    return model.to(torch.float32)
+    return replay.in_float32(model)
 
 
 def first(values: Array) -> torch.Tensor:
