@@ -3,7 +3,7 @@
     python tools/demo.py FOLDER
 
 FOLDER/both.png shows what Keras made above what diffusers made of the same prompts and the same noise;
-FOLDER/pipeline is the converted pipeline.
+FOLDER/pipeline is the converted pipeline, FOLDER/report/report.html compares it with its checkpoints.
 """
 
 from __future__ import annotations
@@ -64,6 +64,19 @@ def main(folder: Path) -> None:
         f"least PSNR of a pair {psnr(keras, stock).min():.1f} dB; {time.monotonic() - started:.0f} s in all"
     )
     print(f"Look at {folder / 'both.png'}: Keras above, diffusers below.")
+    verified(folder)
+
+
+def verified(folder: Path) -> None:
+    """Verify FOLDER/pipeline on every level, with a report; exit code 1 if it is outside the bars."""
+    from kcv2diffusers import verify
+
+    options = {"prompts": PROMPTS, "steps": STEPS, "guidance": GUIDANCE_SCALE, "seeds": 1}
+    with timed(f"kcv2diffusers verify {folder / 'pipeline'} tiny:// --report {folder / 'report'}"):
+        result = verify(folder / "pipeline", "tiny://", report=folder / "report", **options)
+    print(result.text())
+    if not result.passed:
+        sys.exit(result.reason)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python tools/update_readme.py
 
 Reads .cache/parity.json (left by the full-size tests of tests/test_parity.py), .cache/benchmark.md,
-.cache/train_step.md and .cache/verify.md (left by the benchmarks) and what tools/train_tiny.py measured; a file that is not there
-leaves its table as it is.
+.cache/train_step.md and .cache/verify.md (left by the benchmarks) and what tools/train_tiny.py measured; a
+file that is not there leaves its table as it is.
 """
 
 from __future__ import annotations
