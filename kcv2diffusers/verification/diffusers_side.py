@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from kcv2diffusers.schedule import Array
 from kcv2diffusers.verification.blocks import modules_of
 from kcv2diffusers.verification.distance import relative_error
 from kcv2diffusers.verification.exchange import Arrays, Progress, side_main
-from kcv2diffusers.verification.inputs import Inputs, block_inputs
+from kcv2diffusers.verification.images import SIDES
+from kcv2diffusers.verification.inputs import Inputs, batches, block_inputs
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.sides import Side, open_sides
 
@@ -77,7 +79,7 @@ def run(folder: Path, request: Request, progress: Progress) -> None:
             del model
         progress("diffusers side: parts", len(told["modules"]), len(told["modules"]), "")
         if pipe is not None:
-            _images(folder, request, sides, pipe, progress)
+            _images(folder, request, sides, pipe, told["size"], progress)
     versions = {library.__name__: library.__version__ for library in (diffusers, transformers, torch)}
     results = {"blocks": blocks, "versions": versions}
     (folder / "diffusers" / "results.json").write_text(json.dumps(results))
@@ -177,7 +179,9 @@ def _blocks(side: Side, model: Any, given: Inputs, expected: Arrays) -> dict[str
     return errors
 
 
-def _images(folder: Path, request: Request, sides: dict[str, Side], pipe: Any, progress: Progress) -> None:
+def _images(
+    folder: Path, request: Request, sides: dict[str, Side], pipe: Any, size: int, progress: Progress
+) -> None:
     inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "diffusers")
     text = pipe.tokenizer(
         ["", *request.prompts],
@@ -188,28 +192,31 @@ def _images(folder: Path, request: Request, sides: dict[str, Side], pipe: Any, p
     )
     outputs.save(text.input_ids, "tokens")
     kind = kinds_of(sides["unet"], request)[-1]
-    total, done = 2 * len(request.prompts) * request.seeds, 0
-    for name in ("stock", "attributed"):
+    todo = batches(request, size)
+    total, done = 2 * len(todo) * request.steps, 0
+    for name, batch in product(SIDES, todo):
+        latents: list[Array] = []
+
+        def observe(values: Array, done: int = done, latents: list[Array] = latents) -> None:
+            latents.append(values)
+            progress("diffusers side: steps", done + len(latents), total, "")
+
         with ExitStack() as stack:
             if name == "attributed":
                 stack.enter_context(numerics(pipe.unet, kind))
                 stack.enter_context(numerics(pipe.vae, "epsilon"))
-            for number in range(total // 2):
-                prompt, seed = request.prompts[number // request.seeds], number % request.seeds
-                progress("diffusers side: pictures", done, total, "")
-                latents: list[Array] = []
-                picture = replay.draw(
-                    pipe,
-                    [prompt],
-                    inputs.load("noise", seed),
-                    steps=request.steps,
-                    guidance_scale=request.guidance,
-                    observe=latents.append,
-                )
-                outputs.save(picture, "picture", name, number)
-                outputs.save(np.stack(latents), "latents", name, number)
-                done += 1
-    progress("diffusers side: pictures", total, total, "")
+            drawn = replay.draw(
+                pipe,
+                [prompt for _, prompt, _ in batch],
+                np.concatenate([inputs.load("noise", seed) for _, _, seed in batch]),
+                steps=request.steps,
+                guidance_scale=request.guidance,
+                observe=observe,
+            )
+        done += request.steps
+        for n, (number, _, _) in enumerate(batch):
+            outputs.save(drawn[n : n + 1], "picture", name, number)
+            outputs.save(np.stack(latents)[:, n : n + 1], "latents", name, number)
 
 
 if __name__ == "__main__":

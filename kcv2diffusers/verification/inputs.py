@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 
 import numpy as np
 
 from kcv2diffusers.schedule import Array
+from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.sides import Side
 
 TIMESTEPS = (999, 500, 1)
@@ -14,6 +16,7 @@ TIMESTEPS = (999, 500, 1)
 # where a feature map shrinks to one pixel, norm groups of two channels blow up every rounding error.
 BLOCK_SIZE = 128
 _TEXTS = 2
+_BATCH = 256  # the side in pixels of what a batch may have together
 _PIXELS_PER_LATENT = 8
 
 Inputs = dict[str, Array]
@@ -63,6 +66,14 @@ def block_inputs(given: Inputs, *, crop: bool) -> Inputs:
             if name in first:
                 first[name] = np.ascontiguousarray(first[name][:, :limit, :limit])
     return first
+
+
+def batches(request: Request, size: int) -> list[list[tuple[int, str, int]]]:
+    """The pictures to draw as (number, prompt, seed), in batches: small ones are drawn together."""
+    runs = list(product(request.prompts, range(request.seeds)))
+    count = 1 if request.reference == "keras-cv" else max(1, (_BATCH // size) ** 2)
+    numbered = [(number, prompt, seed) for number, (prompt, seed) in enumerate(runs)]
+    return [numbered[first : first + count] for first in range(0, len(numbered), count)]
 
 
 def initial_noise(size: int, seed: int) -> Array:

@@ -6,7 +6,7 @@ python -m kcv2diffusers.verification.keras_side FOLDER
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from kcv2diffusers.schedule import Array, timestep_embedding
 from kcv2diffusers.tokenizer import find_tokenizer
 from kcv2diffusers.verification.blocks import modules_of
 from kcv2diffusers.verification.exchange import Arrays, Progress, side_main
-from kcv2diffusers.verification.inputs import Inputs, block_inputs
+from kcv2diffusers.verification.inputs import Inputs, batches, block_inputs
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.sides import Side, open_sides
 
-Picture = Callable[[str, Array, Callable[[Array], None]], Array]
-"""A prompt and noise to a picture (1, height, width, 3) uint8; told the latents after each step."""
+Draw = Callable[[Sequence[str], Array, Callable[[Array], None]], Array]
+"""Prompts and noise to pictures (prompts, height, width, 3) uint8; told the latents after each step."""
 
 
 def run(folder: Path, request: Request, progress: Progress) -> None:
@@ -119,29 +119,35 @@ def _images(
     inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "keras")
     tokenizer = Tokenizer.of_files(find_tokenizer(Path(request.pipeline) / "tokenizer"))
     sampler = TextToImage(models["text_encoder"], models["unet"], models["vae_decoder"], tokenizer)
-    picture: Picture
+    pictures: Draw
     if request.reference == "keras-cv":
         from kcv2diffusers.verification.kerascv import drawing
 
-        picture = drawing(sampler, sides["unet"].source.version, size, request.steps, request.guidance)
+        pictures = drawing(sampler, sides["unet"].source.version, size, request.steps, request.guidance)
     else:
 
-        def picture(prompt: str, noise: Array, observe: Callable[[Array], None]) -> Array:
-            context = sampler.encode_prompts(["", prompt])
+        def pictures(prompts: Sequence[str], noise: Array, observe: Callable[[Array], None]) -> Array:
+            context = sampler.encode_prompts([*[""] * len(prompts), *prompts])
             latents = sampler.denoise(
                 context, noise, steps=request.steps, guidance_scale=request.guidance, observe=observe
             )
             return sampler.decode(latents)
 
     outputs.save(sampler.tokens(["", *request.prompts]), "tokens")
-    total = len(request.prompts) * request.seeds
-    for number in range(total):
-        prompt, seed = request.prompts[number // request.seeds], number % request.seeds
-        progress("Keras side: pictures", number, total, "")
+    todo = batches(request, size)
+    total = len(todo) * request.steps
+    for done, batch in enumerate(todo):
         latents: list[Array] = []
-        outputs.save(picture(prompt, inputs.load("noise", seed), latents.append), "picture", number)
-        outputs.save(np.stack(latents), "latents", number)
-    progress("Keras side: pictures", total, total, "")
+
+        def observe(values: Array, done: int = done, latents: list[Array] = latents) -> None:
+            latents.append(values)
+            progress("Keras side: steps", done * request.steps + len(latents), total, "")
+
+        noise = np.concatenate([inputs.load("noise", seed) for _, _, seed in batch])
+        drawn = pictures([prompt for _, prompt, _ in batch], noise, observe)
+        for n, (number, _, _) in enumerate(batch):
+            outputs.save(drawn[n : n + 1], "picture", number)
+            outputs.save(np.stack(latents)[:, n : n + 1], "latents", number)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,20 +56,20 @@ def build(side: Side, size: int, gelu: str) -> Any:
 
 def drawing(
     sampler: TextToImage, version: str, size: int, steps: int, guidance: float
-) -> Callable[[str, Array, Callable[[Array], None]], Array]:
+) -> Callable[[Sequence[str], Array, Callable[[Array], None]], Array]:
     """Pictures by `generate_image` of KerasCV's StableDiffusion with the models and vocabulary of `sampler`:
-    a prompt and noise (1, size / 8, size / 8, 4) to (1, size, size, 3) uint8, told the latents of each step.
+    one prompt and noise (1, size / 8, size / 8, 4) to (1, size, size, 3) uint8, told the latents each step.
     """
     name = "StableDiffusionV2" if version == "sd2" else "StableDiffusion"
     stable = _get("stable_diffusion", name)(size, size, jit_compile=False)
     stable._tokenizer = _tokenizer(sampler)
     stable._text_encoder = sampler.text_encoder
 
-    def picture(prompt: str, noise: Array, observe: Callable[[Array], None]) -> Array:
+    def pictures(prompts: Sequence[str], noise: Array, observe: Callable[[Array], None]) -> Array:
         stable._diffusion_model = watched = _Watched(sampler.unet, observe)
         stable._decoder = _Before(sampler.decoder, observe)
         made = stable.generate_image(
-            stable.encode_text(prompt),
+            stable.encode_text(prompts[0]),
             negative_prompt="",
             num_steps=steps,
             unconditional_guidance_scale=guidance,
@@ -78,7 +78,7 @@ def drawing(
         assert watched.calls == 2 * steps
         return np.asarray(made)
 
-    return picture
+    return pictures
 
 
 class _Watched:

@@ -76,7 +76,7 @@ def test_to_the_pictures_with_a_report(tiny: Path, tmp_path: Path) -> None:
     assert told["passed"] and told["reason"] == "verified: weights, modules, images"
     assert told["images"]["runs"][1]["prompt"] == prompts[1]
     assert json.loads((report / "report.json").read_text()) == told
-    assert "Keras side: pictures 2/2" in done.stderr and "diffusers side: pictures 4/4" in done.stderr
+    assert "Keras side: steps 3/3" in done.stderr and "diffusers side: steps 6/6" in done.stderr
     assert {"keras", "Keras backend", "torch", "diffusers", "kcv2diffusers"} <= told["versions"].keys()
     hashes = {Path(entry["path"]).name: entry["sha256"] for entry in told["inputs"]}
     assert re.fullmatch("[0-9a-f]{64}", hashes["unet.weights.h5"]) and "model_index.json" in hashes
@@ -219,7 +219,7 @@ sampler = TextToImage(*models, Tokenizer.of_files(files))
 draw = kerascv.drawing(sampler, "sd1", 128, 3, 7.5)
 noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4)).astype("float32")
 theirs, ours = [], []
-picture = draw("a red cat", noise, theirs.append)
+picture = draw(["a red cat"], noise, theirs.append)
 context = sampler.encode_prompts(["", "a red cat"])
 last = sampler.denoise(context, noise, steps=3, guidance_scale=7.5, observe=ours.append)
 assert len(theirs) == len(ours) == 3
