@@ -55,6 +55,8 @@ def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
         local_files_only=True,
         use_safetensors=True,
         safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
     )
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.unet, pipe.vae, pipe.text_encoder):

@@ -159,11 +159,8 @@ def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> 
     if result.weights.broken:
         problem = "not drawn, for tensors that are missing or wrong"
     else:
-        scheduler = next(
-            (s for s in result.settings if s.startswith("scheduler/") and "_class_name" in s), None
-        )
-        if scheduler:
-            problem = f"not drawn, {scheduler}"
+        classes = [s for s in result.settings if s.startswith("model_index.json") or "_class_name" in s]
+        problem = f"not drawn, {classes[0]}" if classes else None
     if problem:
         result.images = Images([], BARS.psnr, BARS.psnr_attributed, [f"pictures: {problem}"])
     return problem is None

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.pipeline import SCHEDULER
+from kcv2diffusers.pipeline import SCHEDULER, model_index
+from kcv2diffusers.tables import tables
 from kcv2diffusers.tokenizer import EOS, TokenizerFiles, find_tokenizer
 from kcv2diffusers.verification.sides import Side
 
@@ -48,6 +49,7 @@ def check_settings(pipeline: Path, sides: Mapping[str, Side], sources: Sequence[
             problems += _config(side)
     problems = list(dict.fromkeys(problems))  # the halves of a VAE share a config
     if (pipeline / "model_index.json").is_file():
+        problems += _index(pipeline / "model_index.json")
         problems += _scheduler(pipeline / "scheduler" / "scheduler_config.json")
     if (pipeline / "tokenizer").is_dir():
         problems += _tokenizer(pipeline / "tokenizer", sides, sources)
@@ -61,6 +63,20 @@ def _config(side: Side) -> list[str]:
         f"{where}: {name} is {json.dumps(actual[name])}, not {json.dumps(value)}"
         for name, value in sorted(side.config.items())
         if name in actual and name not in _FREE and not name.startswith("_") and actual[name] != value
+    ]
+
+
+def _index(path: Path) -> list[str]:
+    """Components of another class. diffusers imports whatever library an entry names."""
+    wanted = model_index({table.folder: table for table in tables().values()})
+    try:
+        actual = dict(json.loads(path.read_bytes()[: 1 << 20]))
+    except (ValueError, TypeError, RecursionError):
+        return ["model_index.json: not a JSON object"]
+    return [
+        f"model_index.json: {name} is {json.dumps(actual.get(name))}, not {json.dumps(wanted[name])}"
+        for name in ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+        if actual.get(name) not in (wanted[name], [*wanted[name][:-1], wanted[name][-1] + "Fast"])
     ]
 
 

@@ -140,6 +140,7 @@ SWAPPED_BLOCKS = swap("down_blocks.2.resnets.1.", "down_blocks.3.resnets.1.")
 OTHER_PAD = setting("tokenizer/tokenizer_config.json", pad_token="!")
 LINEAR = setting("scheduler/scheduler_config.json", beta_schedule="linear")
 DDIM = setting("scheduler/scheduler_config.json", _class_name="DDIMScheduler")
+LIBRARY = setting("model_index.json", unet=["os", "path"])
 HEADS = setting("unet/config.json", attention_head_dim=4)
 
 
@@ -155,6 +156,7 @@ HEADS = setting("unet/config.json", attention_head_dim=4)
         (LINEAR, 'beta_schedule is "linear", not "scaled_linear"', 1),
         (DDIM, '_class_name is "DDIMScheduler"', 1),
         (OTHER_PAD, 'pad_token is "!"', 1),
+        (LIBRARY, 'unet is ["os", "path"], not ["diffusers", "UNet2DConditionModel"]', 1),
         (HEADS, "attention_head_dim is 4, not 2", 1),
         (setting("text_encoder/config.json", hidden_act="gelu"), 'hidden_act is "gelu"', 1),
         (setting("vae/config.json", scaling_factor=0.13), "scaling_factor is 0.13, not 0.18215", 1),
@@ -251,6 +253,7 @@ def test_the_missing_is_not_run(made: tuple[Path, Path], copy: Path, check: Chec
     [
         (LINEAR, "pictures: PSNR"),
         (DDIM, 'pictures: not drawn, scheduler/scheduler_config.json: _class_name is "DDIMScheduler"'),
+        (LIBRARY, 'pictures: not drawn, model_index.json: unet is ["os", "path"]'),
         (OTHER_PAD, "tokens: number 2 of '' is 0, not 49407"),
         (SWAPPED_BLOCKS, "pictures: PSNR"),
     ],

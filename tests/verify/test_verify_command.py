@@ -227,6 +227,6 @@ for one, other in zip(theirs, ours):
     assert one.shape == other.shape and np.abs(one - other).max() < 1e-4 * np.abs(one).max()
 assert np.abs(picture.astype(int) - sampler.decode(last)).max() <= 1 and picture.std() > 1
 """
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"} | {"KERAS_BACKEND": "tensorflow"}
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"} | {"KERAS_BACKEND": "torch"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
