@@ -48,13 +48,14 @@ class Arrays:
         return self._path(*name).is_file()
 
 
-def run_side(name: str, title: str, folder: Path, progress: Progress) -> None:
-    """Run module `name` of this package on `folder` until it ends.
+def run_side(name: str, title: str, folder: Path, progress: Progress, backend: str = "torch") -> None:
+    """Run module `name` of this package on `folder` until it ends. `backend` is Keras', where KERAS_BACKEND
+    does not say another.
 
     Raises Error as the side does, or if the system killed it; RuntimeError with its messages for a crash.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    environment.setdefault("KERAS_BACKEND", "torch")  # the other side needs it anyway
+    environment.setdefault("KERAS_BACKEND", backend)
     # -P keeps the working folder off the path: a file there may be called as a library is.
     package = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])

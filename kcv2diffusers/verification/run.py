@@ -127,10 +127,13 @@ def _run_sides(
     result.modules = []
     if not wanted and not draw:
         return
+    # PyTorch is there, for the other side.
+    backend = "tensorflow" if request.reference == "keras-cv" else "torch"
     for side in ("keras", "diffusers"):
         Arrays(folder / side)
         with _timed(result.seconds, f"{side} side"):
-            run_side(f"{side}_side", f"{'Keras' if side == 'keras' else side} side", folder, progress)
+            title = "Keras side" if side == "keras" else "diffusers side"
+            run_side(f"{side}_side", title, folder, progress, backend)
     told = json.loads((folder / "diffusers" / "results.json").read_text())
     result.versions |= json.loads((folder / "keras" / "versions.json").read_text()) | told["versions"]
     result.modules = modules.measure(folder, sides, wanted, BARS)

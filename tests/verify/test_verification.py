@@ -58,7 +58,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
     """`verify` with the diffusers side in this process; what the Keras side left is used again."""
     kept: dict[str, Path] = {}
 
-    def run_side(name: str, title: str, folder: Path, progress: exchange.Progress) -> None:
+    def run_side(name: str, title: str, folder: Path, progress: exchange.Progress, backend: str) -> None:
         request = Request.load(folder)
         if name == "diffusers_side":
             from kcv2diffusers.verification import diffusers_side
@@ -66,7 +66,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
             return diffusers_side.run(folder, request, progress)
         key = json.dumps(asdict(request) | {"pipeline": ""}) + (folder / "plan.json").read_text()
         if key not in kept:
-            exchange.run_side(name, title, folder, progress)
+            exchange.run_side(name, title, folder, progress, backend)
             kept[key] = tmp_path_factory.mktemp("keras") / "keras"
             shutil.copytree(folder / "keras", kept[key])
         shutil.copytree(kept[key], folder / "keras", dirs_exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, cached
 from safetensors.numpy import load_file, save_file
 from test_imports import HEAVY
 
@@ -193,40 +193,35 @@ def test_chart() -> None:
     assert log_chart({"one": [1e-5]}).x_ticks == [(342.0, "1")]
 
 
-def test_kerascvs_own_loop_is_ours(tmp_path: Path) -> None:
-    """`--reference keras-cv` with small models of KerasCV's blocks in the places of its classes: the latents
-    it notes at each step are those of our sampler.
+def test_kerascv_as_the_reference(bpe: Path, tmp_path: Path) -> None:
+    """`--reference keras-cv` with small models of KerasCV's own blocks in place of its classes, whose one
+    size takes minutes: KerasCV's loop, tokenizer and blocks against stock diffusers.
     """
+    source = cached("keras3", "sample.py", "1", str(bpe)) / "parts"
+    convert(source, out=tmp_path / "pipeline", tokenizer=bpe)
     code = f"""
 import sys
 sys.path[:0] = [{str(ROOT / "tests" / "kerascv")!r}]
-import functools
-import numpy as np
+from functools import partialmethod
 import stack
-from kcv2diffusers.models.sampler import TextToImage
-from kcv2diffusers.models.tokenizer import Tokenizer
-from kcv2diffusers.tokenizer import find_tokenizer
-from kcv2diffusers.verification import kerascv
-from keras_cv.src.models.stable_diffusion.stable_diffusion import StableDiffusionBase as Base
+from keras_cv.src.models.stable_diffusion.stable_diffusion import StableDiffusionBase
+from kcv2diffusers import verify
+from kcv2diffusers.verification import diffusers_side, keras_side, kerascv, run
+from kcv2diffusers.verification.request import Request
 
-Base._get_timestep_embedding = functools.partialmethod(Base._get_timestep_embedding, dim=32)
-from importlib.util import find_spec
-from pathlib import Path
-files = find_tokenizer(Path(find_spec("open_clip").origin).parent / "bpe_simple_vocab_16e6.txt.gz")
-parts = ("text_encoder", "unet", "vae_decoder")
-models = [stack.build(part, 1, size=128, vocabulary=49408) for part in parts]
-sampler = TextToImage(*models, Tokenizer.of_files(files))
-draw = kerascv.drawing(sampler, "sd1", 128, 3, 7.5)
-noise = np.random.default_rng(0).standard_normal((1, 16, 16, 4)).astype("float32")
-theirs, ours = [], []
-picture = draw(["a red cat"], noise, theirs.append)
-context = sampler.encode_prompts(["", "a red cat"])
-last = sampler.denoise(context, noise, steps=3, guidance_scale=7.5, observe=ours.append)
-assert len(theirs) == len(ours) == 3
-for one, other in zip(theirs, ours):
-    assert one.shape == other.shape and np.abs(one - other).max() < 1e-4 * np.abs(one).max()
-assert np.abs(picture.astype(int) - sampler.decode(last)).max() <= 1 and picture.std() > 1
+embedding = StableDiffusionBase._get_timestep_embedding
+StableDiffusionBase._get_timestep_embedding = partialmethod(embedding, dim=32)
+kerascv.build = lambda side, size, gelu: stack.build(side.part, 1, size=size, vocabulary=49408)
+run._check_reference = lambda *_: None
+sides = {{"keras_side": keras_side, "diffusers_side": diffusers_side}}
+run.run_side = lambda name, _, folder, progress, __: sides[name].run(folder, Request.load(folder), progress)
+options = dict(reference="keras-cv", size=128, steps=3, seeds=1)
+result = verify({str(tmp_path / "pipeline")!r}, {str(source)!r}, **options)
+assert result.passed and len(result.modules) == 4 and "keras-cv" in result.versions, result.reason
+assert result.images.runs[0].attributed.psnr > 61 and len(result.images.runs[0].stock.steps) == 3
 """
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"} | {"KERAS_BACKEND": "torch"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    environment = {**ENVIRONMENT, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
