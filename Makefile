@@ -47,7 +47,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tiny base in Keras and, converted, in diffusers: one picture with both rows.
+# The tiny base in Keras and, converted, in diffusers: one picture with both rows, and the report of verify.
 demo: venv
 	$(BIN)/python tools/demo.py demo
 

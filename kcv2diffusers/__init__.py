@@ -3,8 +3,8 @@
 The modules, in the order a checkpoint passes them: `sources` (readers, one a container), `tables` and
 `layouts` (the weight maps), `recognise` (what a checkpoint is), `plan` and `keras_files` (what goes where),
 `stream` and `transfer` (the bytes), `pipeline` and `tokenizer` (what stands around the weights), `output`
-(all or nothing). `to_diffusers` and `to_kerascv` put them together. `models` are the networks in Keras 3,
-`hub` reads from the Hugging Face Hub and publishes there.
+(all or nothing). `to_diffusers` and `to_kerascv` put them together, `verification` compares the two sides.
+`models` are the networks in Keras 3, `hub` reads from the Hugging Face Hub and publishes there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kcv2diffusers.inspection import Inspected, inspect
     from kcv2diffusers.to_diffusers import Converted, convert
     from kcv2diffusers.to_kerascv import ToKeras, to_keras
+    from kcv2diffusers.verification.result import Verified
+    from kcv2diffusers.verification.run import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,10 +27,12 @@ __all__ = [
     "Inspected",
     "Pushed",
     "ToKeras",
+    "Verified",
     "convert",
     "inspect",
     "push",
     "to_keras",
+    "verify",
 ]
 
 _HOME = {
@@ -37,10 +41,12 @@ _HOME = {
     "Inspected": "inspection",
     "Pushed": "hub.push",
     "ToKeras": "to_kerascv",
+    "Verified": "verification.result",
     "convert": "to_diffusers",
     "inspect": "inspection",
     "push": "hub.push",
     "to_keras": "to_kerascv",
+    "verify": "verification.run",
 }
 
 

@@ -21,6 +21,7 @@ from kcv2diffusers.errors import Error
 
 if TYPE_CHECKING:
     from kcv2diffusers.hub.push import Pushed
+    from kcv2diffusers.verification.result import Verified
 
 app = typer.Typer(
     help="Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.",
@@ -54,6 +55,17 @@ class Stated(StrEnum):
     old_image_encoder = "old-image-encoder"
 
 
+class Level(StrEnum):
+    weights = "weights"
+    modules = "modules"
+    images = "images"
+
+
+class Reference(StrEnum):
+    builtin = "builtin"
+    keras_cv = "keras-cv"
+
+
 class KerasFormat(StrEnum):
     weights_h5 = "weights.h5"
     h5 = "h5"
@@ -73,6 +85,7 @@ Tag = Annotated[
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository private.")]
 Part = Annotated[str | None, typer.Option(metavar="SRC", help="The source for this part.")]
+Report = Annotated[Path | None, typer.Option(metavar="DIR", help="A folder for report.html and report.json.")]
 
 
 def main() -> NoReturn:
@@ -167,12 +180,18 @@ def convert(
     license: License = None,
     private: Private = False,
     overwrite: Overwrite = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the result with its sources at the end, as verify does.")
+    ] = False,
+    report: Report = None,
     as_json: Json = False,
 ) -> None:
     """Convert KerasCV checkpoints into a diffusers pipeline."""
     from kcv2diffusers.recognise import NAMES
     from kcv2diffusers.to_diffusers import convert as run
 
+    if report is not None and not verify:
+        raise Error("--report is where --verify writes; give that as well.")
     if push_to_hub:
         _log_in(push_to_hub)
     with _progress("Converting") as progress:
@@ -196,9 +215,26 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             progress=progress,
         )
-    pushed = _push(out, push_to_hub, license=license, private=private) if push_to_hub else None
+    verified = None
+    if verify:
+        verified = _verify(
+            out,
+            report=report,
+            **result.sources,
+            base=[str(result.base)] if result.base else [],
+            variant=variant,
+            gelu=gelu.value,
+            prediction_type=prediction_type and prediction_type.value,
+            level="images" if result.complete else "modules",
+        )
+        _keep_figures(out, verified)
+    pushed = None
+    if push_to_hub and (verified is None or verified.passed):  # what is wrong is not published
+        pushed = _push(out, push_to_hub, license=license, private=private)
     if as_json:
-        return _print_json(result.to_dict() | ({"pushed": pushed.to_dict()} if pushed else {}))
+        more = {"verified": verified, "pushed": pushed}
+        _print_json(result.to_dict() | {name: found.to_dict() for name, found in more.items() if found})
+        return _require_verified(verified)
     version = "" if result.version == "any" else f" ({result.version.upper()})"
     print(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
     for part, source in result.parts.items():
@@ -211,8 +247,11 @@ def convert(
         needs = ", ".join(NAMES[part] for part in result.missing)
         print(f"A full pipeline still needs: {needs or 'nothing; leave away --base none to write one'}.")
     print(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
+    if verified:
+        print(verified.text())
     if pushed:
         print(pushed.text())
+    _require_verified(verified)
 
 
 @app.command()
@@ -315,6 +354,107 @@ def _loading(variant: str | None) -> str:
 
 
 @app.command()
+def verify(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SRC", help="The KerasCV checkpoints it was made of, or folders of them."),
+    ] = None,
+    unet: Part = None,
+    text_encoder: Part = None,
+    vae_decoder: Part = None,
+    vae_encoder: Part = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SRC|tiny", help="Where the conversion took other parts from, as in convert."),
+    ] = None,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Read this variant.")] = None,
+    level: Annotated[
+        Level, typer.Option(help="Compare weights; these and modules; these and images.")
+    ] = Level.images,
+    reference: Annotated[
+        Reference,
+        typer.Option(help="The Keras side: our models, or KerasCV's classes (need TensorFlow and keras-cv)."),
+    ] = Reference.builtin,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What to draw; as often as there are prompts.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    seeds: Annotated[int, typer.Option(help="Pictures of each prompt, from seeds 0, 1, ...")] = 3,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width in pixels (default: the pipeline's own, 512).")
+    ] = None,
+    gelu: Annotated[
+        Gelu, typer.Option(help="Activation of an SD2 text encoder, as in convert.")
+    ] = Gelu.exact,
+    unet_gelu: Annotated[
+        Gelu, typer.Option(help="Of the Keras UNet: KerasCV's tanh, or exact, as dreambooth trains.")
+    ] = Gelu.tanh,
+    prediction_type: Annotated[
+        PredictionType | None,
+        typer.Option(help="What the UNet predicts (default: epsilon, as in KerasCV; a base's as it says)."),
+    ] = None,
+    report: Report = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a pipeline with the checkpoints it was made of: weights, modules and pictures."""
+    result = _verify(
+        pipeline,
+        *(sources or ()),
+        report=report,
+        unet=unet,
+        text_encoder=text_encoder,
+        vae_decoder=vae_decoder,
+        vae_encoder=vae_encoder,
+        base=base or [],
+        variant=variant,
+        level=level.value,
+        reference=reference.value,
+        prompts=prompt,
+        steps=steps,
+        guidance=guidance,
+        seeds=seeds,
+        size=size,
+        gelu=gelu.value,
+        unet_gelu=unet_gelu.value,
+        prediction_type=prediction_type and prediction_type.value,
+    )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        print(result.text())
+    _require_verified(result)
+
+
+def _keep_figures(pipeline: Path, verified: Verified) -> None:
+    """Leave what was found in the pipeline folder, for its model card."""
+    from kcv2diffusers.pipeline import write_json
+    from kcv2diffusers.provenance import VERIFICATION_FILE
+
+    write_json(pipeline / VERIFICATION_FILE, verified.to_dict())
+
+
+def _require_verified(result: Verified | None) -> None:
+    """Exit code 1 with the reason in one line, unless all is within the bars."""
+    if result is not None and not result.passed:
+        raise Error(result.reason)
+
+
+def _verify(pipeline: Path, *sources: str | Path, report: Path | None, **options: Any) -> Verified:
+    """Verify with the options of `Request`; those that are None have their defaults, and a part's name
+    stands for its source.
+    """
+    from kcv2diffusers.recognise import NAMES
+    from kcv2diffusers.verification.run import verify as run
+
+    given = {name: value for name, value in options.items() if value is not None}
+    named = {part: given.pop(part) for part in NAMES if part in given}
+    with _stages() as progress:
+        return run(pipeline, *sources, report=report, progress=progress, named=named, **given)
+
+
+@app.command()
 def to_keras(
     pipeline: Annotated[
         str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or hf://user/repo.")
@@ -409,6 +549,7 @@ def generate(
 def dreambooth(**given: Any) -> None:
     """Fine-tune on photos of a subject (DreamBooth), and export the result as a diffusers pipeline."""
     from kcv2diffusers.errors import MissingExtra
+    from kcv2diffusers.sources.pipeline import prediction_of
 
     file, as_json = given.pop("config"), given.pop("json")
     values = {
@@ -423,17 +564,32 @@ def dreambooth(**given: Any) -> None:
         _log_in(config.push_to_hub)
     with _stages() as progress:
         result = train(config, progress)
-    if as_json:
-        print(json.dumps(result.to_dict(), indent=2))
-    else:
-        print(result.text())
-    if config.push_to_hub and result.export:
-        options = {"license": config.license or None, "private": config.private}
-        print(
-            _push(result.export, config.push_to_hub, **options).text(), file=sys.stderr if as_json else None
+    verified = None
+    if config.verify and result.export is not None:
+        verified = _verify(
+            result.export,
+            result.checkpoint,
+            report=result.out / "verify",
+            base=config.base,
+            unet_gelu=config.gelu,
+            prompts=config.sample_prompt or [config.instance_prompt],
+            steps=config.sample_steps,
+            guidance=config.guidance_scale,
+            prediction_type=prediction_of(result.export),
         )
+        _keep_figures(result.export, verified)
+    pushed = None
+    if config.push_to_hub and result.export and (verified is None or verified.passed):
+        options = {"license": config.license or None, "private": config.private}
+        pushed = _push(result.export, config.push_to_hub, **options)
+    found = {"verified": verified, "pushed": pushed}
+    if as_json:
+        _print_json(result.to_dict() | {name: each.to_dict() for name, each in found.items() if each})
+    else:
+        print("\n".join(each.text() for each in (result, *found.values()) if each))
     if not result.finished:
         sys.exit(128 + signal.SIGINT)
+    _require_verified(verified)
 
 
 def _dreambooth_signature() -> Signature:

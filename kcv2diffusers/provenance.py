@@ -23,6 +23,7 @@ from kcv2diffusers.recognise import Match
 from kcv2diffusers.sources.source import Source
 
 CONVERSION_FILE = "conversion.json"
+VERIFICATION_FILE = "verification.json"
 _BLOCK = 16 << 20  # bytes hashed at a time
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*['\"]?([\w.:/-]+)['\"]?[ \t]*$", re.M)
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.S)

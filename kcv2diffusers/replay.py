@@ -6,7 +6,8 @@ of KerasCV's sampler, so that pictures differ only by what the models compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -16,41 +17,85 @@ import numpy as np
 from kcv2diffusers.errors import MissingExtra
 from kcv2diffusers.schedule import Array, sampling_timesteps
 
+KERASCV_EPSILON = 1e-5  # of every group normalisation; diffusers has 1e-6 in transformer blocks and the VAE
+
 
 def replay(
     pipeline: str | PathLike[str],
     prompts: Sequence[str],
     noise: Array,
     *,
-    negative_prompt: str = "",
-    steps: int = 50,
-    guidance_scale: float = 7.5,
     tanh_gelu: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> Array:
     """Pictures (prompts, height, width, 3) uint8 by `StableDiffusionPipeline` from folder `pipeline`.
 
     `noise` is (prompts, height / 8, width / 8, 4) float32. `tanh_gelu` gives the UNet KerasCV's approximation
-    of the GELU in place of the exact one. Fractions of colours are cut off, as KerasCV does.
+    of the GELU in place of the exact one. `options` are those of `draw`.
+    """
+    pipe = load(pipeline)
+    with kerascv_gelu(pipe.unet) if tanh_gelu else nullcontext():
+        return draw(pipe, prompts, noise, **options)
+
+
+def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
+    """The `StableDiffusionPipeline` of a folder in float32, without its safety checker. Nothing pickled is
+    opened. Raises MissingExtra if diffusers is not installed.
     """
     try:
-        import torch
+        import torch  # noqa: F401  (without it diffusers has only a dummy)
         from diffusers import StableDiffusionPipeline
-        from diffusers.models.activations import GEGLU
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "diffusers") from error
 
     stock: Any = StableDiffusionPipeline
-    pipe = stock.from_pretrained(pipeline, local_files_only=True)
+    pipe = stock.from_pretrained(
+        pipeline,
+        variant=variant,
+        local_files_only=True,
+        use_safetensors=True,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+    )
     pipe.set_progress_bar_config(disable=True)
-    if tanh_gelu:
-        for module in pipe.unet.modules():
-            if isinstance(module, GEGLU):
-                setattr(module, "gelu", partial(torch.nn.functional.gelu, approximate="tanh"))  # noqa: B010
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        in_float32(model)
+    return pipe
+
+
+def in_float32(model: Any) -> Any:
+    """A loaded torch model in float32, which diffusers loads in and transformers where its config says so."""
+    import torch
+
+    return model if model.dtype == torch.float32 else model.to(torch.float32)
+
+
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    noise: Array,
+    *,
+    negative_prompt: str = "",
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    progress: Callable[[int, int], None] | None = None,
+    observe: Callable[[Array], None] | None = None,
+) -> Array:
+    """Pictures (prompts, height, width, 3) uint8 by a loaded pipeline from `noise`, as in `replay`.
+
+    Fractions of colours are cut off, as KerasCV does. `progress` is told the steps done and in total,
+    `observe` is given the latents after each step, (prompts, height / 8, width / 8, 4), as KerasCV has them.
+    """
+    import torch
 
     def step_end(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
         if progress is not None:
             progress(step + 1, steps)
+        if observe is not None:
+            # Euler's latents are noise added to the picture; KerasCV's are of about unit variance.
+            sigma = float(pipe.scheduler.sigmas[step + 1])
+            observe((values["latents"] / (sigma**2 + 1) ** 0.5).permute(0, 2, 3, 1).numpy())
         return values
 
     images = pipe(
@@ -63,3 +108,36 @@ def replay(
         callback_on_step_end=step_end,
     ).images
     return np.asarray(images * 255).astype("uint8")
+
+
+@contextmanager
+def kerascv_gelu(model: Any) -> Iterator[None]:
+    """Within the block the gated feed-forward layers of a torch model have KerasCV's GELU, the tanh
+    approximation, in place of the exact one.
+    """
+    from diffusers.models.activations import GEGLU
+    from torch.nn.functional import gelu
+
+    gated: list[Any] = [module for module in model.modules() if isinstance(module, GEGLU)]
+    for module in gated:
+        module.gelu = partial(gelu, approximate="tanh")
+    try:
+        yield
+    finally:
+        for module in gated:
+            del module.gelu  # the method of its class is there again
+
+
+@contextmanager
+def kerascv_epsilon(model: Any) -> Iterator[None]:
+    """Within the block the group normalisations of a torch model have KerasCV's epsilon."""
+    from torch.nn import GroupNorm
+
+    before = {module: module.eps for module in model.modules() if isinstance(module, GroupNorm)}
+    for module in before:
+        module.eps = KERASCV_EPSILON
+    try:
+        yield
+    finally:
+        for module, eps in before.items():
+            module.eps = eps

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from kcv2diffusers.errors import Error
 from kcv2diffusers.processes import fork
-from kcv2diffusers.transfer import Files, Job, NotFinite, Worker
+from kcv2diffusers.transfer import Files, Finding, Job, Worker
 
 _LISTED = 8  # tensors that a refusal names
 _WORKERS = min(4, os.cpu_count() or 1)
@@ -25,19 +25,22 @@ _WORKERS = min(4, os.cpu_count() or 1)
 Progress = Callable[[int, int], None]
 
 
-def run(jobs: Sequence[Job], advance: Callable[[int], None] = lambda _: None) -> list[NotFinite]:
-    """Do all jobs; `advance` is told the source bytes done. Returns the tensors that are not finite.
+def run(
+    jobs: Sequence[Job], advance: Callable[[int], None] = lambda _: None, worker: type[Worker] = Worker
+) -> list[Finding]:
+    """Do all jobs; `advance` is told the source bytes done. Returns what `worker` found, in the order of the
+    jobs: by default the tensors that are not finite.
 
     Target files must exist at their final size. Raises SourceError if a source cannot be read or its
     checksum fails, OSError if a target cannot be written, Error if a process is killed.
     """
-    found: dict[int, NotFinite] = {}
+    found: dict[int, Finding] = {}
     waiting = iter(range(len(jobs)))
     with ExitStack() as stack:
-        files = _open(stack, jobs)
+        files = _open(stack, jobs, worker.access)
         busy: dict[Connection[Any, Any], int] = {}
         for _ in range(min(_WORKERS, len(jobs))):
-            link = stack.enter_context(_process(jobs, files))
+            link = stack.enter_context(_process(jobs, files, worker))
             busy[link] = next(waiting)
             link.send(busy[link])
         while busy:
@@ -86,12 +89,12 @@ def run_finite(jobs: Sequence[Job], progress: Progress, *, allow_nonfinite: bool
     return total
 
 
-def _open(stack: ExitStack, jobs: Sequence[Job]) -> Files:
+def _open(stack: ExitStack, jobs: Sequence[Job], access: int) -> Files:
     """Each file once, until `stack` ends."""
     opened: tuple[dict[Path, int], dict[Path, int]] = ({}, {})
     for job in jobs:
         for path, kept, flags in zip(
-            (job.tensor.path, job.target), opened, (os.O_RDONLY, os.O_WRONLY), strict=True
+            (job.tensor.path, job.target), opened, (os.O_RDONLY, access), strict=True
         ):
             if path not in kept:
                 kept[path] = os.open(path, flags)
@@ -100,14 +103,14 @@ def _open(stack: ExitStack, jobs: Sequence[Job]) -> Files:
 
 
 @contextmanager
-def _process(jobs: Sequence[Job], files: Files) -> Iterator[Connection[Any, Any]]:
+def _process(jobs: Sequence[Job], files: Files, kind: type[Worker]) -> Iterator[Connection[Any, Any]]:
     """A process that does jobs by their number: a connection to it, as long as the block lasts."""
     ours, theirs = Pipe()
 
     def serve() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
         ours.close()
-        worker = Worker(files)
+        worker = kind(files)
         with suppress(EOFError):  # the parent has gone
             while True:
                 job = jobs[theirs.recv()]

@@ -21,7 +21,7 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import SCHEME, shown, snapshots
 from kcv2diffusers.output import check_free, new_folder
 from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetensors
-from kcv2diffusers.provenance import CONVERSION_FILE, record
+from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE, record
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
 from kcv2diffusers.sources import open_sources
 from kcv2diffusers.sources.locate import locate, locate_all
@@ -48,6 +48,7 @@ _OUTPUT_FILES = (
     "learned_embeds*.safetensors",
     "pytorch_lora_weights.safetensors",
     RUN_FILE,
+    VERIFICATION_FILE,
     "samples.png",
 )
 _NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}
@@ -56,12 +57,16 @@ _GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did. Sizes are in bytes; `parts` maps each part to where it came from."""
+    """What a conversion did. Sizes are in bytes; `parts` tells of each part where it came from, `sources` are
+    the KerasCV checkpoints among these, `base` is the pipeline folder that the others are from.
+    """
 
     out: Path
     version: str
     complete: bool
     parts: dict[str, str]
+    sources: dict[str, Path]
+    base: Path | None
     dtypes: dict[str, str]
     missing: list[str]
     bytes_read: int
@@ -70,11 +75,13 @@ class Converted:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"out": str(self.out)}
+        paths = {part: str(path) for part, path in self.sources.items()}
+        base = str(self.base) if self.base else None
+        return asdict(self) | {"out": str(self.out), "sources": paths, "base": base}
 
 
 @dataclass(frozen=True)
-class _Base:
+class Filler:
     """What fills the gaps: components of a diffusers pipeline, or more KerasCV parts; a tokenizer too."""
 
     paths: Sequence[Path] = ()
@@ -129,17 +136,17 @@ def convert(
     }  # fmt: skip
     notes: list[str] = []
     paths = [path for source in sources for path in locate_all(source)]
-    parts = _gather(paths, named)
+    parts = gather(paths, named)
     if beside := _sibling([*sources, *named.values()], parts, with_sibling, notes):
         paths += beside
-        parts |= _gather(beside, {})
-    filler, only_given = _base(base, parts, variant, notes)
+        parts |= gather(beside, {})
+    filler, only_given = find_base(base, parts, variant, notes)
     used = [path for path in filler.paths if filler.parts.keys() - parts.keys()]
     parts |= {part: match for part, match in filler.parts.items() if part not in parts}
     missing = [part for part in PARTS if part not in parts]
     _check_missing(parts, missing, only_given, notes)
     complete = not missing and not only_given
-    parts = _check_together({part: parts[part].require_complete() for part in PARTS if part in parts})
+    parts = check_together({part: parts[part].require_complete() for part in PARTS if part in parts})
     given = [*paths, *filler.paths, *snapshots(paths)]
     files = _tokenizer(parts.get("text_encoder"), tokenizer, given, placeholder_tokens, only_given)
 
@@ -158,7 +165,7 @@ def convert(
         kind = DTYPES[dtype] if dtype else common_dtype(entry.tensor for entry in entries)
         plans.append((table, entries, kind))
         dtypes[table.folder] = kind.name
-        configs[table.folder] = _config(mine[0], filler, image_size, gelu, files)
+        configs[table.folder] = config_for(mine[0], filler, image_size, gelu, files)
     embeddings = _embeddings(parts.get("text_encoder"), placeholder_tokens, dtypes.get("text_encoder"))
 
     for match in parts.values():
@@ -197,6 +204,8 @@ def convert(
         version=_version(parts),
         complete=complete,
         parts={part: f"{shown(m.source.path)} ({m.source.container})" for part, m in parts.items()},
+        sources={part: match.source.path for part, match in parts.items() if match.keras},
+        base=filler.paths[0] if filler.components else None,
         dtypes=dtypes,
         missing=missing,
         bytes_read=total,
@@ -206,7 +215,7 @@ def convert(
     )
 
 
-def _gather(paths: Sequence[Path], named: Mapping[str, Source | None]) -> dict[str, Match]:
+def gather(paths: Sequence[Path], named: Mapping[str, Source | None]) -> dict[str, Match]:
     """One match a part, from positional sources and from those given for a part."""
     parts: dict[str, Match] = {}
     for source in (source for path in paths for source in open_sources(path)):
@@ -249,18 +258,18 @@ def _sibling(
     return []
 
 
-def _base(
+def find_base(
     base: Source | Sequence[Source] | None,
     parts: Mapping[str, Match],
     variant: str | None,
     notes: list[str],
-) -> tuple[_Base, bool]:
+) -> tuple[Filler, bool]:
     """The filler, and whether only the given parts are to be written."""
     bases = [] if base is None else [base] if isinstance(base, (str, PathLike)) else list(base)
     if "none" in map(str, bases):
         if len(bases) > 1:
             raise Error("--base none cannot be combined with another --base.")
-        return _Base(), True
+        return Filler(), True
     missing = [part for part in PARTS if part not in parts]
     unusual = [match.part for match in parts.values() if not match.known]
     if bases:
@@ -277,13 +286,13 @@ def _base(
         paths = []
     folders = [path for path in paths if is_pipeline(path)]
     if not folders:
-        return _Base(paths, parts=_gather(paths, {})), False
+        return Filler(paths, parts=gather(paths, {})), False
     if len(paths) > 1:
         raise Error("Give one pipeline folder as --base, or KerasCV files, not both.")
     wanted = {table_of(part).folder for part in (*missing, *unusual)}
     components = read_pipeline(folders[0], wanted, variant)
     found = {part: match for component in components.values() for part, match in component.parts.items()}
-    return _Base(paths, components, found), False
+    return Filler(paths, components, found), False
 
 
 def _check_missing(
@@ -306,7 +315,7 @@ def _check_missing(
         raise Error(f"A VAE needs both halves and the {NAMES[halves[0]]} is missing.\nGive {option} SRC.")
 
 
-def _check_together(parts: dict[str, Match]) -> dict[str, Match]:
+def check_together(parts: dict[str, Match]) -> dict[str, Match]:
     """The parts, if they belong to one model; the version of an unusual text encoder is its UNet's."""
     unet, text = parts.get("unet"), parts.get("text_encoder")
     if unet and text:
@@ -372,9 +381,10 @@ def _check_rows(text: Match | None, vocabulary: int, placeholder_tokens: Sequenc
         )
 
 
-def _config(
-    match: Match, filler: _Base, image_size: int | None, gelu: str, files: TokenizerFiles | None
+def config_for(
+    match: Match, filler: Filler, image_size: int | None, gelu: str, files: TokenizerFiles | None
 ) -> dict[str, Any]:
+    """The config.json of a part's component: from the table, and from `filler` what weights do not tell."""
     table = match.spec.table
     component = filler.components.get(table.folder)
     if not match.keras:  # the base's own component, with the base's own config

@@ -45,11 +45,15 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class NotFinite:
-    """A tensor with values that are NaN or infinite, in the source or only in the target dtype."""
+class Finding:
+    """What is wrong with a tensor."""
 
     name: str
     problem: str
+
+
+class NotFinite(Finding):
+    """Values that are NaN or infinite, in the source or only in the target dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class Files:
 class Worker:
     """The buffers of one process, and the work on one tensor at a time."""
 
+    access = os.O_WRONLY  # how it opens target files
+
     def __init__(self, files: Files) -> None:
         self.files = files
         self.buffers: dict[str, np.ndarray] = {}
@@ -74,7 +80,7 @@ class Worker:
             self.buffers[name] = np.empty(nbytes, np.uint8)
         return self.buffers[name][:nbytes].view(dtype).reshape(shape)
 
-    def do(self, job: Job) -> NotFinite | None:
+    def do(self, job: Job) -> Finding | None:
         source = _Reader(self.files.read.get(job.tensor.path, -1), job.tensor)
         if job.tensor.crc32c is not None:
             self.check(source, job.tensor)

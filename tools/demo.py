@@ -3,7 +3,8 @@
     python tools/demo.py FOLDER
 
 FOLDER/demo.png shows one prompt a column and three rows: the base before training, after it in Keras, and
-after it in diffusers from the same noise. FOLDER/run is the training run, FOLDER/pipeline its export.
+after it in diffusers from the same noise. FOLDER/run is the training run, FOLDER/pipeline its export, and
+FOLDER/report/report.html compares that with the run's checkpoint.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def main(folder: Path) -> None:
     with timed("loading"):
         import numpy as np
 
+        from kcv2diffusers import verify
         from kcv2diffusers.dreambooth.config import Config
         from kcv2diffusers.dreambooth.train import train
         from kcv2diffusers.models.base import load_base
@@ -86,7 +88,22 @@ def main(folder: Path) -> None:
     captions = [f"{row}: {p}" for row in ("before", "after, Keras", "after, diffusers") for p in PROMPTS]
     grid(np.concatenate([before, after, stock]), len(PROMPTS), captions, scale=2).save(folder / "demo.png")
     print(f"Keras and diffusers: least PSNR of a pair {psnr(after, stock).min():.1f} dB")
+    with timed("verifying the pipeline"):
+        result = verify(
+            pipeline,
+            *sorted((run / "checkpoints").iterdir())[-1:],
+            base=["tiny"],
+            unet_gelu=config.gelu,
+            prompts=PROMPTS[:2],
+            steps=STEPS,
+            guidance=GUIDANCE_SCALE,
+            seeds=1,
+            report=folder / "report",
+        )
+    print(result.text())
     print(f"{time.monotonic() - started:.0f} s in all. Look at {folder / 'demo.png'}.")
+    if not result.passed:
+        sys.exit(result.reason)
 
 
 if __name__ == "__main__":

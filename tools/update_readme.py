@@ -43,6 +43,7 @@ def main() -> None:
         ("study", ROOT / ".cache" / "study.md"),
         ("dreambooth-full", ROOT / ".cache" / "dreambooth-full.md"),
         ("dreambooth-lora", ROOT / ".cache" / "dreambooth-lora.md"),
+        ("verify", ROOT / ".cache" / "verify.md"),
         ("tiny", ROOT / "kcv2diffusers" / "tiny" / "quality.txt"),
     ):
         if measured.exists():

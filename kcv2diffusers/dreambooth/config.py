@@ -34,6 +34,7 @@ class Config:
     tokenizer: str = _option("", "As in convert.")
     out: str = _option("", "Folder of the run: checkpoints, logs, pictures.")
     export: str = _option("", "Folder for the result as a diffusers pipeline.")
+    verify: bool = _option(False, "Compare that with the last checkpoint; the report goes to OUT/verify.")
 
     steps: int = _option(400, "Number of training steps.", least=1)
     batch_size: int = _option(1, "Photos in a step; with prior preservation as many class pictures.", least=1)
@@ -150,6 +151,8 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
         _check(f, getattr(config, f.name))
     if config.class_images and not config.class_prompt:
         raise Error("--class-images needs --class-prompt, the text that describes them.")
+    if config.verify and not config.export:
+        raise Error("--verify compares the pipeline of --export; give that as well.")
     if not config.ema < 1:
         raise Error(f"--ema {config.ema}: give a number below 1, such as 0.999.")
     if config.push_to_hub and not config.export:

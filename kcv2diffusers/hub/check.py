@@ -14,7 +14,7 @@ import numpy as np
 from kcv2diffusers import pipeline
 from kcv2diffusers.dreambooth.config import RUN_FILE
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.provenance import CONVERSION_FILE
+from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE
 from kcv2diffusers.recognise import NAMES, Match
 from kcv2diffusers.sources.pipeline import Component, read_pipeline, read_safetensors
 from kcv2diffusers.sources.tensor import Tensor
@@ -25,7 +25,6 @@ Progress = Callable[[int, int], None]
 
 CARD = "README.md"
 # `verify` wrote it (report.json, or --json): figures for the card. It stays at home, because it holds paths.
-VERIFICATION_FILE = "verification.json"
 _AGAIN = "Convert or save the pipeline again."
 _SLICE = 16 << 20  # bytes looked at at a time
 # What is published: of the root, and of each component's folder. Anything else stays at home.

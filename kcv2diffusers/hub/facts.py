@@ -14,7 +14,7 @@ from kcv2diffusers import provenance
 from kcv2diffusers.dreambooth.config import PUBLIC, RUN_FILE, read_options
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import SCHEME, parse
-from kcv2diffusers.hub.check import VERIFICATION_FILE, Checked, Progress, variant_of
+from kcv2diffusers.hub.check import Checked, Progress, variant_of
 
 _OLD_KERAS = (2, 12)  # the newest that keras-cv before 0.5, the stack of the 2023 DreamBooth sprint, ran on
 
@@ -76,7 +76,7 @@ def gather(
         checked,
         conversion,
         _run(folder / RUN_FILE),
-        figures(folder / VERIFICATION_FILE),
+        figures(folder / provenance.VERIFICATION_FILE),
         [name for name in checked.files if name.endswith(".png")],
         stated,
         base_model or _base_model(conversion),

@@ -69,15 +69,20 @@ class TextToImage:
     def __post_init__(self) -> None:
         self._step = GuidedStep(self.unet, self.prediction_type)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Array:
-        """The text encoder's output for each prompt: (prompts, 77, width)."""
+    def tokens(self, prompts: Sequence[str]) -> Array:
+        """Token ids of each prompt, padded with the end token: (prompts, 77) int32."""
         tokens = [self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, tokens, strict=True):
             if len(ids) > PROMPT_LENGTH:
                 raise Error(f"the prompt has {len(ids)} tokens, at most {PROMPT_LENGTH} fit: {prompt!r}")
         padded = [ids + [self.tokenizer.end] * (PROMPT_LENGTH - len(ids)) for ids in tokens]
-        positions = np.broadcast_to(np.arange(PROMPT_LENGTH, dtype="int32"), (len(padded), PROMPT_LENGTH))
-        inputs = {"tokens": np.array(padded, dtype="int32"), "positions": np.ascontiguousarray(positions)}
+        return np.array(padded, dtype="int32")
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Array:
+        """The text encoder's output for each prompt: (prompts, 77, width)."""
+        tokens = self.tokens(prompts)
+        positions = np.broadcast_to(np.arange(PROMPT_LENGTH, dtype="int32"), tokens.shape)
+        inputs = {"tokens": tokens, "positions": np.ascontiguousarray(positions)}
         return np.asarray(self.text_encoder.predict_on_batch(inputs))
 
     def sample(
@@ -105,8 +110,11 @@ class TextToImage:
         steps: int = 50,
         guidance_scale: float = 7.5,
         progress: Callable[[int, int], None] | None = None,
+        observe: Callable[[Array], None] | None = None,
     ) -> Array:
-        """`sample` with encoded prompts: `context` is of those to keep away from, then of those to follow."""
+        """`sample` with encoded prompts: `context` is of those to keep away from, then of those to follow.
+        `observe` is given the latents after each step.
+        """
         timesteps, signal = sampling_timesteps(steps), alphas_cumprod()
         latents = np.asarray(noise, dtype="float32")
         width = self.unet.input_shape[1][-1]
@@ -123,6 +131,8 @@ class TextToImage:
             )
             if progress is not None:
                 progress(done, steps)
+            if observe is not None:
+                observe(np.asarray(latents))
         return np.asarray(latents)
 
     def decode(self, latents: Array) -> Array:

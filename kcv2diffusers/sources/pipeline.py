@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ _RESAVE = "Save the pipeline again with diffusers' save_pretrained."
 
 @dataclass(frozen=True)
 class Component:
-    """A component folder of a pipeline: its config.json and the parts its weights hold."""
+    """A component folder of a pipeline: its config.json, the parts its weights hold, and tensors of none."""
 
     path: Path
     config: dict[str, Any]
     parts: dict[str, Match]
+    stray: list[Tensor] = field(default_factory=list)
 
 
 def is_pipeline(path: Path) -> bool:
@@ -40,11 +41,12 @@ def is_pipeline(path: Path) -> bool:
 
 
 def read_pipeline(
-    folder: Path, wanted: Collection[str] | None = None, variant: str | None = None
+    folder: Path, wanted: Collection[str] | None = None, variant: str | None = None, *, strict: bool = True
 ) -> dict[str, Component]:
     """The components of a diffusers pipeline by folder name: those `wanted` that are there, or all.
 
-    Raises SourceError if the folder is no pipeline, a file is damaged or only pickled weights are there.
+    Raises SourceError if the folder is no pipeline, a file is damaged, only pickled weights are there or,
+    where `strict`, tensors belong to no part.
     """
     if not folder.is_dir():
         raise SourceError(folder, "no such folder.", "Check the path.")
@@ -53,7 +55,7 @@ def read_pipeline(
         component = folder / table.folder
         with reading(component):
             if component.is_dir() and (wanted is None or table.folder in wanted):
-                found[table.folder] = _component(component, table, variant)
+                found[table.folder] = _component(component, table, variant, strict)
     if not found and wanted is None:
         raise SourceError(
             folder,
@@ -75,7 +77,7 @@ def prediction_of(folder: Path) -> str:
     return str(stated)
 
 
-def _component(folder: Path, table: Table, variant: str | None) -> Component:
+def _component(folder: Path, table: Table, variant: str | None, strict: bool) -> Component:
     weights = _weights(folder, table.weights, variant)
     source = Source(weights, "diffusers .safetensors", Style.FLAT, flat=read_safetensors(weights))
     parts = {}
@@ -85,11 +87,11 @@ def _component(folder: Path, table: Table, variant: str | None) -> Component:
         if best.found:
             parts[part] = best
     claimed = {id(t) for match in parts.values() for t in match.found.values()}
-    stray = [t.name for t in source.flat if id(t) not in claimed and table.rename(t.name)]
-    if not parts or stray:
-        detail = f" ({stray[0]}, ...)" if stray else ""
+    stray = [t for t in source.flat if id(t) not in claimed and table.rename(t.name)]
+    if not parts or (strict and stray):
+        detail = f" ({stray[0].name}, ...)" if stray else ""
         raise SourceError(weights, f"tensors that no Stable Diffusion {table.folder} has{detail}.", _RESAVE)
-    return Component(folder, _json(folder / "config.json"), parts)
+    return Component(folder, _json(folder / "config.json"), parts, stray)
 
 
 def _weights(folder: Path, name: str, variant: str | None) -> Path:

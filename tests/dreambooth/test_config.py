@@ -65,6 +65,7 @@ def test_a_bad_file(tmp_path: Path, text: str, message: str) -> None:
         ({"ema": 1.0}, "--ema 1.0"),
         ({"resolution": 100}, "multiple of 64"),
         ({"class_images": "dogs"}, "needs --class-prompt"),
+        ({"verify": True}, "pipeline of --export; give that as well"),
     ],
 )
 def test_bad_options(change: dict, message: str) -> None:

@@ -1,0 +1,223 @@
+"""The diffusers side: the stock parts on the same inputs, as users run them and with KerasCV's numerics.
+
+    python -m kcv2diffusers.verification.diffusers_side FOLDER
+
+It runs after the Keras side. A block is given that side's output of the blocks before it, so that the error
+of each is its own: what is wrong is named, and what merely follows from it is not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+
+from kcv2diffusers import replay
+from kcv2diffusers.schedule import Array
+from kcv2diffusers.verification.blocks import modules_of
+from kcv2diffusers.verification.distance import relative_error
+from kcv2diffusers.verification.exchange import Arrays, Progress, side_main
+from kcv2diffusers.verification.images import SIDES
+from kcv2diffusers.verification.inputs import Inputs, batches, block_inputs
+from kcv2diffusers.verification.request import Request
+from kcv2diffusers.verification.sides import Side, open_sides
+
+CLASSES = {
+    "unet": diffusers.UNet2DConditionModel,
+    "text_encoder": transformers.CLIPTextModel,
+    "vae": diffusers.AutoencoderKL,
+}
+
+
+@contextmanager
+def numerics(model: Any, kind: str) -> Iterator[None]:
+    """Within the block `model` computes as KerasCV in what `kind` names: "gelu", "epsilon", both, or in
+    nothing: "stock".
+    """
+    with ExitStack() as stack:
+        if "gelu" in kind:
+            stack.enter_context(replay.kerascv_gelu(model))
+        if "epsilon" in kind:
+            stack.enter_context(replay.kerascv_epsilon(model))
+        yield
+
+
+def kinds_of(side: Side, request: Request) -> list[str]:
+    """How a part is measured: as it is, and with what KerasCV does otherwise; all of it last."""
+    if side.part == "text_encoder":
+        return ["stock"]
+    if side.part == "unet" and side.unet_gelu(request) == "tanh":
+        return ["stock", "epsilon", "gelu", "gelu, epsilon"]
+    return ["stock", "epsilon"]
+
+
+def run(folder: Path, request: Request, progress: Progress) -> None:
+    """Write into FOLDER/diffusers what this side computes, and how far blocks are from FOLDER/keras."""
+    diffusers.utils.logging.disable_progress_bar()
+    sides = open_sides(request)
+    told = json.loads((folder / "plan.json").read_text())
+    drawn = told["draw"]
+    pipe = replay.load(request.pipeline, _variant(sides)) if drawn else None
+    blocks: dict[str, dict[str, float]] = {}
+    with torch.no_grad():
+        for done, (part, names) in enumerate(told["modules"].items()):
+            side = sides[part]
+            component = side.source.spec.table.folder
+            progress("diffusers side: parts", done, len(told["modules"]), side.name)
+            model = getattr(pipe, component) if pipe else _load(side)
+            given = {name: Arrays(folder / "inputs").load(part, name) for name in names}
+            crop = request.reference == "builtin"
+            blocks[part] = modules(folder, side, request, model.eval(), given, crop=crop)
+            del model
+        progress("diffusers side: parts", len(told["modules"]), len(told["modules"]), "")
+        if pipe is not None:
+            _images(folder, request, sides, pipe, told["size"], progress)
+    versions = {library.__name__: library.__version__ for library in (diffusers, transformers, torch)}
+    results = {"blocks": blocks, "versions": versions}
+    (folder / "diffusers" / "results.json").write_text(json.dumps(results))
+
+
+def _variant(sides: dict[str, Side]) -> str | None:
+    """The variant in the names of the weight files, such as fp16."""
+    for side in sides.values():
+        if side.own is not None:
+            stem = side.source.spec.table.weights.rsplit(".", 1)[0]
+            middle = side.own.source.path.name.removeprefix(stem).removesuffix(".safetensors")
+            if middle:
+                return middle.removeprefix(".")
+    return None
+
+
+def _load(side: Side) -> Any:
+    """One component alone."""
+    table = side.source.spec.table
+    cls: Any = CLASSES[table.folder]
+    model = cls.from_pretrained(
+        side.component.path,
+        variant=_variant({side.part: side}),
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    return replay.in_float32(model)
+
+
+def first(values: Array) -> torch.Tensor:
+    """To torch, channels first where it is a picture."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 1) if values.ndim == 4 else values))
+
+
+def last(values: torch.Tensor) -> Array:
+    """Back to NumPy, channels last where it is a picture."""
+    array: Array = values.float().numpy()
+    return np.moveaxis(array, 1, -1) if array.ndim == 4 else array
+
+
+def forward(side: Side, model: Any, given: Inputs) -> Any:
+    """One forward pass, as StableDiffusionPipeline makes it."""
+    if side.part == "unet":
+        output = model(first(given["latent"]), torch.from_numpy(given["timesteps"]), first(given["context"]))
+        return output.sample
+    if side.part == "text_encoder":
+        return model(torch.from_numpy(given["tokens"]).long())[0]
+    scale = model.config.scaling_factor
+    if side.part == "vae_decoder":
+        return model.decode(first(given["latent"]) / scale).sample
+    return model.encode(first(given["image"])).latent_dist.mean * scale
+
+
+def modules(
+    folder: Path, side: Side, request: Request, model: Any, given: Inputs, *, crop: bool
+) -> dict[str, float]:
+    """Write the part's outputs, measured in each way; returns the error of each block, given right inputs."""
+    outputs = Arrays(folder / "diffusers")
+    kinds = kinds_of(side, request)
+    for kind in kinds:
+        with numerics(model, kind):
+            for number in range(len(next(iter(given.values())))):
+                one = {name: values[number : number + 1] for name, values in given.items()}
+                outputs.save(last(forward(side, model, one)), side.part, kind, number)
+    with numerics(model, kinds[-1]):
+        return _blocks(side, model, block_inputs(given, crop=crop), Arrays(folder / "keras"))
+
+
+def _blocks(side: Side, model: Any, given: Inputs, expected: Arrays) -> dict[str, float]:
+    rename = side.source.spec.table.rename
+    torch_modules = {str(rename(f"{name}.")).removesuffix("."): m for name, m in model.named_modules()}
+    errors: dict[str, float] = {}
+
+    def compare(name: str) -> Callable[[Any, Any, Any], Any]:
+        def hook(_: Any, __: Any, output: Any) -> Any:
+            """Measures the block's output and puts that of the Keras side in its place."""
+            got = output if isinstance(output, torch.Tensor) else output[0]
+            wanted = expected.load(side.part, "block", name)
+            errors[name] = relative_error(last(got), wanted)[1]
+            right = first(wanted).reshape(got.shape)
+            if isinstance(output, torch.Tensor):
+                return right
+            if isinstance(output, tuple):
+                return (right, *output[1:])
+            return type(output)(right)
+
+        return hook
+
+    with ExitStack() as stack:
+        for module in modules_of(side.source):
+            if module.name not in torch_modules:
+                errors[module.name] = float("inf")
+                continue
+            handle = torch_modules[module.name].register_forward_hook(compare(module.name))
+            stack.callback(handle.remove)
+        forward(side, model, given)
+    return errors
+
+
+def _images(
+    folder: Path, request: Request, sides: dict[str, Side], pipe: Any, size: int, progress: Progress
+) -> None:
+    inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "diffusers")
+    text = pipe.tokenizer(
+        ["", *request.prompts],
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="np",
+    )
+    outputs.save(text.input_ids, "tokens")
+    kind = kinds_of(sides["unet"], request)[-1]
+    todo = batches(request, size)
+    total, done = 2 * len(todo) * request.steps, 0
+    for name, batch in product(SIDES, todo):
+        latents: list[Array] = []
+
+        def observe(values: Array, done: int = done, latents: list[Array] = latents) -> None:
+            latents.append(values)
+            progress("diffusers side: steps", done + len(latents), total, "")
+
+        with ExitStack() as stack:
+            if name == "attributed":
+                stack.enter_context(numerics(pipe.unet, kind))
+                stack.enter_context(numerics(pipe.vae, "epsilon"))
+            drawn = replay.draw(
+                pipe,
+                [prompt for _, prompt, _ in batch],
+                np.concatenate([inputs.load("noise", seed) for _, _, seed in batch]),
+                steps=request.steps,
+                guidance_scale=request.guidance,
+                observe=observe,
+            )
+        done += request.steps
+        for n, (number, _, _) in enumerate(batch):
+            outputs.save(drawn[n : n + 1], "picture", name, number)
+            outputs.save(np.stack(latents)[:, n : n + 1], "latents", name, number)
+
+
+if __name__ == "__main__":
+    side_main(run)

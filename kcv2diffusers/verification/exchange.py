@@ -1,0 +1,119 @@
+"""The two sides in processes of their own: starting them, their progress, and the arrays between them.
+
+They work one after the other in a folder that holds the request, so that one framework with one set of models
+is in memory at a time. A side prints its progress; what else goes wrong in it is an error here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from kcv2diffusers.errors import Error, MissingExtra
+from kcv2diffusers.schedule import Array
+from kcv2diffusers.verification.request import Request
+
+Progress = Callable[[str, int, int, str], None]
+_MARK = "\x1e"  # before a line of ours; libraries print as they like
+_LOG = 2000  # characters of a crashed side's messages that are shown
+
+
+class Arrays:
+    """Named arrays in a folder, each written when it is there and read when it is needed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def _path(self, *name: str | int) -> Path:
+        return self.folder / ("__".join(map(str, name)) + ".npy")
+
+    def save(self, values: Any, *name: str | int) -> None:
+        np.save(self._path(*name), np.asarray(values))
+
+    def load(self, *name: str | int) -> Array:
+        values: Array = np.load(self._path(*name), allow_pickle=False)
+        return values
+
+    def __contains__(self, name: tuple[str | int, ...]) -> bool:
+        return self._path(*name).is_file()
+
+
+def run_side(name: str, title: str, folder: Path, progress: Progress, backend: str = "torch") -> None:
+    """Run module `name` of this package on `folder` until it ends. `backend` is Keras', where KERAS_BACKEND
+    does not say another.
+
+    Raises Error as the side does, or if the system killed it; RuntimeError with its messages for a crash.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment.setdefault("KERAS_BACKEND", backend)
+    # -P keeps the working folder off the path: a file there may be called as a library is.
+    package = str(Path(__file__).parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
+    log = folder / f"{name}.log"
+    with log.open("wb") as errors:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", f"kcv2diffusers.verification.{name}", str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            text=True,
+        )
+        refusal = None
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if not line.startswith(_MARK):
+                    continue
+                told = json.loads(line[1:])
+                if "error" in told:
+                    refusal = str(told["error"])
+                else:
+                    progress(*told["progress"])
+            code = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+    if refusal is not None:
+        raise Error(refusal)
+    if code == -signal.SIGKILL:
+        raise Error(
+            f"The process of the {title} was killed, most likely for lack of memory.\n"
+            "Free some memory, or give a smaller --size."
+        )
+    if code:
+        raise RuntimeError(f"the {title} ended with {code}:\n{log.read_text(errors='replace')[-_LOG:]}")
+
+
+def side_main(run: Callable[[Path, Request, Progress], None]) -> NoReturn:
+    """What the module of a side does when it is started: `run` on the folder it is given."""
+    folder = Path(sys.argv[1])
+
+    def tell(**data: Any) -> None:
+        print(_MARK + json.dumps(data), flush=True)
+
+    try:
+        run(folder, Request.load(folder), lambda *words: tell(progress=words))
+    except ModuleNotFoundError as error:
+        tell(error=str(MissingExtra(str(error.name), "verify")))
+    except Error as error:
+        tell(error=str(error))
+    except BrokenPipeError:  # nobody waits any more
+        os._exit(1)
+    sys.exit(0)
+
+
+def require(*packages: str) -> None:
+    """Raise MissingExtra for a package that is not installed, before anything takes long."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingExtra({"skimage": "scikit-image"}.get(package, package), "verify")

@@ -1,0 +1,112 @@
+"""The third level: pictures of both sides from the same noise, and the way there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kcv2diffusers.pictures import psnr
+from kcv2diffusers.schedule import Array
+from kcv2diffusers.verification.bars import Bars
+from kcv2diffusers.verification.distance import relative_error
+from kcv2diffusers.verification.exchange import Arrays
+from kcv2diffusers.verification.request import Request
+
+SIDES = ("stock", "attributed")
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How alike a picture is to the Keras side's: PSNR in dB (infinite if equal), SSIM, the largest
+    difference of a colour (0 to 255), and after each step the latents' largest error / largest value.
+    """
+
+    psnr: float
+    ssim: float
+    largest: int
+    steps: list[float]
+
+
+@dataclass
+class Run:
+    """One prompt and seed; `stock` is diffusers as it is, `attributed` with KerasCV's GELU and epsilon."""
+
+    prompt: str
+    seed: int
+    stock: Likeness
+    attributed: Likeness
+
+
+@dataclass
+class Images:
+    """All runs, the limits, and what else differs (`problems`)."""
+
+    runs: list[Run]
+    bar: float
+    bar_attributed: float
+    problems: list[str] = field(default_factory=list)
+
+    def worst(self, side: str) -> Run:
+        """The run whose pictures are least alike."""
+        return min(self.runs, key=lambda run: getattr(run, side).psnr)
+
+    def failures(self) -> list[str]:
+        """What is beyond a bar, at the worst run."""
+        found = list(self.problems)
+        if not self.runs:
+            return found
+        for side, bar, how in (
+            ("stock", self.bar, ""),
+            ("attributed", self.bar_attributed, " with KerasCV's GELU and epsilon"),
+        ):
+            run = self.worst(side)
+            least = getattr(run, side).psnr
+            if not least >= bar:
+                where = f"prompt {run.prompt!r}, seed {run.seed}"
+                found.append(f"pictures: PSNR {least:.1f} dB{how} (bar {bar:g} dB), {where}")
+        return found
+
+
+def measure(folder: Path, request: Request, bars: Bars, *, exact: bool) -> Images:
+    """The figures from what both sides left in `folder`; `exact` says that both have the same GELU."""
+    keras, torch = Arrays(folder / "keras"), Arrays(folder / "diffusers")
+    runs = []
+    for number in range(len(request.prompts) * request.seeds):
+        prompt, seed = request.prompts[number // request.seeds], number % request.seeds
+        stock, attributed = (_likeness(keras, torch, side, number) for side in SIDES)
+        runs.append(Run(prompt, seed, stock, attributed))
+    bar = bars.psnr_attributed if exact else bars.psnr
+    problems = _tokens(keras.load("tokens"), torch.load("tokens"), ["", *request.prompts])
+    return Images(runs, bar, bars.psnr_attributed, problems)
+
+
+def _likeness(keras: Arrays, torch: Arrays, side: str, number: int) -> Likeness:
+    from skimage.metrics import structural_similarity
+
+    wanted, got = keras.load("picture", number), torch.load("picture", side, number)
+    way, other = keras.load("latents", number), torch.load("latents", side, number)
+    likeness: Any = structural_similarity
+    ssim = likeness(wanted[0], got[0], channel_axis=2, data_range=255)
+    return Likeness(
+        psnr=float(psnr(wanted, got)[0]),
+        ssim=float(ssim) if math.isfinite(ssim) else 0.0,
+        largest=int(np.abs(wanted.astype(int) - got).max()),
+        steps=[relative_error(b, a)[1] for a, b in zip(way, other, strict=True)],
+    )
+
+
+def _tokens(wanted: Array, got: Array, prompts: Sequence[str]) -> list[str]:
+    """Prompts whose ids differ."""
+    problems = []
+    for prompt, one, other in zip(prompts, wanted, got, strict=True):
+        if len(one) != len(other):
+            problems.append(f"tokens: {len(other)} for a prompt, not {len(one)}")
+        elif (one != other).any():
+            at = int(np.argmax(one != other))
+            problems.append(f"tokens: number {at} of {prompt!r} is {other[at]}, not {one[at]}")
+    return problems[:1]

@@ -1,0 +1,160 @@
+"""The Keras side: our models or KerasCV's on the inputs of each level, every array kept for the comparison.
+
+python -m kcv2diffusers.verification.keras_side FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from kcv2diffusers.models import build_decoder, build_image_encoder, build_text_encoder, build_unet
+from kcv2diffusers.models.base import load_weights, text_encoder_config, unet_config, vae_config
+from kcv2diffusers.models.layers import zeros
+from kcv2diffusers.models.sampler import TextToImage
+from kcv2diffusers.models.tokenizer import Tokenizer
+from kcv2diffusers.schedule import Array, timestep_embedding
+from kcv2diffusers.tokenizer import find_tokenizer
+from kcv2diffusers.verification.blocks import modules_of
+from kcv2diffusers.verification.exchange import Arrays, Progress, side_main
+from kcv2diffusers.verification.inputs import Inputs, batches, block_inputs
+from kcv2diffusers.verification.request import Request
+from kcv2diffusers.verification.sides import Side, open_sides, prediction_type
+
+Draw = Callable[[Sequence[str], Array, Callable[[Array], None]], Array]
+"""Prompts and noise to pictures (prompts, height, width, 3) uint8; told the latents after each step."""
+
+
+def run(folder: Path, request: Request, progress: Progress) -> None:
+    """Write into FOLDER/keras what the Keras side computes from FOLDER/inputs."""
+    inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "keras")
+    sides = open_sides(request)
+    told = json.loads((folder / "plan.json").read_text())
+    wanted: dict[str, list[str]] = told["modules"]
+    drawn = request.reaches("images")
+    kept: dict[str, keras.Model] = {}
+    count = len(sides) if drawn else len(wanted)
+    for part, side in sides.items():
+        if part not in wanted and not drawn:
+            continue
+        progress("Keras side: parts", len(kept), count, side.name)
+        model = _build(side, request, told["size"])
+        if part in wanted:
+            given = {name: inputs.load(part, name) for name in wanted[part]}
+            _modules(side, model, given, outputs, crop=request.reference == "builtin")
+        kept[part] = model if drawn and part != "vae_encoder" else None
+        del model
+    progress("Keras side: parts", count, count, "")
+    if drawn:
+        _images(folder, request, sides, kept, told["size"], progress)
+    versions = {"keras": keras.__version__, "Keras backend": keras.backend.backend()}
+    if request.reference == "keras-cv":
+        from importlib.metadata import version
+
+        versions["keras-cv"] = version("keras-cv")
+    (folder / "keras" / "versions.json").write_text(json.dumps(versions))
+
+
+def _build(side: Side, request: Request, size: int) -> keras.Model:
+    """The part's model with its source's weights, rounded as the pipeline stores them."""
+    source, config = side.source, side.config
+    with zeros():
+        if request.reference == "keras-cv":
+            from kcv2diffusers.verification.kerascv import build
+
+            model = build(side, size, request.gelu)
+        elif side.part == "unet":
+            model = build_unet(unet_config(source, config, side.unet_gelu(request)))  # type: ignore[arg-type]
+        elif side.part == "text_encoder":
+            model = build_text_encoder(text_encoder_config(source, config))
+        elif side.part == "vae_decoder":
+            model = build_decoder(vae_config(source, config))
+        else:
+            model = build_image_encoder(vae_config(source, config))
+    load_weights(model, source)
+    if side.stored != np.dtype("float32"):
+        for variable in model.weights:
+            values = keras.ops.convert_to_numpy(variable)
+            with np.errstate(over="ignore"):
+                variable.assign(values.astype(side.stored).astype("float32"))
+    return model
+
+
+def _forward(side: Side, model: keras.Model, given: Inputs) -> Any:
+    """One forward pass of one set of inputs."""
+    if side.part == "unet":
+        embedding = timestep_embedding(given["timesteps"], side.source.dims["c0"])
+        return model.predict_on_batch([given["latent"], embedding, given["context"]])
+    if side.part == "text_encoder":
+        tokens = given["tokens"]
+        positions = np.tile(np.arange(tokens.shape[1], dtype="int32"), (len(tokens), 1))
+        return model.predict_on_batch([tokens, positions])
+    return model.predict_on_batch(next(iter(given.values())))
+
+
+def _modules(side: Side, model: keras.Model, given: Inputs, outputs: Arrays, *, crop: bool) -> None:
+    for number in range(len(next(iter(given.values())))):
+        one = {name: values[number : number + 1] for name, values in given.items()}
+        outputs.save(_forward(side, model, one), side.part, number)
+    layers = [layer for layer in model.layers if layer.weights]
+    blocks = keras.Model(model.inputs, [layer.output for layer in layers])
+    found = _forward(side, blocks, block_inputs(given, crop=crop))
+    for module, values in zip(modules_of(side.source), found, strict=True):
+        outputs.save(values, side.part, "block", module.name)
+
+
+def _images(
+    folder: Path,
+    request: Request,
+    sides: dict[str, Side],
+    models: dict[str, Any],
+    size: int,
+    progress: Progress,
+) -> None:
+    inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "keras")
+    tokenizer = Tokenizer.of_files(find_tokenizer(Path(request.pipeline) / "tokenizer"))
+    sampler = TextToImage(
+        models["text_encoder"],
+        models["unet"],
+        models["vae_decoder"],
+        tokenizer,
+        prediction_type(request, sides),
+    )
+    pictures: Draw
+    if request.reference == "keras-cv":
+        from kcv2diffusers.verification.kerascv import drawing
+
+        pictures = drawing(sampler, sides["unet"].source.version, size, request.steps, request.guidance)
+    else:
+
+        def pictures(prompts: Sequence[str], noise: Array, observe: Callable[[Array], None]) -> Array:
+            context = sampler.encode_prompts([*[""] * len(prompts), *prompts])
+            latents = sampler.denoise(
+                context, noise, steps=request.steps, guidance_scale=request.guidance, observe=observe
+            )
+            return sampler.decode(latents)
+
+    outputs.save(sampler.tokens(["", *request.prompts]), "tokens")
+    todo = batches(request, size)
+    total = len(todo) * request.steps
+    for done, batch in enumerate(todo):
+        latents: list[Array] = []
+
+        def observe(values: Array, done: int = done, latents: list[Array] = latents) -> None:
+            latents.append(values)
+            progress("Keras side: steps", done * request.steps + len(latents), total, "")
+
+        noise = np.concatenate([inputs.load("noise", seed) for _, _, seed in batch])
+        drawn = pictures([prompt for _, prompt, _ in batch], noise, observe)
+        for n, (number, _, _) in enumerate(batch):
+            outputs.save(drawn[n : n + 1], "picture", number)
+            outputs.save(np.stack(latents)[:, n : n + 1], "latents", number)
+
+
+if __name__ == "__main__":
+    side_main(run)

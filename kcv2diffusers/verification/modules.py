@@ -1,0 +1,120 @@
+"""The second level: the same inputs through each part on both sides, and through each block."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kcv2diffusers.verification.bars import Bars
+from kcv2diffusers.verification.blocks import Module, modules_of
+from kcv2diffusers.verification.distance import relative_error
+from kcv2diffusers.verification.exchange import Arrays
+from kcv2diffusers.verification.inputs import TIMESTEPS
+from kcv2diffusers.verification.sides import Side
+
+# The ways of `diffusers_side.kinds_of` in words.
+KINDS = {
+    "stock": "stock diffusers",
+    "epsilon": "KerasCV's epsilon",
+    "gelu": "KerasCV's GELU",
+    "gelu, epsilon": "KerasCV's GELU and epsilon",
+}
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Largest absolute difference, and that over the largest absolute value of the Keras side."""
+
+    largest: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block's own error, given the right inputs, and whether it departs."""
+
+    module: Module
+    error: float
+    departs: bool
+
+
+@dataclass
+class Part:
+    """A part: errors by way of measuring, one for each of `inputs`, the limits, and its blocks in order."""
+
+    part: str
+    name: str
+    inputs: list[str]
+    errors: dict[str, list[Deviation]]
+    bar: float
+    bar_attributed: float
+    blocks: list[Block] = field(default_factory=list)
+
+    @property
+    def stock(self) -> float:
+        """The worst error of diffusers as it is."""
+        return max(error.relative for error in self.errors["stock"])
+
+    @property
+    def attributed(self) -> float:
+        """The worst error with all of KerasCV's numerics in the torch side."""
+        return max(error.relative for error in list(self.errors.values())[-1])
+
+    @property
+    def departing(self) -> list[Block]:
+        """The blocks that compute something else."""
+        return [block for block in self.blocks if block.departs]
+
+    def failures(self) -> list[str]:
+        """What is beyond a bar, with the first block that departs."""
+        beyond = []
+        if not self.stock <= self.bar:
+            beyond.append(f"{self.stock:.1e} (bar {self.bar:.0e})")
+        if not self.attributed <= self.bar_attributed and self.attributed != self.stock:
+            how = KINDS[list(self.errors)[-1]]
+            beyond.append(f"{self.attributed:.1e} with {how} (bar {self.bar_attributed:.0e})")
+        if self.departing and not beyond:
+            beyond.append(f"{self.stock:.1e}")
+        if not beyond:
+            return []
+        where = ""
+        if self.departing:
+            block, more = self.departing[0], len(self.departing) - 1
+            where = f"; first block that departs: {block.module.name} ({block.error:.1e}; {block.module.row}"
+            where += f"), and {more} more" if more else ")"
+        return [f"{self.name}: error {', '.join(beyond)}{where}"]
+
+
+def measure(
+    folder: Path, sides: Mapping[str, Side], wanted: Mapping[str, list[str]], bars: Bars
+) -> list[Part]:
+    """The figures of each part from what both sides left in `folder`."""
+    keras, torch = Arrays(folder / "keras"), Arrays(folder / "diffusers")
+    told = json.loads((folder / "diffusers" / "results.json").read_text())
+    parts = []
+    for part in wanted:
+        side = sides[part]
+        labels = [f"timestep {t}" for t in TIMESTEPS] if part == "unet" else []
+        count = len(labels) or next(n for n in range(100) if (part, n) not in keras)
+        errors = {
+            kind: [
+                Deviation(*relative_error(torch.load(part, kind, n), keras.load(part, n)))
+                for n in range(count)
+            ]
+            for kind in KINDS
+            if (part, kind, 0) in torch
+        }
+        # Where both sides have the exact GELU there is nothing to allow for.
+        same = part == "unet" and "gelu, epsilon" not in errors
+        blocks = [
+            Block(module, error, not error <= bars.block[part])
+            for module in modules_of(side.source)
+            if (error := told["blocks"][part].get(module.name)) is not None
+        ]
+        attributed = bars.attributed[part]
+        bar = attributed if same else bars.stock[part]
+        labels = labels or [f"input {n + 1}" for n in range(count)]
+        parts.append(Part(part, side.name, labels, errors, bar, attributed, blocks))
+    return parts

@@ -1,0 +1,113 @@
+"""The report: one HTML page with everything in it, and the same figures as JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from PIL import Image
+
+from kcv2diffusers.recognise import NAMES
+from kcv2diffusers.schedule import Array
+from kcv2diffusers.verification.bars import BARS
+from kcv2diffusers.verification.chart import log_chart
+from kcv2diffusers.verification.exchange import Arrays
+from kcv2diffusers.verification.images import SIDES, Images
+from kcv2diffusers.verification.modules import KINDS
+from kcv2diffusers.verification.result import Verified
+
+_SHOWN = 12  # runs whose pictures are shown, the least alike ones
+# Colours of the heat map from no difference to the largest: black, violet, orange, yellow.
+_HEAT = np.array([[0, 0, 4], [107, 24, 110], [237, 105, 37], [252, 255, 164]], dtype="float64")
+
+
+def write(folder: Path, arrays: Path | None, result: Verified) -> None:
+    """Write report.html and report.json into `folder`; pictures are taken from `arrays`, where both sides
+    left them.
+    """
+    environment = Environment(
+        loader=PackageLoader("kcv2diffusers.verification", "."),
+        autoescape=select_autoescape(default=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"short": _short, "decibels": _decibels, "gigabytes": _gigabytes}
+    drawn = result.images if result.images is not None and result.images.runs else None
+    page = environment.get_template("report.html").render(
+        result=result,
+        failures=result.failures(),
+        names=NAMES,
+        kinds=KINDS,
+        bars=BARS,
+        command=result.request.command(),
+        pictures=_pictures(arrays, drawn) if arrays is not None and drawn else [],
+        chart=_chart(drawn) if drawn else None,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("report.html", page),
+        ("report.json", json.dumps(result.to_dict(), indent=2) + "\n"),
+    ):
+        part = folder / f".{name}.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(folder / name)
+
+
+def _pictures(folder: Path, images: Images) -> list[dict[str, Any]]:
+    """A run's pictures as data URIs: Keras, diffusers, and where they differ; the least alike runs first."""
+    numbers = sorted(range(len(images.runs)), key=lambda number: images.runs[number].stock.psnr)[:_SHOWN]
+    shown = []
+    for number in numbers:
+        keras = Arrays(folder / "keras").load("picture", number)[0]
+        stock = Arrays(folder / "diffusers").load("picture", "stock", number)[0]
+        shown.append(
+            {
+                "run": images.runs[number],
+                "keras": _data_uri(keras),
+                "stock": _data_uri(stock),
+                "difference": _data_uri(_heat(keras, stock)),
+            }
+        )
+    return shown
+
+
+def _heat(one: Array, other: Array) -> Array:
+    """The largest difference of each pixel's colours as a colour, scaled to the picture's own largest."""
+    apart = np.abs(one.astype("float64") - other).max(-1)
+    scaled = apart / max(1.0, apart.max()) * (len(_HEAT) - 1)
+    channels = [np.interp(scaled, np.arange(len(_HEAT)), _HEAT[:, channel]) for channel in range(3)]
+    return np.stack(channels, -1).astype("uint8")
+
+
+def _data_uri(picture: Array) -> str:
+    buffer = BytesIO()
+    Image.fromarray(picture).save(buffer, format="png", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _chart(images: Images) -> Any:
+    """The worst run's error at each step, by side."""
+    worst: Callable[[str], list[float]] = lambda side: [  # noqa: E731
+        max(errors) for errors in zip(*(getattr(run, side).steps for run in images.runs), strict=True)
+    ]
+    return log_chart({side: worst(side) for side in SIDES})
+
+
+def _short(value: float) -> str:
+    return f"{value:.1e}" if math.isfinite(value) else "infinite"
+
+
+def _decibels(value: float) -> str:
+    return f"{value:.1f} dB" if math.isfinite(value) else "identical"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -1,0 +1,102 @@
+"""What is to be verified, and how: the options of `verify`, written into a file for the two sides to read."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from kcv2diffusers.errors import Error
+
+LEVELS = ("weights", "modules", "images")
+REFERENCES = ("builtin", "keras-cv")
+GELUS = ("exact", "tanh")
+PROMPTS = ("a red car on a street",)
+MULTIPLE = {"builtin": 64, "keras-cv": 128}  # pixels; KerasCV rounds sizes to its own
+_FILE = "request.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A verification. `sources` and `named` (by part) are the checkpoints that `pipeline` was made of,
+    `base` what the conversion took the other parts from. `gelu` is the activation of an SD2 text encoder,
+    `unet_gelu` that of the Keras UNet, as in training; `prediction_type` what it predicts (None: as in
+    `sides.prediction_type`). `size` is in pixels; None is the pipeline's own.
+    """
+
+    pipeline: str
+    sources: list[str] = field(default_factory=list)
+    named: dict[str, str] = field(default_factory=dict)
+    base: list[str] = field(default_factory=list)
+    variant: str | None = None
+    gelu: str = "exact"
+    unet_gelu: str = "tanh"
+    prediction_type: str | None = None
+    reference: str = "builtin"
+    level: str = "images"
+    prompts: list[str] = field(default_factory=lambda: list(PROMPTS))
+    steps: int = 25
+    guidance: float = 7.5
+    seeds: int = 3
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises Error for an option that is out of range."""
+        for option, value, choices in (
+            ("level", self.level, LEVELS),
+            ("reference", self.reference, REFERENCES),
+            ("gelu", self.gelu, GELUS),
+            ("unet-gelu", self.unet_gelu, GELUS),
+        ):
+            if value not in choices:
+                raise Error(f"--{option} {value}: choose one of {', '.join(choices)}.")
+        for option, number in (("steps", self.steps), ("seeds", self.seeds)):
+            if number < 1:
+                raise Error(f"--{option} {number}: give at least 1.")
+        if self.steps > 1000:
+            raise Error(f"--steps {self.steps}: there are 1000 timesteps.")
+        multiple = MULTIPLE[self.reference]
+        if self.size is not None and (self.size < multiple or self.size % multiple):
+            raise Error(f"--size {self.size}: give a multiple of {multiple}.")
+        if not self.prompts:
+            raise Error("Give at least one prompt.")
+
+    def reaches(self, level: str) -> bool:
+        """Whether `level` is checked: the one asked for and those below it."""
+        return LEVELS.index(self.level) >= LEVELS.index(level)
+
+    def save(self, folder: Path) -> None:
+        (folder / _FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Request:
+        return cls(**json.loads((folder / _FILE).read_text(encoding="utf-8")))
+
+    def command(self) -> str:
+        """The command line that asks for this."""
+        words = ["kcv2diffusers", "verify", self.pipeline, *self.sources]
+        for part, source in self.named.items():
+            words += ["--" + part.replace("_", "-"), source]
+        for base in self.base:
+            words += ["--base", base]
+        options = {
+            "variant": self.variant,
+            "gelu": self.gelu,
+            "unet-gelu": self.unet_gelu,
+            "prediction-type": self.prediction_type,
+            "reference": self.reference,
+            "level": self.level,
+        }
+        defaults = Request(pipeline="")
+        for name, value in options.items():
+            if value is not None and value != getattr(defaults, name.replace("-", "_")):
+                words += ["--" + name, value]
+        if self.reaches("modules") and self.size is not None:
+            words += ["--size", str(self.size)]
+        if self.reaches("images"):
+            for prompt in self.prompts:
+                words += ["--prompt", prompt]
+            words += ["--steps", str(self.steps), "--guidance", f"{self.guidance:g}"]
+            words += ["--seeds", str(self.seeds)]
+        return shlex.join(words)

@@ -1,0 +1,118 @@
+"""What a verification found: figures, verdict and its reasons."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.recognise import NAMES
+from kcv2diffusers.verification.images import Images
+from kcv2diffusers.verification.modules import Part
+from kcv2diffusers.verification.request import Request
+from kcv2diffusers.verification.weights import Weights
+
+
+@dataclass
+class Input:
+    """A file that was read: its size in bytes and, where a report is written, its SHA-256."""
+
+    path: Path
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass
+class Verified:
+    """The figures of each level that was reached; levels that were not are None."""
+
+    request: Request
+    sources: dict[str, str]
+    weights: Weights
+    settings: list[str]
+    modules: list[Part] | None = None
+    images: Images | None = None
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    inputs: list[Input] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    report: Path | None = None
+
+    def failures(self) -> dict[str, list[str]]:
+        """What is outside the bars, by level; empty lists where nothing is."""
+        found = {"weights": self.weights.failures() + self.settings}
+        if self.modules is not None:
+            found["modules"] = [failure for part in self.modules for failure in part.failures()]
+        if self.images is not None:
+            found["images"] = self.images.failures()
+        return found
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything is within the bars."""
+        return not any(self.failures().values())
+
+    @property
+    def reason(self) -> str:
+        """The verdict in one line: the first failure of each level, and how many more there are."""
+        said = []
+        for level, failures in self.failures().items():
+            if failures:
+                more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+                said.append(f"{level}: {failures[0]}{more}")
+        levels = list(self.failures())
+        return "not verified: " + "; ".join(said) if said else f"verified: {', '.join(levels)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON has it; an infinite number is the text "infinite"."""
+        data = {
+            "passed": self.passed,
+            "reason": self.reason,
+            "failures": self.failures(),
+            "command": self.request.command(),
+            **asdict(self),
+        }
+        for part, found in zip(data["modules"] or [], self.modules or [], strict=True):
+            part |= {"stock": found.stock, "attributed": found.attributed}
+        result: dict[str, Any] = _plain(data)
+        return result
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        lines = []
+        for part, count in self.weights.tensors.items():
+            differ = len(self.weights.problems[part])
+            state = f"{differ} tensors differ" if differ else "equal"
+            lines.append(f"  {NAMES[part]}: {count} tensors, {self.weights.dtypes[part]}: {state}")
+        for setting in self.settings:
+            lines.append(f"  {setting}")
+        for found in self.modules or []:
+            attributed = f", attributed {found.attributed:.1e}" if len(found.errors) > 1 else ""
+            lines.append(f"  {found.name}: error {found.stock:.1e}{attributed}")
+        if self.images is not None and self.images.runs:
+            stock, attributed = (getattr(self.images.worst(s), s) for s in ("stock", "attributed"))
+            lines.append(f"  pictures: PSNR {stock.psnr:.1f} dB, SSIM {stock.ssim:.5f}")
+            alike = f"PSNR {attributed.psnr:.1f} dB, SSIM {attributed.ssim:.5f}"
+            lines.append(f"  with KerasCV's GELU and epsilon: {alike}")
+        lines += self.notes
+        if self.report:
+            lines.append(f"Report: {self.report}")
+        if self.passed:
+            lines.append(self.reason.capitalize())
+        return "\n".join(lines)
+
+
+def _plain(value: Any) -> Any:
+    """Nested data with nothing in it that JSON lacks."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, set):
+        return sorted(value)
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return "infinite" if value > 0 else "-infinite" if value < 0 else "not a number"
+    return value

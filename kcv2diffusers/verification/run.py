@@ -1,0 +1,242 @@
+"""`kcv2diffusers verify`: the levels in order, and the verdict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from kcv2diffusers.errors import Error
+from kcv2diffusers.recognise import NAMES
+from kcv2diffusers.sources.pipeline import PREDICTION_TYPES
+from kcv2diffusers.verification import weights
+from kcv2diffusers.verification.bars import BARS
+from kcv2diffusers.verification.exchange import Arrays, Progress, require, run_side
+from kcv2diffusers.verification.inputs import initial_noise, module_inputs
+from kcv2diffusers.verification.request import MULTIPLE, Request
+from kcv2diffusers.verification.result import Input, Verified
+from kcv2diffusers.verification.settings import check_settings
+from kcv2diffusers.verification.sides import Side, open_sides, prediction_type, source_paths
+
+_IMAGE_SIZE = 512  # pixels, where a pipeline does not state its own
+_STATED = (".json", ".txt", ".safetensors")  # files of a pipeline that the report lists
+Source = str | PathLike[str]
+
+
+def verify(
+    pipeline: Source,
+    *sources: Source,
+    report: Source | None = None,
+    progress: Progress = lambda *_: None,
+    **options: Any,
+) -> Verified:
+    """Compare a pipeline folder with the checkpoints it was made of; `options` are the rest of `Request`.
+
+    A level above weights runs the Keras side, on the backend of KERAS_BACKEND (default: torch), then the
+    diffusers side, each in a process of its own. Parts whose tensors are not those of a model are left out
+    of them. `report` is a folder for report.html and report.json. `progress` is told what is being done, how
+    much of how much, and a word on it. Raises Error with a message for the user if there is nothing to
+    compare, a source cannot be read, or a package is missing; a pipeline that is wrong is a result.
+    """
+    request = Request(pipeline=str(pipeline), sources=list(map(str, sources)), **options)
+    _require(request, report)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "weights"):
+        sides = open_sides(request)
+        _check_reference(request, sides)
+        compared = weights.compare(sides, _megabytes(progress))
+        predicts = prediction_type(request, sides)
+        settings = check_settings(Path(request.pipeline), sides, source_paths(request), predicts)
+    result = Verified(
+        request=request,
+        sources={part: str(side.source.source.path) for part, side in sides.items() if side.given},
+        weights=compared,
+        settings=settings,
+        versions={name: version(name) for name in ("kcv2diffusers", "numpy", "safetensors")},
+        seconds=seconds,
+    )
+    if request.reaches("modules"):
+        with TemporaryDirectory(prefix="kcv2diffusers-verify-") as folder:
+            _run_sides(Path(folder), request, sides, result, progress)
+            if report is not None:
+                _write_report(Path(report), Path(folder), result, sides, progress)
+    elif report is not None:
+        _write_report(Path(report), None, result, sides, progress)
+    return result
+
+
+def _require(request: Request, report: Source | None) -> None:
+    if request.reaches("modules"):
+        require("keras", "torch", "diffusers", "transformers")
+    if request.reaches("images"):
+        require("skimage")
+    if report is not None:
+        require("jinja2", "PIL")
+        if Path(report).exists() and not Path(report).is_dir():
+            raise Error(f"{report}: is a file.\nGive --report a folder.")
+    if request.reaches("modules") and request.reference == "keras-cv":
+        try:
+            require("tensorflow", "keras_cv")
+        except Error:
+            raise Error(
+                "--reference keras-cv runs KerasCV's own classes, which need TensorFlow.\n"
+                "pip install tensorflow keras-cv, or use --reference builtin."
+            ) from None
+
+
+def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
+    if (
+        request.reaches("images")
+        and request.reference == "keras-cv"
+        and prediction_type(request, sides) != PREDICTION_TYPES[0]
+    ):
+        raise Error(f"{request.pipeline}: predicts v, KerasCV's sampler does not.\nUse --reference builtin.")
+    unusual = [side.name for side in sides.values() if not side.source.known]
+    if request.reaches("modules") and request.reference == "keras-cv" and unusual:
+        raise Error(
+            f"{request.pipeline}: has a {unusual[0]} of unusual widths; KerasCV's classes have none.\n"
+            "Use --reference builtin."
+        )
+
+
+def _run_sides(
+    folder: Path, request: Request, sides: Mapping[str, Side], result: Verified, progress: Progress
+) -> None:
+    """The levels above weights, in `folder`."""
+    from kcv2diffusers.verification import modules
+
+    size = _size(request, sides)
+    sound = {part: side for part, side in sides.items() if part not in result.weights.broken}
+    left_out = [NAMES[part] for part in result.weights.broken]
+    if left_out:
+        result.notes.append(f"Not run, tensors are missing or wrong: {', '.join(sorted(left_out))}.")
+    draw = request.reaches("images") and _can_draw(request, sides, result)
+    if not draw and request.reaches("images"):
+        request = Request(**{**vars(request), "level": "modules"})
+    inputs = module_inputs(sound, size)
+    arrays = Arrays(folder / "inputs")
+    for part, given in inputs.items():
+        for name, values in given.items():
+            arrays.save(values, part, name)
+    if draw:
+        for seed in range(request.seeds):
+            arrays.save(initial_noise(size, seed), "noise", seed)
+    wanted = {part: list(given) for part, given in inputs.items()}
+    request.save(folder)
+    (folder / "plan.json").write_text(json.dumps({"modules": wanted, "draw": draw, "size": size}))
+    result.modules = []
+    if not wanted and not draw:
+        return
+    # PyTorch is there, for the other side.
+    backend = "tensorflow" if request.reference == "keras-cv" else "torch"
+    for side in ("keras", "diffusers"):
+        Arrays(folder / side)
+        with _timed(result.seconds, f"{side} side"):
+            title = "Keras side" if side == "keras" else "diffusers side"
+            run_side(f"{side}_side", title, folder, progress, backend)
+    told = json.loads((folder / "diffusers" / "results.json").read_text())
+    result.versions |= json.loads((folder / "keras" / "versions.json").read_text()) | told["versions"]
+    result.modules = modules.measure(folder, sides, wanted, BARS)
+    if any(side.given and side.source.dtypes != [side.stored.name] for side in sound.values()):
+        result.notes.append("The Keras side has the weights rounded as the pipeline stores them.")
+    if draw:
+        from kcv2diffusers.verification import images
+
+        exact = sides["unet"].unet_gelu(request) == "exact"
+        found = images.measure(folder, request, BARS, exact=exact)
+        assert result.images is None
+        result.images = found
+        own = [side.name for side in sides.values() if not side.given]
+        if own:
+            result.notes.append(f"For the pictures both sides have the pipeline's own {', '.join(own)}.")
+
+
+def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> bool:
+    """Whether there is a whole pipeline that takes KerasCV's timesteps; says why not as a failure."""
+    from kcv2diffusers.verification.images import Images
+
+    folder = Path(request.pipeline)
+    problem = None
+    if not (folder / "model_index.json").is_file() or any(part not in sides for part in NAMES):
+        raise Error(f"{folder}: not a whole pipeline, which pictures need.\nUse --level modules.")
+    if result.weights.broken:
+        problem = "not drawn, for tensors that are missing or wrong"
+    else:
+        classes = [s for s in result.settings if s.startswith("model_index.json") or "_class_name" in s]
+        problem = f"not drawn, {classes[0]}" if classes else None
+    if problem:
+        result.images = Images([], BARS.psnr, BARS.psnr_attributed, [f"pictures: {problem}"])
+    return problem is None
+
+
+def _size(request: Request, sides: Mapping[str, Side]) -> int:
+    """Height and width in pixels: what is asked for, else the pipeline's own."""
+    if request.size is not None:
+        return request.size
+    unet = sides.get("unet")
+    stated = unet.component.config.get("sample_size") if unet else None
+    multiple = MULTIPLE[request.reference]
+    size = 8 * stated if type(stated) is int and 0 < stated <= 256 else _IMAGE_SIZE
+    return max(multiple, size // multiple * multiple)
+
+
+def _megabytes(progress: Progress) -> weights.Advance:
+    told = 0
+
+    def advance(done: int, total: int) -> None:
+        nonlocal told
+        if done // 10**6 > told:
+            told = done // 10**6
+            progress("Comparing weights (MB)", told, total // 10**6, "")
+
+    return advance
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - started, 2)
+
+
+def _write_report(
+    target: Path, folder: Path | None, result: Verified, sides: Mapping[str, Side], progress: Progress
+) -> None:
+    from kcv2diffusers.verification.report import write
+
+    sources = {side.source.source.path for side in sides.values() if side.given}
+    pipeline = [p for p in sorted(Path(result.request.pipeline).rglob("*")) if p.suffix in _STATED]
+    result.inputs = _hashes([*sorted(sources), *pipeline], progress)
+    result.report = target / "report.html"
+    write(target, folder, result)
+
+
+def _hashes(paths: Sequence[Path], progress: Progress) -> list[Input]:
+    """Size and SHA-256 of files; of a folder (a SavedModel) those of its files."""
+    files: list[Path] = []
+    for path in paths:
+        if path.is_file():
+            files.append(path)
+        elif path.is_dir():
+            files += [inner for inner in sorted(path.rglob("*")) if inner.is_file()]
+        else:  # the prefix of a TensorFlow checkpoint
+            files += sorted(path.parent.glob(path.name + ".*"))
+    found = []
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        for done, (path, digest) in enumerate(zip(files, pool.map(_sha256, files), strict=True), 1):
+            progress("Hashing files", done, len(files), "")
+            found.append(Input(path, path.stat().st_size, digest))
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

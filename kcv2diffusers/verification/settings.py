@@ -1,0 +1,150 @@
+"""What stands around the weights: config entries that the tables determine, the scheduler, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.pipeline import SCHEDULER, model_index
+from kcv2diffusers.tables import tables
+from kcv2diffusers.tokenizer import EOS, TokenizerFiles, find_tokenizer
+from kcv2diffusers.verification.sides import Side
+
+# Entries that do not change what a UNet is given or computes: choices, and what only training reads.
+_FREE = {
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "dropout",
+    "eos_token_id",
+    "initializer_factor",
+    "initializer_range",
+    "pad_token_id",
+    "projection_dim",
+    "sample_size",
+    "torch_dtype",
+}
+_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+# Of SCHEDULER; the offset counts only where nobody gives timesteps.
+_FREE_SCHEDULER = {"steps_offset"}
+# What diffusers takes where an entry is missing, as far as it is what SCHEDULER has.
+_SCHEDULER_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+
+
+def check_settings(
+    pipeline: Path, sides: Mapping[str, Side], sources: Sequence[Path], prediction_type: str
+) -> list[str]:
+    """Everything that is not as the conversion writes it, one line each. `sources` are checkpoints, beside
+    which a tokenizer may lie; `prediction_type` is the UNet's.
+    """
+    problems = []
+    for side in sides.values():
+        if side.given:
+            problems += _config(side)
+    problems = list(dict.fromkeys(problems))  # the halves of a VAE share a config
+    if (pipeline / "model_index.json").is_file():
+        problems += _index(pipeline / "model_index.json")
+        problems += _scheduler(pipeline / "scheduler" / "scheduler_config.json", prediction_type)
+    if (pipeline / "tokenizer").is_dir():
+        problems += _tokenizer(pipeline / "tokenizer", sides, sources)
+    return problems
+
+
+def _config(side: Side) -> list[str]:
+    """Entries that are there and different; a library's default is in place of one that is not."""
+    actual, where = side.component.config, f"{side.component.path.name}/config.json"
+    return [
+        f"{where}: {name} is {json.dumps(actual[name])}, not {json.dumps(value)}"
+        for name, value in sorted(side.config.items())
+        if name in actual and name not in _FREE and not name.startswith("_") and actual[name] != value
+    ]
+
+
+def _index(path: Path) -> list[str]:
+    """Components of another class. diffusers imports whatever library an entry names."""
+    wanted = model_index({table.folder: table for table in tables().values()})
+    try:
+        actual = dict(json.loads(path.read_bytes()[: 1 << 20]))
+    except (ValueError, TypeError, RecursionError):
+        return ["model_index.json: not a JSON object"]
+    return [
+        f"model_index.json: {name} is {json.dumps(actual.get(name))}, not {json.dumps(wanted[name])}"
+        for name in ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+        if actual.get(name) not in (wanted[name], [*wanted[name][:-1], wanted[name][-1] + "Fast"])
+    ]
+
+
+def _scheduler(path: Path, prediction_type: str) -> list[str]:
+    try:
+        data = json.loads(path.read_bytes()[: 1 << 20])
+        actual: Mapping[str, Any] = dict(data)
+    except FileNotFoundError:
+        return ["scheduler/scheduler_config.json: missing"]
+    except (ValueError, TypeError, RecursionError):
+        return ["scheduler/scheduler_config.json: not a JSON object"]
+    actual = _SCHEDULER_DEFAULTS | dict(actual)
+    wanted = SCHEDULER | {"prediction_type": prediction_type}
+    wrong = {name: value for name, value in wanted.items() if actual.get(name) != value}
+    if "_class_name" in wrong:  # another class has other entries
+        wrong = {"_class_name": wrong["_class_name"]}
+    return [
+        f"scheduler/scheduler_config.json: {name} is {json.dumps(actual.get(name))}, not {json.dumps(value)}"
+        for name, value in wrong.items()
+        if name not in _FREE_SCHEDULER
+    ]
+
+
+def _tokenizer(folder: Path, sides: Mapping[str, Side], sources: Sequence[Path]) -> list[str]:
+    problems, stated = [], False
+    for name in _TOKENIZER_FILES:
+        try:
+            data = json.loads((folder / name).read_bytes()[: 1 << 20])
+            token = data.get("pad_token")
+            length = data.get("model_max_length")
+        except FileNotFoundError:
+            continue
+        except (ValueError, AttributeError, RecursionError):
+            problems.append(f"tokenizer/{name}: not a JSON object")
+            continue
+        token = token.get("content") if isinstance(token, dict) else token
+        stated = stated or token is not None
+        if token is not None and token != EOS:
+            problems.append(f"tokenizer/{name}: pad_token is {json.dumps(token)}, not {json.dumps(EOS)}")
+        text = sides.get("text_encoder")
+        if length is not None and text is not None and length != text.source.dims["length"]:
+            wanted = text.source.dims["length"]
+            problems.append(f"tokenizer/{name}: model_max_length is {json.dumps(length)}, not {wanted}")
+    if not stated and not problems:
+        problems.append(f"tokenizer: states no pad_token, which must be {json.dumps(EOS)}")
+    try:
+        files = find_tokenizer(folder)
+        return problems + _vocabulary(files, sides, sources)
+    except SourceError as error:
+        return [*problems, f"tokenizer: {error.problem}"]
+
+
+def _vocabulary(files: TokenizerFiles, sides: Mapping[str, Side], sources: Sequence[Path]) -> list[str]:
+    """As many tokens as embeddings, and those of the tokenizer beside a source, where there is one."""
+    problems = []
+    if (text := sides.get("text_encoder")) is not None:
+        tokens, rows = len(files.vocab) + len(files.placeholder_tokens), text.source.dims["vocabulary"]
+        if tokens != rows and (tokens > rows or text.source.known):
+            problems.append(f"tokenizer: {tokens} tokens for {rows} embeddings")
+    for source in sources:
+        if not (source / "tokenizer").is_dir():
+            continue
+        try:
+            other = find_tokenizer(source / "tokenizer")
+        except Error:
+            continue
+        if (files.vocab, files.merges) != (other.vocab, other.merges):
+            problems.append(f"tokenizer: another vocabulary than that of {source / 'tokenizer'}")
+    return problems

@@ -1,0 +1,121 @@
+"""What is compared with what: each part of the pipeline and the source it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kcv2diffusers.errors import Error
+from kcv2diffusers.pipeline import HEADS
+from kcv2diffusers.recognise import NAMES, Match
+from kcv2diffusers.sources.locate import locate_all
+from kcv2diffusers.sources.pipeline import PREDICTION_TYPES, Component, prediction_of, read_pipeline
+from kcv2diffusers.tables import table_of
+from kcv2diffusers.to_diffusers import Filler, check_together, config_for, find_base, gather
+from kcv2diffusers.verification.request import Request
+
+_UNTOLD = {"norm_num_groups", *HEADS.values()}
+
+
+@dataclass(frozen=True)
+class Side:
+    """A part: `source` is what it was made of, or, where nothing was `given` for it, the pipeline's own.
+
+    `config` is the component's config.json as the conversion writes it.
+    """
+
+    source: Match
+    component: Component
+    given: bool
+    config: Mapping[str, Any]
+
+    @property
+    def part(self) -> str:
+        return self.source.part
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.part]
+
+    @property
+    def own(self) -> Match | None:
+        """The pipeline's tensors of this part, None if it has none."""
+        return self.component.parts.get(self.part)
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The dtype in which the pipeline has most of this part."""
+        assert self.own is not None
+        dtypes = [tensor.dtype for tensor in self.own.found.values()]
+        return max(set(dtypes), key=dtypes.count)
+
+    def unet_gelu(self, request: Request) -> str:
+        """The GELU of the Keras UNet: KerasCV's, or for weights from a pipeline diffusers'."""
+        return request.unet_gelu if self.source.keras else "exact"
+
+
+def open_sides(request: Request) -> dict[str, Side]:
+    """The parts of the pipeline by name, those of `request`'s sources and those only the pipeline has.
+
+    Raises Error if a source is incomplete, or if it holds a part that the pipeline lacks.
+    """
+    folder = Path(request.pipeline)
+    components = read_pipeline(folder, variant=request.variant, strict=False)
+    sources = [path for source in request.sources for path in locate_all(source)]
+    parts = gather(sources, request.named)
+    filler = find_base(request.base, parts, request.variant, [])[0] if request.base else Filler()
+    parts |= {part: match for part, match in filler.parts.items() if part not in parts}
+    if not parts:
+        raise Error(
+            f"Nothing to compare {folder} with.\n"
+            "Give the KerasCV checkpoints that it was made of, or folders of them."
+        )
+    for part in parts:
+        if table_of(part).folder not in components:
+            there = parts[part].source.path
+            raise Error(f"{folder}: has no {table_of(part).folder}/ to compare {there} with.")
+    given = {part: parts[part].require_complete() for part in NAMES if part in parts}
+    owns = {part: match for component in components.values() for part, match in component.parts.items()}
+    sound = {part: match for part, match in owns.items() if not match.problems}
+    checked = check_together(sound | given)
+    given = {part: checked[part] for part in given}
+    sides = {}
+    for part in NAMES:
+        component = components.get(table_of(part).folder)
+        if component is None or (part not in given and part not in owns):
+            continue
+        source, config = given.get(part), component.config
+        if source is not None:
+            stating = filler if table_of(part).folder in filler.components else _stating(component)
+            config = config_for(source, stating, None, request.gelu, None)
+        sides[part] = Side(source or owns[part], component, part in given, config)
+    return sides
+
+
+def _stating(component: Component) -> Filler:
+    """What the pipeline alone may know of a model of unusual widths: its heads and norm groups."""
+    config = {name: value for name, value in component.config.items() if name in _UNTOLD}
+    return Filler(components={component.path.name: replace(component, config=config)})
+
+
+def source_paths(request: Request) -> list[Path]:
+    """Where the sources lie, as far as they were given."""
+    bases = [path for base in request.base if base != "none" for path in locate_all(base, base=True)]
+    given = [*request.sources, *request.named.values()]
+    return [path for source in given for path in locate_all(source)] + bases
+
+
+def prediction_type(request: Request, sides: Mapping[str, Side]) -> str:
+    """What the UNet predicts: as `request` says, else noise for a KerasCV checkpoint, else as the pipeline
+    that it is from says.
+    """
+    unet = sides.get("unet")
+    if request.prediction_type is not None:
+        return request.prediction_type
+    if unet is not None and unet.given and not unet.source.keras:
+        return prediction_of(unet.source.source.path.parent.parent)
+    return PREDICTION_TYPES[0] if unet is None or unet.given else prediction_of(Path(request.pipeline))

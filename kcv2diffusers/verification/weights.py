@@ -1,0 +1,155 @@
+"""The first level: every tensor of the pipeline equals its source, bit for bit.
+
+The jobs are those of the conversion. In place of writing, a worker reads what lies where the conversion would
+write it, and compares. Nothing but NumPy is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kcv2diffusers.plan import to_diffusers
+from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.stream import run
+from kcv2diffusers.transfer import Finding, Job, Worker
+from kcv2diffusers.verification.sides import Side
+
+Advance = Callable[[int, int], None]
+_PIECE = 128 << 10  # bytes compared at a time, which stay in the L2 cache
+
+
+@dataclass(frozen=True)
+class Difference(Finding):
+    """A tensor that is not its source's: how many of its `size` values differ, and by how much at most."""
+
+    count: int
+    size: int
+    largest: float
+
+
+@dataclass
+class Weights:
+    """What was compared, by part. `dtypes` are the pipeline's; `problems` name a tensor of it, `differences`
+    hold figures besides, and `broken` are parts whose tensors are not those of a model.
+    """
+
+    tensors: dict[str, int] = field(default_factory=dict)
+    values: dict[str, int] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    differences: dict[str, list[Difference]] = field(default_factory=dict)
+    broken: set[str] = field(default_factory=set)
+    bytes: int = 0
+
+    def failures(self) -> list[str]:
+        """Every problem in words, tensors that lack or do not belong first."""
+        return [problem for problems in self.problems.values() for problem in problems]
+
+
+def compare(sides: Mapping[str, Side], progress: Advance) -> Weights:
+    """Compare the tensors of the parts that have a source. `progress` is told the source bytes done and in
+    total.
+    """
+    result, jobs = Weights(), dict[str, list[Job]]()
+    for part, side in sides.items():
+        if not side.given:
+            continue
+        problems = result.problems[part] = []
+        jobs[part] = _jobs(side, sides, problems)
+        result.tensors[part] = len(jobs[part])
+        result.values[part] = sum(job.tensor.nbytes // job.tensor.dtype.itemsize for job in jobs[part])
+        result.dtypes[part] = ", ".join(sorted({job.dtype.name for job in jobs[part]}))
+        if problems:
+            result.broken.add(part)
+    result.bytes = sum(job.tensor.nbytes for each in jobs.values() for job in each)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, result.bytes)
+
+    found = {f.name: f for f in run([job for each in jobs.values() for job in each], advance, Comparer)}
+    for part, each in jobs.items():
+        here = [found[job.name] for job in each if job.name in found]
+        result.differences[part] = [f for f in here if isinstance(f, Difference)]
+        result.problems[part] += [f"{f.name}: {f.problem}" for f in here]
+    return result
+
+
+def _jobs(side: Side, sides: Mapping[str, Side], problems: list[str]) -> list[Job]:
+    """A job for each tensor that both have in one shape; the rest goes to `problems`."""
+    folder = side.source.spec.table.folder
+    rename = side.source.spec.table.rename
+    stored: dict[str, Tensor] = {}
+    if side.own is not None:
+        stored = {str(rename(tensor.name)): tensor for tensor in side.own.source.flat if rename(tensor.name)}
+    others = {
+        tensor.name
+        for other in sides.values()
+        if other.component is side.component and other is not side and other.own is not None
+        for tensor in other.own.found.values()
+    }
+    jobs = []
+    for entry in to_diffusers(side.source):
+        tensor = stored.pop(entry.name, None)
+        name = f"{folder}: {entry.name}"
+        if tensor is None:
+            problems.append(f"{name}: missing, {entry.tensor.name} of {entry.tensor.path.name} has no place")
+        elif tensor.shape != entry.shape:
+            problems.append(f"{name}: is {list(tensor.shape)}, not {list(entry.shape)}")
+        elif tensor.dtype.kind in "iu":
+            problems.append(f"{name}: is of {tensor.dtype.name}")
+        else:
+            jobs.append(Job(name, entry.tensor, entry.core, tensor.dtype, tensor.path, tensor.offset or 0))
+    extra = [tensor for tensor in stored.values() if tensor.name not in others]
+    stray = {tensor.name for tensor in side.component.stray}
+    first = next(other for other in sides.values() if other.component is side.component and other.given)
+    problems += [
+        f"{folder}: {tensor.name}: has no source"
+        for tensor in extra
+        if tensor.name not in stray or side is first  # strays of a file are told once
+    ]
+    return jobs
+
+
+class Comparer(Worker):
+    """Compares what a conversion would write with what is there."""
+
+    access = os.O_RDONLY
+
+    def do(self, job: Job) -> Finding | None:
+        """How the job's tensor differs or is not finite; None if it is as it should be."""
+        self.count, self.largest = 0, 0.0
+        infinite = super().do(job)
+        if not self.count:
+            return infinite
+        size = job.tensor.nbytes // job.tensor.dtype.itemsize
+        problem = f"{self.count} of {size} values differ, by up to {self.largest:.3g}"
+        if infinite:
+            problem += f"; {infinite.problem}"
+        return Difference(job.name, problem, self.count, size, self.largest)
+
+    def write(self, job: Job, values: np.ndarray, start: int) -> None:
+        """Compare contiguous target values from element `start` on."""
+        flat, fd = values.reshape(-1), self.files.write[job.target]
+        step = _PIECE // flat.itemsize
+        bits = np.dtype(f"u{flat.itemsize}")
+        for first in range(0, flat.size, step):
+            wanted = flat[first : first + step]
+            stored = self.buffer("stored", wanted.shape, wanted.dtype)
+            view = memoryview(stored.view(np.uint8).data)
+            at = job.offset + (start + first) * flat.itemsize
+            if os.preadv(fd, [view], at) != len(view):
+                raise OSError(0, "the file ends within its tensors", str(job.target))
+            differ = wanted.view(bits) != stored.view(bits)
+            if differ.any():
+                self.count += int(np.count_nonzero(differ))
+                with np.errstate(all="ignore"):
+                    apart = np.abs(wanted.astype(np.float64) - stored.astype(np.float64))[differ]
+                # NaN and infinity on one side only differ by more than any number.
+                self.largest = max(self.largest, float(np.where(np.isnan(apart), np.inf, apart).max()))
