@@ -1,0 +1,3 @@
+from kcv2diffusers.cli import main
+
+main()

@@ -1,0 +1,120 @@
+"""The application, its way out, and how it shows progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+
+from kcv2diffusers.errors import Error
+
+app = typer.Typer(
+    help="Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> NoReturn:
+    """Run the command line; every refusal is its message on stderr and exit code 1."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app()
+    except Error as error:
+        _fail(str(error))
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
+        _fail(f"{error.filename or 'cannot go on'}: {error.strerror or error}.")
+    sys.exit(0)
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    """Leave by an exception, so that temporary folders go away; there are none while the Hub is asked."""
+    client = sys.modules.get("kcv2diffusers.hub.client")
+    if client is not None and client.busy():
+        os.write(2, b"kcv2diffusers: interrupted; what has been transferred is kept.\n")
+        os._exit(128 + number)
+    os.write(2, b"kcv2diffusers: interrupted; nothing was written.\n")
+    sys.exit(128 + number)
+
+
+def _fail(message: str) -> NoReturn:
+    """Print what went wrong; names come from files, so nothing in them may control the terminal."""
+    lines = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in message.split("\n"))
+    print("kcv2diffusers:", "\n".join(lines), file=sys.stderr)
+    sys.exit(1)
+
+
+def print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2, default=str))
+
+
+@contextmanager
+def progress_bar(title: str, *, steps: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A bar with bytes and rate, or with steps, on stderr, where that is a terminal, from the first word on
+    to the last: downloads before it and uploads after it have bars of their own.
+    """
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    sizes = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    counts = (progress.MofNCompleteColumn(),) if steps else sizes
+    columns = (title, progress.BarColumn(), *counts, progress.TimeRemainingColumn())
+    bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(title, total=None)
+
+    def update(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+        if done >= total:
+            bar.stop()
+
+    try:
+        yield update
+    finally:
+        bar.stop()
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int, str], None]]:
+    """A bar for each stage on stderr, where that is a terminal; otherwise a line now and then."""
+    if not sys.stderr.isatty():
+
+        def line(stage: str, done: int, total: int, words: str) -> None:
+            if done == total or done % max(1, total // 10) == 0:
+                print(f"{stage} {done}/{total} {words}".rstrip(), file=sys.stderr, flush=True)
+
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[words]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int, words: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total, words="")
+            bar.update(tasks[stage], completed=done, words=words)
+
+        yield update

@@ -1,0 +1,250 @@
+"""convert, to-keras, inspect, maps."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kcv2diffusers.cli.app import print_json, progress_bar
+from kcv2diffusers.cli.hub import log_in, publish
+from kcv2diffusers.cli.options import (
+    AllowNonfinite,
+    Dtype,
+    Gelu,
+    Json,
+    License,
+    Overwrite,
+    Part,
+    PredictionTypeOption,
+    Private,
+    Report,
+)
+from kcv2diffusers.cli.verification import keep_figures, require_verified, verify_pipeline
+from kcv2diffusers.errors import Error
+
+maps_app = typer.Typer(help="The weight maps: list, show and check them.", no_args_is_help=True)
+
+
+class KerasFormat(StrEnum):
+    weights_h5 = "weights.h5"
+    h5 = "h5"
+
+
+def convert(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SRC", help="KerasCV checkpoints, folders of them or hf://user/repo, in any order."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The pipeline folder to write.")] = ...,  # type: ignore[assignment]
+    unet: Part = None,
+    text_encoder: Part = None,
+    vae_decoder: Part = None,
+    vae_encoder: Part = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SRC|tiny|none",
+            help="Where missing parts come from: a diffusers pipeline folder, KerasCV checkpoints, "
+            "hf://user/repo, or tiny; none writes only the given parts. Default for SD1: the missing "
+            "parts of stable-diffusion-v1-5 from the Hub.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="A folder with vocab.json and merges.txt, or CLIP's bpe_simple_vocab_16e6.txt.gz. "
+            "Default: the base's, then KerasCV's cached copy, then an installed open_clip or clip.",
+        ),
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights (default: as stored).")] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Variant in the file names, such as fp16.")
+    ] = None,
+    with_sibling: Annotated[
+        bool,
+        typer.Option("--with-sibling", help="Take the text encoder from hf://user/repo-text-encoder."),
+    ] = False,
+    placeholder_token: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TOKEN", help="Name of an extra token embedding (textual inversion), in order."),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="The pipeline's default image size in pixels (512).")
+    ] = None,
+    gelu: Annotated[
+        Gelu,
+        typer.Option(help="Activation of an SD2 text encoder; tanh if trained on keras-cv 0.6.4 or newer."),
+    ] = Gelu.exact,
+    prediction_type: PredictionTypeOption = None,
+    allow_nonfinite: AllowNonfinite = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO_ID", help="Publish the pipeline as this repository.")
+    ] = None,
+    license: License = None,
+    private: Private = False,
+    overwrite: Overwrite = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the result with its sources at the end, as verify does.")
+    ] = False,
+    report: Report = None,
+    as_json: Json = False,
+) -> None:
+    """Convert KerasCV checkpoints into a diffusers pipeline."""
+    from kcv2diffusers.recognise import NAMES
+    from kcv2diffusers.to_diffusers import convert as run
+
+    if report is not None and not verify:
+        raise Error("--report is where --verify writes; give that as well.")
+    if push_to_hub:
+        log_in(push_to_hub)
+    with progress_bar("Converting") as progress:
+        result = run(
+            *(sources or ()),
+            out=out,
+            unet=unet,
+            text_encoder=text_encoder,
+            vae_decoder=vae_decoder,
+            vae_encoder=vae_encoder,
+            base=base or None,
+            tokenizer=tokenizer,
+            dtype=dtype and dtype.value,
+            variant=variant,
+            with_sibling=with_sibling,
+            placeholder_tokens=placeholder_token or (),
+            image_size=image_size,
+            gelu=gelu.value,
+            prediction_type=prediction_type and prediction_type.value,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+    verified = None
+    if verify:
+        verified = verify_pipeline(
+            out,
+            report=report,
+            **{part: str(path) for part, path in result.sources.items()},
+            base=[str(result.base)] if result.base else [],
+            variant=variant,
+            gelu=gelu.value,
+            prediction_type=prediction_type and prediction_type.value,
+            level="images" if result.complete else "modules",
+        )
+        keep_figures(out, verified)
+    pushed = None
+    if push_to_hub and (verified is None or verified.passed):  # what is wrong is not published
+        pushed = publish(out, push_to_hub, license=license, private=private)
+    if as_json:
+        more = {"verified": verified, "pushed": pushed}
+        print_json(result.to_dict() | {name: found.to_dict() for name, found in more.items() if found})
+        return require_verified(verified)
+    version = "" if result.version == "any" else f" ({result.version.upper()})"
+    print(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
+    for part, source in result.parts.items():
+        print(f"  {NAMES[part]}: {source}")
+    for note in result.notes:
+        print(note)
+    if result.complete:
+        print(f'Use it: StableDiffusionPipeline.from_pretrained("{result.out}"{_loading(variant)})')
+    else:
+        needs = ", ".join(NAMES[part] for part in result.missing)
+        print(f"A full pipeline still needs: {needs or 'nothing; leave away --base none to write one'}.")
+    print(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
+    if verified:
+        print(verified.text())
+    if pushed:
+        print(pushed.text())
+    require_verified(verified)
+
+
+def _loading(variant: str | None) -> str:
+    return f', variant="{variant}"' if variant else ""
+
+
+def to_keras(
+    pipeline: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or hf://user/repo.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
+    format: Annotated[
+        KerasFormat, typer.Option(help="weights.h5 for Keras 3, h5 for Keras 2 (legacy).")
+    ] = KerasFormat.weights_h5,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Read this variant.")] = None,
+    allow_nonfinite: AllowNonfinite = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a diffusers pipeline into files that KerasCV's load_weights takes (float32)."""
+    from kcv2diffusers.to_kerascv import to_keras as run
+
+    with progress_bar("Converting") as progress:
+        result = run(
+            pipeline,
+            out=out,
+            format=format.value,
+            variant=variant,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+        )
+    if as_json:
+        return print_json(result.to_dict())
+    print(f"KerasCV weights written to {result.out}")
+    for part, file in result.files.items():
+        print(f"  {file}: for the load_weights of {result.models[part]}")
+    print(f"{result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
+
+
+def inspect(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint, a folder of them, or hf://user/repo.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say what a checkpoint holds: part, version, container, dtype, Keras version, what is wrong."""
+    from kcv2diffusers.inspection import inspect as run
+
+    found = run(source)
+    if as_json:
+        return print_json([entry.to_dict() for entry in found])
+    for entry in found:
+        print(entry.text())
+
+
+@maps_app.command("list")
+def maps_list() -> None:
+    """List the weight maps with their parts and versions."""
+    from kcv2diffusers import maps
+
+    print(maps.listing())
+
+
+@maps_app.command("show")
+def maps_show(
+    name: Annotated[str, typer.Argument(metavar="MAP", help="A map's name, such as unet.")],
+    version: Annotated[str | None, typer.Option(help="sd1 or sd2.")] = None,
+) -> None:
+    """Show a weight map expanded: one line for each tensor, Keras on the left, diffusers on the right."""
+    from kcv2diffusers import maps
+
+    print(maps.show(name, version))
+
+
+@maps_app.command("check")
+def maps_check(as_json: Json = False) -> None:
+    """Check that every map is bijective, invertible and complete."""
+    from kcv2diffusers import maps
+
+    results = maps.check()
+    if as_json:
+        print_json([result.to_dict() for result in results])
+    else:
+        print("\n".join(result.text() for result in results))
+    if any(result.problems for result in results):
+        raise typer.Exit(1)

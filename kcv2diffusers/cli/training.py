@@ -1,0 +1,129 @@
+"""dreambooth, and generate to look at the result."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import fields
+from enum import StrEnum
+from inspect import Parameter, Signature
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from kcv2diffusers.cli.app import print_json, progress_bar, stages
+from kcv2diffusers.cli.hub import log_in, publish
+from kcv2diffusers.cli.options import Json
+from kcv2diffusers.cli.verification import keep_figures, require_verified, verify_pipeline
+from kcv2diffusers.dreambooth.config import Config, make_config
+
+
+def generate(
+    base: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SRC|tiny", help="A pipeline folder, KerasCV checkpoints, hf://user/repo, or tiny."
+        ),
+    ],
+    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="As often as there are prompts.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write pictures to.")],
+    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to keep out.")] = "",
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="How strictly to follow the prompt.")] = 7.5,
+    images_per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same pictures.")] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels, a multiple of 64.")] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels, a multiple of 64.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="SRC", help="As in convert.")] = None,
+) -> None:
+    """Generate pictures with Keras; KERAS_BACKEND chooses TensorFlow, JAX or PyTorch."""
+    from kcv2diffusers.generate import generate as run
+
+    with progress_bar("Generating", steps=True) as progress:
+        paths = run(
+            *base,
+            prompts=prompt,
+            out=out,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            images_per_prompt=images_per_prompt,
+            seed=seed,
+            height=height,
+            width=width,
+            tokenizer=tokenizer,
+            progress=progress,
+        )
+    print("\n".join(map(str, paths)))
+
+
+def dreambooth(**given: Any) -> None:
+    """Fine-tune on photos of a subject (DreamBooth), and export the result as a diffusers pipeline."""
+    from kcv2diffusers.errors import MissingExtra
+    from kcv2diffusers.sources.pipeline import prediction_of
+
+    file, as_json = given.pop("config"), given.pop("json")
+    values = {
+        name: str(v) if isinstance(v, StrEnum) else v for name, v in given.items() if v not in (None, [])
+    }
+    config = make_config(values, file)
+    try:
+        from kcv2diffusers.dreambooth.train import train
+    except ModuleNotFoundError as error:
+        raise MissingExtra(str(error.name), "keras") from error
+    if config.push_to_hub:
+        log_in(config.push_to_hub)
+    with stages() as progress:
+        result = train(config, progress)
+    verified = None
+    if config.verify and result.export is not None:
+        verified = verify_pipeline(
+            result.export,
+            result.checkpoint,
+            report=result.out / "verify",
+            base=config.base,
+            unet_gelu=config.gelu,
+            prompts=config.sample_prompt or [config.instance_prompt],
+            steps=config.sample_steps,
+            guidance=config.guidance_scale,
+            prediction_type=prediction_of(result.export),
+        )
+        keep_figures(result.export, verified)
+    pushed = None
+    if config.push_to_hub and result.export and (verified is None or verified.passed):
+        options = {"license": config.license or None, "private": config.private}
+        pushed = publish(result.export, config.push_to_hub, **options)
+    found = {"verified": verified, "pushed": pushed}
+    if as_json:
+        print_json(result.to_dict() | {name: each.to_dict() for name, each in found.items() if each})
+    else:
+        print("\n".join(each.text() for each in (result, *found.values()) if each))
+    if not result.finished:
+        sys.exit(128 + signal.SIGINT)
+    require_verified(verified)
+
+
+def _dreambooth_signature() -> Signature:
+    """The options of `dreambooth`: those of its Config, none with a default, and two of the command line."""
+    options: list[tuple[str, Any, Any]] = [
+        ("config", Path | None, typer.Option(metavar="FILE", help="A TOML file with these options."))
+    ]
+    kinds: dict[str, Any] = get_type_hints(Config)
+    choice: Any = StrEnum
+    for f in fields(Config):
+        kind = kinds[f.name]
+        metavar = {int: "N", float: "NUMBER", str: "TEXT", list[str]: "TEXT"}.get(kind)
+        if names := f.metadata["choices"]:
+            kind, metavar = choice(f.name, [(name.replace(".", "_"), name) for name in names]), None
+        default = f"  [{f.default}]" if type(f.default) in (str, int, float) and f.default else ""
+        option = typer.Option(metavar=metavar, help=f.metadata["help"] + default)
+        options.append((f.name, kind | None, option))
+    parameters = [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
+        for name, kind, option in options
+    ]
+    return Signature([*parameters, Parameter("json", Parameter.KEYWORD_ONLY, default=False, annotation=Json)])
+
+
+dreambooth.__signature__ = _dreambooth_signature()  # type: ignore[attr-defined]

@@ -1,0 +1,124 @@
+"""verify, and verifying at the end of other commands."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kcv2diffusers.cli.app import print_json, stages
+from kcv2diffusers.cli.options import Gelu, Json, Part, PredictionTypeOption, Report
+from kcv2diffusers.errors import Error
+
+if TYPE_CHECKING:
+    from kcv2diffusers.verification.result import Verified
+
+
+class Level(StrEnum):
+    weights = "weights"
+    modules = "modules"
+    images = "images"
+
+
+class Reference(StrEnum):
+    builtin = "builtin"
+    keras_cv = "keras-cv"
+
+
+def verify(
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SRC", help="The KerasCV checkpoints it was made of, or folders of them."),
+    ] = None,
+    unet: Part = None,
+    text_encoder: Part = None,
+    vae_decoder: Part = None,
+    vae_encoder: Part = None,
+    base: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SRC|tiny", help="Where the conversion took other parts from, as in convert."),
+    ] = None,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Read this variant.")] = None,
+    level: Annotated[
+        Level, typer.Option(help="Compare weights; these and modules; these and images.")
+    ] = Level.images,
+    reference: Annotated[
+        Reference,
+        typer.Option(help="The Keras side: our models, or KerasCV's classes (need TensorFlow and keras-cv)."),
+    ] = Reference.builtin,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="What to draw; as often as there are prompts.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
+    seeds: Annotated[int, typer.Option(help="Pictures of each prompt, from seeds 0, 1, ...")] = 3,
+    size: Annotated[
+        int | None, typer.Option(help="Height and width in pixels (default: the pipeline's own, 512).")
+    ] = None,
+    gelu: Annotated[
+        Gelu, typer.Option(help="Activation of an SD2 text encoder, as in convert.")
+    ] = Gelu.exact,
+    unet_gelu: Annotated[
+        Gelu, typer.Option(help="Of the Keras UNet: KerasCV's tanh, or exact, as dreambooth trains.")
+    ] = Gelu.tanh,
+    prediction_type: PredictionTypeOption = None,
+    report: Report = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a pipeline with the checkpoints it was made of: weights, modules and pictures."""
+    result = verify_pipeline(
+        pipeline,
+        *(sources or ()),
+        report=report,
+        unet=unet,
+        text_encoder=text_encoder,
+        vae_decoder=vae_decoder,
+        vae_encoder=vae_encoder,
+        base=base or [],
+        variant=variant,
+        level=level.value,
+        reference=reference.value,
+        prompts=prompt,
+        steps=steps,
+        guidance=guidance,
+        seeds=seeds,
+        size=size,
+        gelu=gelu.value,
+        unet_gelu=unet_gelu.value,
+        prediction_type=prediction_type and prediction_type.value,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        print(result.text())
+    require_verified(result)
+
+
+def keep_figures(pipeline: Path, verified: Verified) -> None:
+    """Leave what was found in the pipeline folder, for its model card."""
+    from kcv2diffusers.pipeline import write_json
+    from kcv2diffusers.provenance import VERIFICATION_FILE
+
+    write_json(pipeline / VERIFICATION_FILE, verified.to_dict())
+
+
+def require_verified(result: Verified | None) -> None:
+    """Exit code 1 with the reason in one line, unless all is within the bars."""
+    if result is not None and not result.passed:
+        raise Error(result.reason)
+
+
+def verify_pipeline(pipeline: Path, *sources: str | Path, report: Path | None, **options: Any) -> Verified:
+    """Verify with the options of `Request`; those that are None have their defaults, and a part's name
+    stands for its source.
+    """
+    from kcv2diffusers.recognise import NAMES
+    from kcv2diffusers.verification.run import verify as run
+
+    given = {name: value for name, value in options.items() if value is not None}
+    named = {part: given.pop(part) for part in NAMES if part in given}
+    with stages() as progress:
+        return run(pipeline, *sources, report=report, progress=progress, named=named, **given)
