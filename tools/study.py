@@ -74,11 +74,13 @@ def main(folder: Path) -> None:
     def shares(base: str | Path, seed: int) -> tuple[dict[str, float], np.ndarray]:
         """How probable the judge finds what was asked for, on average; and the pictures."""
         prompts = [pair for pairs in asked.values() for pair in pairs]
-        noise = np.random.default_rng(seed).standard_normal((len(prompts), 8, 8, 4), dtype="float32")
-        sampler = load_base(base).sampler()
-        images = sampler.decode(
-            sampler.sample([text for text, _ in prompts], noise, steps=25, guidance_scale=5)
-        )
+        drawn = folder / f"{Path(base).name}-{seed}.npy"
+        if not drawn.exists():
+            noise = np.random.default_rng(seed).standard_normal((len(prompts), 8, 8, 4), dtype="float32")
+            sampler = load_base(base).sampler()
+            texts = [text for text, _ in prompts]
+            np.save(drawn, sampler.decode(sampler.sample(texts, noise, steps=25, guidance_scale=5)))
+        images = np.load(drawn)
         with torch.no_grad():
             probable = judge(torch.from_numpy(images).float() / 127.5 - 1)[0].softmax(1)
         right = np.array([probable[i, judge.things.index(thing)] for i, (_, thing) in enumerate(prompts)])
