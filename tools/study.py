@@ -99,7 +99,7 @@ def main(folder: Path) -> None:
             if seed == SEEDS[0]:
                 for start, name in ((0, "a sks cat"), (count, "a cat")):
                     shown += list(images[start : start + count : 2])
-                    captions += [f"{setting}: {name}"] * len(range(0, count, 2))
+                    captions += [name] * len(range(0, count, 2))
         cells = [[values[name] for values in found] for name in asked]
         lines.append(
             f"| {setting} | "
