@@ -41,9 +41,6 @@ def main() -> None:
         ("speed", ROOT / ".cache" / "benchmark.md"),
         ("train-step", ROOT / ".cache" / "train_step.md"),
         ("study", ROOT / ".cache" / "study.md"),
-        ("dreambooth-full", ROOT / ".cache" / "dreambooth-full.md"),
-        ("dreambooth-lora", ROOT / ".cache" / "dreambooth-lora.md"),
-        ("verify", ROOT / ".cache" / "verify.md"),
         ("tiny", ROOT / "kcv2diffusers" / "tiny" / "quality.txt"),
     ):
         if measured.exists():
