@@ -215,21 +215,13 @@ def measure(arguments: argparse.Namespace) -> interleaved.Figures:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--small", action="store_true", help="a tenth of SD1's widths, to try the script")
-    parser.add_argument("--pixels", type=int, default=256)
+    parser = interleaved.options(__doc__, CONTENDERS, 1)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--lora", type=int, default=0, help="rank; 0 trains all weights")
     parser.add_argument("--optimizer", default="adamw", help="ours only, as in kcv2diffusers dreambooth")
     parser.add_argument("--precision", default="float32")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--repeat", type=int, default=3, help="timed steps in a process, after the first")
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU at this precision, from its data sheet")
-    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return interleaved.report(measure(arguments))

@@ -4,6 +4,7 @@ fall on one of them only.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -17,9 +18,9 @@ Figures = dict[str, float]
 
 
 def rounds(
-    script: str, contenders: Mapping[str, str], count: int, options: Sequence[str]
+    script: str, contenders: Mapping[str, str], count: int, arguments: Sequence[str]
 ) -> dict[str, list[Figures]]:
-    """What `script options --worker NAME` reports of each contender, `count` times; they map to the
+    """What `script arguments --worker NAME` reports of each contender, `count` times; they map to the
     KERAS_BACKEND of their processes. One that fails is left out, with its last words on stderr.
     """
     results: dict[str, list[Figures]] = {name: [] for name in contenders}
@@ -27,7 +28,7 @@ def rounds(
         for name, backend in contenders.items():
             environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
             done = subprocess.run(
-                [sys.executable, script, *options, "--worker", name],
+                [sys.executable, script, *arguments, "--worker", name],
                 env=environment,
                 capture_output=True,
                 text=True,
@@ -40,6 +41,20 @@ def rounds(
             results[name].append(json.loads(lines[-1].removeprefix("RESULT ")))
             print(name, results[name][-1], file=sys.stderr, flush=True)
     return {name: found for name, found in results.items() if found}
+
+
+def options(description: str | None, contenders: Mapping[str, object], count: int) -> argparse.ArgumentParser:
+    """The options that each benchmark of UNet steps has; `count` is its usual number of rounds."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true", help="a tenth of SD1's widths, to try the script")
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=count)
+    parser.add_argument("--repeat", type=int, default=3, help="timed calls in a process, after the first")
+    parser.add_argument("--only", nargs="*", choices=contenders, default=list(contenders))
+    parser.add_argument("--worker", choices=contenders, help=argparse.SUPPRESS)
+    return parser
 
 
 def report(figures: Figures) -> None:

@@ -127,17 +127,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--small", action="store_true", help="a tenth of SD1's widths, to try the script")
-    parser.add_argument("--pixels", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeat", type=int, default=3, help="timed calls in a process, after the first")
+    parser = interleaved.options(__doc__, CONTENDERS, 3)
     parser.add_argument("--remat", action="store_true", help="rematerialise blocks (ours and diffusers only)")
-    parser.add_argument("--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         return interleaved.report(measure(arguments))

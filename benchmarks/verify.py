@@ -5,7 +5,7 @@
 Takes the KerasCV files of benchmarks/convert.py from DIR (made if they are not there) and converts them. Then
 the level of weights and a conversion in turn, a process each, medians of `--runs` after one round of warm-up;
 then all levels once, with a report in DIR/report. Peak memory is that of the process and its children
-together. The table goes to .cache/verify.md, which tools/update_readme.py puts into the README.
+together. The table goes to .cache/verify.md.
 """
 
 from __future__ import annotations
