@@ -23,6 +23,7 @@ from kcv2diffusers.recognise import Match
 from kcv2diffusers.sources.source import Source
 
 CONVERSION_FILE = "conversion.json"
+# What `--verify` found: figures for the card. It is not published, because it holds paths.
 VERIFICATION_FILE = "verification.json"
 _BLOCK = 16 << 20  # bytes hashed at a time
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*['\"]?([\w.:/-]+)['\"]?[ \t]*$", re.M)

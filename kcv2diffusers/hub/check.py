@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -16,7 +15,7 @@ from kcv2diffusers.dreambooth.config import RUN_FILE
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE
 from kcv2diffusers.recognise import NAMES, Match
-from kcv2diffusers.sources.pipeline import Component, read_pipeline, read_safetensors
+from kcv2diffusers.sources.pipeline import Component, read_json, read_pipeline, read_safetensors
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import tables
 from kcv2diffusers.tokenizer import find_tokenizer
@@ -24,7 +23,6 @@ from kcv2diffusers.tokenizer import find_tokenizer
 Progress = Callable[[int, int], None]
 
 CARD = "README.md"
-# `verify` wrote it (report.json, or --json): figures for the card. It stays at home, because it holds paths.
 _AGAIN = "Convert or save the pipeline again."
 _SLICE = 16 << 20  # bytes looked at at a time
 # What is published: of the root, and of each component's folder. Anything else stays at home.
@@ -67,7 +65,7 @@ def check(folder: Path, progress: Progress = lambda done, total: None) -> Checke
     """
     if not (folder / "model_index.json").is_file():
         raise SourceError(folder, "not a diffusers pipeline (no model_index.json).", "Check the path.")
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json", _AGAIN)
     components = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
     files, left_out = _published(folder, components)
     if gone := [name for name in components if not any(f.startswith(f"{name}/") for f in files)]:
@@ -94,7 +92,7 @@ def check(folder: Path, progress: Progress = lambda done, total: None) -> Checke
         raise Error(
             f"{folder}: the tokenizer has {words} tokens and the text encoder {rows}.\nConvert it again."
         )
-    _json(folder / "scheduler" / "scheduler_config.json")
+    read_json(folder / "scheduler" / "scheduler_config.json", _AGAIN)
     _finite([t for f in files if f.endswith(".safetensors") for t in read_safetensors(folder / f)], progress)
     return Checked(folder, files, left_out, parts)
 
@@ -167,15 +165,3 @@ def _slices(tensor: Tensor) -> Iterator[np.ndarray[Any, Any]]:
                 raise SourceError(tensor.path, f"{tensor.name}: the file ends within it.")
             left -= len(data)
             yield np.frombuffer(data, tensor.dtype)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes()[: 1 << 20])
-    except FileNotFoundError:
-        raise SourceError(path, "no such file.", _AGAIN) from None
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
-        raise SourceError(path, "not a JSON object, the file is damaged.")
-    return data

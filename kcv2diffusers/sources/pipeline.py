@@ -71,7 +71,9 @@ def prediction_of(folder: Path) -> str:
     Raises SourceError for anything else.
     """
     path = folder / "scheduler" / "scheduler_config.json"
-    stated = _json(path).get("prediction_type", PREDICTION_TYPES[0]) if path.exists() else PREDICTION_TYPES[0]
+    stated = (
+        read_json(path).get("prediction_type", PREDICTION_TYPES[0]) if path.exists() else PREDICTION_TYPES[0]
+    )
     if stated not in PREDICTION_TYPES:
         raise SourceError(path, f"prediction_type {stated!r}: known are {' and '.join(PREDICTION_TYPES)}.")
     return str(stated)
@@ -91,7 +93,7 @@ def _component(folder: Path, table: Table, variant: str | None, strict: bool) ->
     if not parts or (strict and stray):
         detail = f" ({stray[0].name}, ...)" if stray else ""
         raise SourceError(weights, f"tensors that no Stable Diffusion {table.folder} has{detail}.", _RESAVE)
-    return Component(folder, _json(folder / "config.json"), parts, stray)
+    return Component(folder, read_json(folder / "config.json"), parts, stray)
 
 
 def _weights(folder: Path, name: str, variant: str | None) -> Path:
@@ -114,11 +116,12 @@ def _weights(folder: Path, name: str, variant: str | None) -> Path:
     raise SourceError(folder, f"no {name} in this folder.", _RESAVE)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, if_absent: str = "Copy or download it again.") -> dict[str, Any]:
+    """A JSON object of at most a megabyte. Raises SourceError, with the remedy `if_absent` for no file."""
     try:
         data = json.loads(path.read_bytes()[: 1 << 20])
     except FileNotFoundError:
-        raise SourceError(path, "no such file.") from None
+        raise SourceError(path, "no such file.", if_absent) from None
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):

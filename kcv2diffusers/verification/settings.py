@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.pipeline import SCHEDULER, model_index
+from kcv2diffusers.sources.pipeline import read_json
 from kcv2diffusers.tables import tables
 from kcv2diffusers.tokenizer import EOS, TokenizerFiles, find_tokenizer
 from kcv2diffusers.verification.sides import Side
@@ -72,8 +72,8 @@ def _index(path: Path) -> list[str]:
     """Components of another class. diffusers imports whatever library an entry names."""
     wanted = model_index({table.folder: table for table in tables().values()})
     try:
-        actual = dict(json.loads(path.read_bytes()[: 1 << 20]))
-    except (ValueError, TypeError, RecursionError):
+        actual = read_json(path)
+    except SourceError:
         return ["model_index.json: not a JSON object"]
     return [
         f"model_index.json: {name} is {json.dumps(actual.get(name))}, not {json.dumps(wanted[name])}"
@@ -83,14 +83,12 @@ def _index(path: Path) -> list[str]:
 
 
 def _scheduler(path: Path, prediction_type: str) -> list[str]:
-    try:
-        data = json.loads(path.read_bytes()[: 1 << 20])
-        actual: Mapping[str, Any] = dict(data)
-    except FileNotFoundError:
+    if not path.exists():
         return ["scheduler/scheduler_config.json: missing"]
-    except (ValueError, TypeError, RecursionError):
+    try:
+        actual = _SCHEDULER_DEFAULTS | read_json(path)
+    except SourceError:
         return ["scheduler/scheduler_config.json: not a JSON object"]
-    actual = _SCHEDULER_DEFAULTS | dict(actual)
     wanted = SCHEDULER | {"prediction_type": prediction_type}
     wrong = {name: value for name, value in wanted.items() if actual.get(name) != value}
     if "_class_name" in wrong:  # another class has other entries
@@ -105,15 +103,14 @@ def _scheduler(path: Path, prediction_type: str) -> list[str]:
 def _tokenizer(folder: Path, sides: Mapping[str, Side], sources: Sequence[Path]) -> list[str]:
     problems, stated = [], False
     for name in _TOKENIZER_FILES:
-        try:
-            data = json.loads((folder / name).read_bytes()[: 1 << 20])
-            token = data.get("pad_token")
-            length = data.get("model_max_length")
-        except FileNotFoundError:
+        if not (folder / name).exists():
             continue
-        except (ValueError, AttributeError, RecursionError):
+        try:
+            data = read_json(folder / name)
+        except SourceError:
             problems.append(f"tokenizer/{name}: not a JSON object")
             continue
+        token, length = data.get("pad_token"), data.get("model_max_length")
         token = token.get("content") if isinstance(token, dict) else token
         stated = stated or token is not None
         if token is not None and token != EOS:
