@@ -75,9 +75,9 @@ class Converted:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        paths = {part: str(path) for part, path in self.sources.items()}
-        base = str(self.base) if self.base else None
-        return asdict(self) | {"out": str(self.out), "sources": paths, "base": base}
+        """As JSON has it; `parts` says there what `sources` and `base` say to Python."""
+        told = {name: value for name, value in asdict(self).items() if name not in ("sources", "base")}
+        return told | {"out": str(self.out)}
 
 
 @dataclass(frozen=True)
