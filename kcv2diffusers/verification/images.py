@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from kcv2diffusers.pictures import psnr
 from kcv2diffusers.schedule import Array
 from kcv2diffusers.verification.bars import Bars
 from kcv2diffusers.verification.distance import relative_error
@@ -87,6 +86,8 @@ def measure(folder: Path, request: Request, bars: Bars, *, exact: bool) -> Image
 
 def _likeness(keras: Arrays, torch: Arrays, side: str, number: int) -> Likeness:
     from skimage.metrics import structural_similarity
+
+    from kcv2diffusers.pictures import psnr
 
     wanted, got = keras.load("picture", number), torch.load("picture", side, number)
     way, other = keras.load("latents", number), torch.load("latents", side, number)

@@ -120,7 +120,7 @@ def test_weights_import_no_framework(tiny: Path) -> None:
 import sys
 from kcv2diffusers import verify
 assert verify({str(tiny)!r}, "tiny://", level="weights").passed
-print(sorted({{name.partition(".")[0] for name in sys.modules}} & {{*{HEAVY!r}, "skimage", "jinja2"}}))
+print(sorted({{name.partition(".")[0] for name in sys.modules}} & {{*{HEAVY!r}, "skimage", "jinja2", "PIL"}}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
