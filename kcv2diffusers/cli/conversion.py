@@ -22,7 +22,12 @@ from kcv2diffusers.cli.options import (
     Private,
     Report,
 )
-from kcv2diffusers.cli.verification import keep_figures, require_verified, verify_pipeline
+from kcv2diffusers.cli.verification import (
+    keep_figures,
+    require_packages,
+    require_verified,
+    verify_pipeline,
+)
 from kcv2diffusers.errors import Error
 
 maps_app = typer.Typer(help="The weight maps: list, show and check them.", no_args_is_help=True)
@@ -101,6 +106,8 @@ def convert(
 
     if report is not None and not verify:
         raise Error("--report is where --verify writes; give that as well.")
+    if verify:
+        require_packages(report)
     if push_to_hub:
         log_in(push_to_hub)
     with progress_bar("Converting") as progress:

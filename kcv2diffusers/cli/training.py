@@ -15,7 +15,12 @@ import typer
 from kcv2diffusers.cli.app import print_json, progress_bar, stages
 from kcv2diffusers.cli.hub import log_in, publish
 from kcv2diffusers.cli.options import Json
-from kcv2diffusers.cli.verification import keep_figures, require_verified, verify_pipeline
+from kcv2diffusers.cli.verification import (
+    keep_figures,
+    require_packages,
+    require_verified,
+    verify_pipeline,
+)
 from kcv2diffusers.dreambooth.config import Config, make_config
 
 
@@ -72,6 +77,8 @@ def dreambooth(**given: Any) -> None:
         from kcv2diffusers.dreambooth.train import train
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "keras") from error
+    if config.verify:
+        require_packages(Path(config.out) / "verify")
     if config.push_to_hub:
         log_in(config.push_to_hub)
     with stages() as progress:

@@ -28,7 +28,9 @@ class Reference(StrEnum):
 
 
 def verify(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder.")],
+    pipeline: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or hf://user/repo.")
+    ],
     sources: Annotated[
         list[str] | None,
         typer.Argument(metavar="SRC", help="The KerasCV checkpoints it was made of, or folders of them."),
@@ -105,13 +107,23 @@ def keep_figures(pipeline: Path, verified: Verified) -> None:
     write_json(pipeline / VERIFICATION_FILE, verified.to_dict())
 
 
+def require_packages(report: Path | None) -> None:
+    """Say at once, before long work that ends in a verification, what that lacks."""
+    from kcv2diffusers.verification import run
+    from kcv2diffusers.verification.request import Request
+
+    run.require_packages(Request(pipeline=""), report)
+
+
 def require_verified(result: Verified | None) -> None:
     """Exit code 1 with the reason in one line, unless all is within the bars."""
     if result is not None and not result.passed:
         raise Error(result.reason)
 
 
-def verify_pipeline(pipeline: Path, *sources: str | Path, report: Path | None, **options: Any) -> Verified:
+def verify_pipeline(
+    pipeline: str | Path, *sources: str | Path, report: Path | None, **options: Any
+) -> Verified:
     """Verify with the options of `Request`; those that are None have their defaults, and a part's name
     stands for its source.
     """

@@ -20,7 +20,7 @@ _BY_STATUS = {
     401: ("the Hub does not accept this token", NOT_LOGGED_IN),
     403: ("your token has no right to do this", "Use a token with write access, and a name of your own."),
     404: ("there is no such repository, or it is private", f"Check the name. {NOT_LOGGED_IN}"),
-    409: ("the name is taken", "Choose another name."),
+    409: ("somebody else changes the repository at this moment", _AGAIN),
     413: ("the Hub finds a file too large", "Convert with --dtype float16."),
     429: ("the Hub's rate limit is reached", _AGAIN),
 }

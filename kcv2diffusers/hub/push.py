@@ -21,7 +21,7 @@ from kcv2diffusers.hub.facts import Facts, gather
 from kcv2diffusers.provenance import CONVERSION_FILE
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def push(
     with asking(repository, token_of(api)):
         if not create_pr:
             api.create_repo(repository, private=private or None, exist_ok=True)
-        info = api.model_info(repository)
+        info = _info(api, repository, made=not create_pr)
         if private and not info.private:
             raise Error(
                 f"{repository}: is there already, and public.\nMake it private in its settings first."
@@ -141,6 +141,20 @@ def log_in(repository: str, token: str | None = None) -> tuple[HfApi, str]:
             raise Error(f"{repository}: to publish you have to say who you are.\n{NOT_LOGGED_IN}")
         me = api.whoami()["name"]
     return api, repository if "/" in repository else f"{me}/{repository}"
+
+
+def _info(api: HfApi, repository: str, *, made: bool) -> ModelInfo:
+    """What the Hub knows of a repository; `made` means that it said that it has it."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return api.model_info(repository)
+    except RepositoryNotFoundError:
+        if not made:
+            raise
+        raise Error(
+            f"{repository}: the name is taken by a repository that you cannot see.\nChoose another name."
+        ) from None
 
 
 def _operations(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from kcv2diffusers.errors import Error
 from kcv2diffusers.recognise import NAMES
+from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.pipeline import PREDICTION_TYPES
 from kcv2diffusers.verification import weights
 from kcv2diffusers.verification.bars import BARS
@@ -38,8 +40,9 @@ def verify(
     progress: Progress = lambda *_: None,
     **options: Any,
 ) -> Verified:
-    """Compare a pipeline folder with the checkpoints it was made of; `options` are the rest of `Request`.
+    """Compare a pipeline with the checkpoints it was made of; `options` are the rest of `Request`.
 
+    `pipeline` is a folder or hf://user/repo.
     A level above weights runs the Keras side, on the backend of KERAS_BACKEND (default: torch), then the
     diffusers side, each in a process of its own. Parts whose tensors are not those of a model are left out
     of them. `report` is a folder for report.html and report.json. `progress` is told what is being done, how
@@ -47,7 +50,9 @@ def verify(
     compare, a source cannot be read, or a package is missing; a pipeline that is wrong is a result.
     """
     request = Request(pipeline=str(pipeline), sources=list(map(str, sources)), **options)
-    _require(request, report)
+    require_packages(request, report)
+    folder = locate_all(pipeline, base=True, variant=request.variant)[0]
+    request = replace(request, pipeline=str(folder))
     seconds: dict[str, float] = {}
     with _timed(seconds, "weights"):
         sides = open_sides(request)
@@ -64,16 +69,17 @@ def verify(
         seconds=seconds,
     )
     if request.reaches("modules"):
-        with TemporaryDirectory(prefix="kcv2diffusers-verify-") as folder:
-            _run_sides(Path(folder), request, sides, result, progress)
+        with TemporaryDirectory(prefix="kcv2diffusers-verify-") as work:
+            _run_sides(Path(work), request, sides, result, progress)
             if report is not None:
-                _write_report(Path(report), Path(folder), result, sides, progress)
+                _write_report(Path(report), Path(work), result, sides, progress)
     elif report is not None:
         _write_report(Path(report), None, result, sides, progress)
     return result
 
 
-def _require(request: Request, report: Source | None) -> None:
+def require_packages(request: Request, report: Source | None) -> None:
+    """Raise Error if what a verification needs is not installed, or the report would replace a file."""
     if request.reaches("modules"):
         require("keras", "torch", "diffusers", "transformers")
     if request.reaches("images"):

@@ -235,7 +235,7 @@ def test_who_may_not(hub: Hub, pipeline: Path) -> None:
         ("alice/x", READER, "has no right to do this (403"),
         ("bob/x", ALICE, "has no right to do this (403"),
         ("alice/hers", BOB, "has no right to do this (403"),
-        ("alice/secret", BOB, "no such repository, or it is private"),
+        ("alice/secret", BOB, "the name is taken by a repository that you cannot see"),
         ("alice/a/b", ALICE, "alice/a/b: Repo id must"),
         ("../x", ALICE, "Repo id must"),
     ):
@@ -249,6 +249,7 @@ def test_who_may_not(hub: Hub, pipeline: Path) -> None:
     ("rule", "message"),
     [
         ({"method": "POST", "path": "/api/repos/create", "status": 429}, "rate limit is reached (429"),
+        ({"method": "POST", "path": "/commit/", "status": 409}, "somebody else changes the repository"),
         ({"method": "POST", "path": "/api/repos/create", "status": 500}, "has an internal error (500"),
         ({"method": "GET", "path": "/api/whoami", "status": 502}, "has an internal error (502"),
         ({"method": "POST", "path": "/commit/", "status": 500}, "has an internal error (500"),
@@ -406,6 +407,9 @@ def test_convert_and_push(hub: Hub, made: Path, tmp_path: Path) -> None:
     assert (metadata["license"], metadata["base_model"]) == ("creativeml-openrail-m", "bob/base")
     assert re.search(r"\| VAE decoder \| hf://bob/base/vae/\S+@[0-9a-f]{40} .* \| `[0-9a-f]{64}` \|", body)
     assert hub.ask("state")["alice/mine2"]["private"]
+    weights = ("--base", "hf://bob/base", "--level", "weights")
+    assert "Verified: weights" in hub.does("verify", "hf://alice/mine2", mine, *weights, **TOKEN)
+    assert "Verified: weights" in hub.does("verify", "hf://bob/base", TINY, "--level", "weights")
 
 
 SAME = """

@@ -135,6 +135,10 @@ def test_convert_verifies(tmp_path: Path) -> None:
     assert "Verified: weights, modules" in done.stdout and (report / "report.html").is_file()
     refused = cli("convert", unet, "--base", "none", "--out", tmp_path / "x", "--report", report)
     assert refused.returncode == 1 and "give that as well" in refused.stderr
+    refused = cli(
+        "convert", unet, "--base", "none", "--out", tmp_path / "x", "--verify", "--report", __file__
+    )
+    assert refused.returncode == 1 and "is a file" in refused.stderr
     assert not (tmp_path / "x").exists()
 
 
