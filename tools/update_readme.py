@@ -40,6 +40,9 @@ def main() -> None:
     for marker, measured in (
         ("speed", ROOT / ".cache" / "benchmark.md"),
         ("train-step", ROOT / ".cache" / "train_step.md"),
+        ("verify", ROOT / ".cache" / "verify.md"),
+        ("dreambooth-full", ROOT / ".cache" / "dreambooth-full.md"),
+        ("dreambooth-lora", ROOT / ".cache" / "dreambooth-lora.md"),
         ("study", ROOT / ".cache" / "study.md"),
         ("tiny", ROOT / "kcv2diffusers" / "tiny" / "quality.txt"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import keras
@@ -10,6 +11,9 @@ from keras import ops
 
 from kcv2diffusers.models.layers import Tensor
 from kcv2diffusers.schedule import alphas_cumprod
+
+# PyTorch reads this at its first allocation on a CPU: large pages, for memory taken anew in each step.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 class DreamBooth(keras.Model):  # type: ignore[misc]
@@ -49,6 +53,13 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         embedding = embed(inputs["timesteps"], self.unet.input_shape[1][-1])
         given = {"latent": noisy, "timestep_embedding": embedding, "context": context}
         return ops.cast(self.unet(given, training=training), "float32")
+
+    def train_step(self, *given: Any) -> Any:
+        """As Keras', but on PyTorch gradients are not kept through the next forward pass."""
+        result = super().train_step(*given)
+        if keras.backend.backend() == "torch":
+            self.zero_grad()
+        return result
 
     def compute_loss(
         self,

@@ -144,8 +144,9 @@ def _clip_in_place(gradients: list[Tensor], limit: float) -> list[Tensor]:
     with torch.no_grad():
         norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
         scale = limit / torch.clamp(norm, min=limit) + (norm - norm)  # not a number if one gradient is none
-        for gradient in gradients:
-            gradient.mul_(scale)
+        if scale != 1:
+            for gradient in gradients:
+                gradient.mul_(scale)
     return gradients
 
 

@@ -56,11 +56,12 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
     """
 
     def call(self, inputs: Tensor) -> Tensor:
-        size = self.kernel_size[0]
-        plain = size == 3 and self.strides == (1, 1) and self.padding == "same"
-        if keras.backend.backend() == "torch" and plain and inputs.device.type == "cpu":
+        # What is padded on one side only has a large picture anyway.
+        ours = self.padding == "valid" or self.strides == (1, 1)
+        if keras.backend.backend() == "torch" and ours and inputs.device.type == "cpu":
             batch, height, width, _ = inputs.shape
-            if batch * height * width <= 2 * self.filters:
+            pixels = batch * height * width // self.strides[0] ** 2
+            if self.kernel_size == (1, 1) or pixels <= 2 * self.filters:
                 return _torch_matrix_conv(inputs, self)
         return super().call(inputs)
 
@@ -68,11 +69,16 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
 def _torch_matrix_conv(inputs: Tensor, layer: keras.layers.Layer) -> Tensor:
     import torch
 
-    _, height, width, _ = inputs.shape
-    padded = torch.nn.functional.pad(inputs, (0, 0, 1, 1, 1, 1))
-    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    kernel = ops.convert_to_tensor(layer.kernel)
-    return torch.cat(shifted, -1) @ kernel.reshape(-1, layer.filters) + ops.convert_to_tensor(layer.bias)
+    size, step = layer.kernel_size[0], layer.strides[0]
+    if layer.padding == "same" and size > 1:
+        inputs = torch.nn.functional.pad(inputs, (0, 0, *(size // 2,) * 4))
+    rows, columns = (length - size + 1 for length in inputs.shape[1:3])
+    shifted = [
+        inputs[:, i : rows + i : step, j : columns + j : step] for i in range(size) for j in range(size)
+    ]
+    kernel = ops.convert_to_tensor(layer.kernel).reshape(-1, layer.filters)
+    x = torch.cat(shifted, -1) if size > 1 else inputs
+    return x @ kernel + ops.convert_to_tensor(layer.bias)
 
 
 class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
