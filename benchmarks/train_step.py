@@ -35,11 +35,14 @@ Calls = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 def keras_calls(kind: str, arguments: argparse.Namespace) -> Calls:
-    """Forward and training step of our UNet or of KerasCV's, both through Keras' own compiled loops."""
+    """Forward and training step of our UNet, as `dreambooth` trains it, or of KerasCV's, both through Keras'
+    own compiled loops.
+    """
     import keras
 
     from kcv2diffusers import models
     from kcv2diffusers.dreambooth.config import Config
+    from kcv2diffusers.dreambooth.model import DreamBooth
     from kcv2diffusers.dreambooth.optimizers import make_optimizer
 
     if kind == "ours":
@@ -64,12 +67,16 @@ def keras_calls(kind: str, arguments: argparse.Namespace) -> Calls:
     named = {"latent": latent, "timestep_embedding": embedding, "context": text}
     # XLA's convolutions on a CPU are slower than TensorFlow's own, for us and for KerasCV alike.
     jit = keras.backend.backend() == "jax"
-    if kind == "ours":
-        optimizer = make_optimizer(Config(learning_rate=1e-5, clip_norm=0.0), ())
-    else:
-        optimizer = keras.optimizers.AdamW(1e-5, weight_decay=0.01)
-    model.compile(optimizer, loss="mse", jit_compile=jit)
-    return lambda: model.predict_on_batch(named), lambda: model.train_on_batch(named, latent)
+    if kind == "kerascv":
+        model.compile(keras.optimizers.AdamW(1e-5, weight_decay=0.01), loss="mse", jit_compile=jit)
+        return lambda: model.predict_on_batch(named), lambda: model.train_on_batch(named, latent)
+    model.compile(jit_compile=jit)
+    trainer = DreamBooth(model)
+    trainer.compile(make_optimizer(Config(learning_rate=1e-5, clip_norm=0.0), ()), jit_compile=jit)
+    noised = {"latents": latent, "noise": latent, "timesteps": np.array([500], "int32")}
+    batch = {**noised, "condition": text, "prior": np.zeros(1, "float32")}
+    given = {name: keras.ops.convert_to_tensor(value) for name, value in batch.items()}
+    return lambda: model.predict_on_batch(named), lambda: trainer.train_on_batch(given)
 
 
 def diffusers_calls(arguments: argparse.Namespace) -> Calls:
