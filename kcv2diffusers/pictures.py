@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,6 @@ Array = np.ndarray[Any, Any]
 
 _GAP = 4  # pixels between cells
 _FONT = 11
-_LINE = 13
 
 
 def grid(images: Array, columns: int, captions: Sequence[str] = (), scale: int = 1) -> Image.Image:
@@ -25,7 +25,9 @@ def grid(images: Array, columns: int, captions: Sequence[str] = (), scale: int =
     font = ImageFont.load_default(_FONT)
     letters = max(1, int(width / (0.55 * _FONT)))
     wrapped = ["\n".join(textwrap.wrap(caption, letters)) for caption in captions]
-    below = _LINE * max((text.count("\n") + 1 for text in wrapped), default=0)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [ruler.multiline_textbbox((0, 0), text, font, "ma") for text in wrapped]
+    below = math.ceil(max((bottom for _, _, _, bottom in boxes), default=0))
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * (width + _GAP), rows * (height + below + _GAP)), "white")
     draw = ImageDraw.Draw(sheet)
