@@ -95,7 +95,8 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
     ids = {id(variable) for variable in slower}
 
     kind: Any = type(_CLASSES[config.optimizer]())  # on PyTorch, Keras makes one of a quicker class
-    on_torch = keras.backend.backend() == "torch"
+    backend = keras.backend.backend()
+    fused = _FUSED.get(backend) if config.optimizer == "adamw" else None
 
     class TwoRates(kind):  # type: ignore[misc]
         """Updates the text encoder's variables at `factor` times the rate, and not after its last step.
@@ -104,21 +105,20 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
         """
 
         def _clip_gradients(self, grads: list[Tensor]) -> list[Tensor]:
-            if on_torch and self.global_clipnorm:
+            if backend == "torch" and self.global_clipnorm:
                 return _clip_in_place(grads, self.global_clipnorm)
             return list(super()._clip_gradients(grads))
 
         def _backend_update_step(self, grads: list[Tensor], variables: list[Any], rate: Tensor) -> None:
             later = rate * factor * ops.cast(self.iterations < end, "float32")
             pairs = list(zip(grads, variables, strict=True))
-            fused = config.optimizer == "adamw" and on_torch
             together = len(pairs) if fused else _TOGETHER
             for first in range(0, len(pairs), together):
                 chunk = pairs[first : first + together]
                 for slow, own_rate in ((False, rate), (True, later)):
                     group = [pair for pair in chunk if (id(pair[1]) in ids) is slow]
                     if fused and group:
-                        _fused_adamw(self, group, float(own_rate), config.weight_decay)
+                        fused(self, group, own_rate, config.weight_decay)
                         continue
                     for _, variable in group:
                         kept = ops.cast(1 - own_rate * config.weight_decay, variable.dtype)
@@ -150,9 +150,11 @@ def _clip_in_place(gradients: list[Tensor], limit: float) -> list[Tensor]:
     return gradients
 
 
-def _fused_adamw(
-    optimizer: Any, pairs: list[tuple[Tensor, keras.Variable]], rate: float, weight_decay: float
-) -> None:
+Pairs = list[tuple[Tensor, keras.Variable]]
+"""Gradients and what they are of."""
+
+
+def _fused_on_torch(optimizer: Any, pairs: Pairs, rate: Tensor, weight_decay: float) -> None:
     """Keras' Adam in one pass of PyTorch's kernel over all weights; Keras' own makes a dozen, and copies."""
     import torch
     from torch.optim.adamw import adamw
@@ -172,8 +174,37 @@ def _fused_adamw(
             maximize=False,
             beta1=optimizer.beta_1,
             beta2=optimizer.beta_2,
-            lr=rate,
+            lr=float(rate),
             weight_decay=weight_decay,
             # Keras adds epsilon before the second moment's bias is corrected, PyTorch after.
             eps=optimizer.epsilon / math.sqrt(1 - optimizer.beta_2 ** (done + 1)),
         )
+
+
+def _fused_on_tensorflow(optimizer: Any, pairs: Pairs, rate: Tensor, weight_decay: float) -> None:
+    """The same by TensorFlow's kernel, a weight at a time in place; Keras' own operations run when they can,
+    many weights' at once, and keep copies of them meanwhile.
+    """
+    import tensorflow as tf
+
+    step = ops.cast(optimizer.iterations + 1, "float32")
+    for gradient, variable in pairs:
+        place = optimizer._get_variable_index(variable)
+        if weight_decay:
+            with tf.control_dependencies([gradient]):  # not before, or all weights would be there twice
+                variable.assign(variable * (1 - rate * weight_decay))
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.value.handle,
+            m=optimizer._momentums[place].value.handle,
+            v=optimizer._velocities[place].value.handle,
+            beta1_power=ops.power(optimizer.beta_1, step),
+            beta2_power=ops.power(optimizer.beta_2, step),
+            lr=rate,
+            beta1=optimizer.beta_1,
+            beta2=optimizer.beta_2,
+            epsilon=optimizer.epsilon,
+            grad=tf.convert_to_tensor(gradient),
+        )
+
+
+_FUSED = {"torch": _fused_on_torch, "tensorflow": _fused_on_tensorflow}
