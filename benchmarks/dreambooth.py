@@ -58,12 +58,19 @@ def ours(arguments: argparse.Namespace) -> Step:
         model = DreamBooth(unet)
     options = Config(learning_rate=LEARNING_RATE, optimizer=arguments.optimizer)
     model.compile(make_optimizer(options, ()), jit_compile=keras.backend.backend() == "jax")
-    rng, n, side = np.random.default_rng(0), arguments.batch, arguments.pixels // 8
+    return training_step(model, config.context_width, arguments.pixels, arguments.batch)
+
+
+def training_step(model: Any, context: int, pixels: int, n: int = 1) -> Step:
+    """A step of a compiled `DreamBooth` on `n` random pictures, with a text encoder of width `context`."""
+    import keras
+
+    rng, side = np.random.default_rng(0), pixels // 8
     batch = {
         "latents": rng.standard_normal((n, side, side, 4), dtype="float32"),
         "noise": rng.standard_normal((n, side, side, 4), dtype="float32"),
         "timesteps": rng.integers(0, 1000, n).astype("int32"),
-        "condition": rng.standard_normal((n, 77, config.context_width), dtype="float32"),
+        "condition": rng.standard_normal((n, 77, context), dtype="float32"),
         "prior": np.zeros(n, "float32"),
     }
     given = {name: keras.ops.convert_to_tensor(value) for name, value in batch.items()}

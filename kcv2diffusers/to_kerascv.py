@@ -54,7 +54,7 @@ def to_keras(
     started = time.monotonic()
     if format not in WRITERS:
         raise Error(f"--format {format}: choose one of {', '.join(WRITERS)}.")
-    components = read_pipeline(locate_all(pipeline, base=True, variant=variant)[0], variant=variant)
+    components = read_pipeline(locate_all(pipeline, pipelines=True, variant=variant)[0], variant=variant)
     parts = {p: m.require_complete() for component in components.values() for p, m in component.parts.items()}
     needed = sum(4 * math.prod(t.shape) for match in parts.values() for _, t in match.slots())
     ours = {CONFIG_FILE, *(f"{part}.{name}" for part in NAMES for name in WRITERS)}

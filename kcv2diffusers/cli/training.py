@@ -77,8 +77,9 @@ def dreambooth(**given: Any) -> None:
         from kcv2diffusers.dreambooth.train import train
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "keras") from error
+    report = Path(config.out) / "verify"
     if config.verify:
-        require_packages(Path(config.out) / "verify")
+        require_packages(report)
     if config.push_to_hub:
         log_in(config.push_to_hub)
     with stages() as progress:
@@ -88,7 +89,7 @@ def dreambooth(**given: Any) -> None:
         verified = verify_pipeline(
             result.export,
             result.checkpoint,
-            report=result.out / "verify",
+            report=report,
             base=config.base,
             unet_gelu=config.gelu,
             prompts=config.sample_prompt or [config.instance_prompt],

@@ -113,18 +113,17 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
             later = rate * factor * ops.cast(self.iterations < end, "float32")
             pairs = list(zip(grads, variables, strict=True))
             together = len(pairs) if fused else _TOGETHER
-            for first in range(0, len(pairs), together):
-                chunk = pairs[first : first + together]
-                for slow, own_rate in ((False, rate), (True, later)):
-                    group = [pair for pair in chunk if (id(pair[1]) in ids) is slow]
-                    if fused and group:
-                        fused(self, group, own_rate, config.weight_decay)
+            for slow, own_rate in ((False, rate), (True, later)):
+                group = [pair for pair in pairs if (id(pair[1]) in ids) is slow]
+                for first in range(0, len(group), together):
+                    chunk = group[first : first + together]
+                    if fused:
+                        fused(self, chunk, own_rate, config.weight_decay)
                         continue
-                    for _, variable in group:
+                    for _, variable in chunk:
                         kept = ops.cast(1 - own_rate * config.weight_decay, variable.dtype)
                         variable.assign(variable * kept)
-                    if group:
-                        super()._backend_update_step([g for g, _ in group], [v for _, v in group], own_rate)
+                    super()._backend_update_step([g for g, _ in chunk], [v for _, v in chunk], own_rate)
 
     optimizer: keras.optimizers.Optimizer = TwoRates(
         Course(config.lr_schedule, peak, config.warmup_steps, config.steps),

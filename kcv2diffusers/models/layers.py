@@ -49,10 +49,11 @@ def dense(width: int, use_bias: bool = True) -> keras.layers.Dense:
 
 
 class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
-    """A convolution, on PyTorch as one matrix product where the kernel is larger than the picture.
+    """A convolution, on PyTorch's CPU as one matrix product where the kernel is larger than the picture, or
+    of one pixel.
 
     Keras' kernels are (height, width, inputs, outputs); PyTorch's convolution turns them round at every pass,
-    which on a CPU takes most of the time of the coarser half of a UNet.
+    which takes most of the time of the coarser half of a UNet.
     """
 
     def call(self, inputs: Tensor) -> Tensor:

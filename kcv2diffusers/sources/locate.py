@@ -29,20 +29,21 @@ def locate_all(
     source: str | PathLike[str],
     *,
     base: bool = False,
+    pipelines: bool = False,
     parts: Collection[str] | None = None,
     variant: str | None = None,
 ) -> list[Path]:
     """Where a source lies: `tiny://` in the package, `hf://` downloaded, anything else at its path.
 
     Several paths for a repository of several checkpoints. `parts` are those that are needed (all by default;
-    none for a tokenizer) and `variant` the weight files preferred, which keeps downloads small. A `base` may
-    be a diffusers pipeline on the Hub, and may be written `tiny`. Raises Error if that is also a file or
-    folder here, and for what the Hub refuses.
+    none for a tokenizer) and `variant` the weight files preferred, which keeps downloads small. With
+    `pipelines` it may be a diffusers pipeline on the Hub; so may a `base`, which may be written `tiny`.
+    Raises Error if that is also a file or folder here, and for what the Hub refuses.
     """
     if isinstance(source, str) and source.startswith(SCHEME):
         from kcv2diffusers.hub.download import fetch
 
-        return fetch(source, parts, variant, pipelines=base)
+        return fetch(source, parts, variant, pipelines=base or pipelines)
     if source != TINY and not (base and source == "tiny"):
         return [Path(source)]
     if source != TINY and Path(source).exists():

@@ -1,7 +1,7 @@
 """The default bars: the errors beyond which a pipeline is not what its checkpoints say.
 
-Errors of parts and blocks are largest absolute difference / largest absolute value. What was measured when
-they were set stands in the README; float32 sums in another order give 1e-6 to 1e-5.
+Errors of parts and blocks are largest absolute difference / largest absolute value. What is measured at
+full size stands in the README; float32 sums in another order give 1e-6 to 1e-5.
 """
 
 from __future__ import annotations

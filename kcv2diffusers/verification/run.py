@@ -51,7 +51,7 @@ def verify(
     """
     request = Request(pipeline=str(pipeline), sources=list(map(str, sources)), **options)
     require_packages(request, report)
-    folder = locate_all(pipeline, base=True, variant=request.variant)[0]
+    folder = locate_all(pipeline, pipelines=True, variant=request.variant)[0]
     request = replace(request, pipeline=str(folder))
     seconds: dict[str, float] = {}
     with _timed(seconds, "weights"):

@@ -77,7 +77,7 @@ def test_two_devices_train_as_one(folder: Path, expected: list[float]) -> None:
 def test_tensorflow_trains_alike_at_several_sizes(folder: Path) -> None:
     sizes = ["--resolution", "128"]
     expected = losses("torch", folder, "torch-sizes", *sizes)
-    np.testing.assert_allclose(losses("tensorflow", folder, "tensorflow", *sizes), expected, rtol=2e-3)
+    np.testing.assert_allclose(losses("tensorflow", folder, "tensorflow", *sizes), expected, rtol=2e-4)
 
 
 def test_bfloat16_trains_alike(folder: Path, expected: list[float]) -> None:
@@ -89,8 +89,10 @@ def test_bfloat16_trains_alike(folder: Path, expected: list[float]) -> None:
 def test_float16_trains_alike(folder: Path, expected: list[float]) -> None:
     """With this base no step is skipped for the scale of its loss; with larger gradients one would be."""
     found = losses("torch", folder, "float16", "--precision", "mixed_float16")
-    np.testing.assert_allclose(found, expected, rtol=0.02)
+    assert found[0] == pytest.approx(expected[0], rel=1e-3)
+    np.testing.assert_allclose(found, expected, rtol=0.005)
     assert not np.allclose(found, expected, rtol=1e-6), "computed in float32"
+    assert found[-1] < found[0]
 
 
 def test_devices_that_are_not_there(folder: Path) -> None:
