@@ -7,6 +7,7 @@ them: that is what makes the weights of one loadable by the other.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -49,37 +50,43 @@ def dense(width: int, use_bias: bool = True) -> keras.layers.Dense:
 
 
 class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
-    """A convolution, on PyTorch's CPU as one matrix product where the kernel is larger than the picture, or
-    of one pixel.
+    """A convolution, on a CPU as one matrix product where the kernel is larger than the picture, or of one
+    pixel.
 
-    Keras' kernels are (height, width, inputs, outputs); PyTorch's convolution turns them round at every pass,
-    which takes most of the time of the coarser half of a UNet.
+    Keras' kernels are (height, width, inputs, outputs); PyTorch and XLA turn them round in
+    every pass, which takes most of the time of the coarser half of a UNet.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
         # What is padded on one side only has a large picture anyway.
-        ours = self.padding == "valid" or self.strides == (1, 1)
-        if keras.backend.backend() == "torch" and ours and inputs.device.type == "cpu":
-            batch, height, width, _ = inputs.shape
-            pixels = batch * height * width // self.strides[0] ** 2
+        symmetric = self.padding == "valid" or self.strides == (1, 1)
+        known = all(isinstance(length, int) for length in inputs.shape)  # not while a model is built
+        if symmetric and known and _turns_kernels(inputs):
+            pixels = math.prod(inputs.shape[:3]) // math.prod(self.strides)
             if self.kernel_size == (1, 1) or pixels <= 2 * self.filters:
-                return _torch_matrix_conv(inputs, self)
+                return self._as_product(inputs)
         return super().call(inputs)
 
+    def _as_product(self, inputs: Tensor) -> Tensor:
+        size, step = self.kernel_size[0], self.strides[0]
+        if self.padding == "same" and size > 1:
+            inputs = ops.pad(inputs, ((0, 0), *((size // 2, size // 2),) * 2, (0, 0)))
+        rows, columns = (length - size + 1 for length in inputs.shape[1:3])
+        shifted = [
+            inputs[:, i : rows + i : step, j : columns + j : step] for i in range(size) for j in range(size)
+        ]
+        x = ops.concatenate(shifted, -1) if size > 1 else inputs
+        return x @ ops.reshape(self.kernel, (-1, self.filters)) + ops.convert_to_tensor(self.bias)
 
-def _torch_matrix_conv(inputs: Tensor, layer: keras.layers.Layer) -> Tensor:
-    import torch
 
-    size, step = layer.kernel_size[0], layer.strides[0]
-    if layer.padding == "same" and size > 1:
-        inputs = torch.nn.functional.pad(inputs, (0, 0, *(size // 2,) * 4))
-    rows, columns = (length - size + 1 for length in inputs.shape[1:3])
-    shifted = [
-        inputs[:, i : rows + i : step, j : columns + j : step] for i in range(size) for j in range(size)
-    ]
-    kernel = ops.convert_to_tensor(layer.kernel).reshape(-1, layer.filters)
-    x = torch.cat(shifted, -1) if size > 1 else inputs
-    return x @ kernel + ops.convert_to_tensor(layer.bias)
+def _turns_kernels(inputs: Tensor) -> bool:
+    """Whether convolutions of `inputs` run on a CPU by PyTorch or XLA."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return bool(jax.default_backend() == "cpu")
+    return bool(backend == "torch" and inputs.device.type == "cpu")
 
 
 class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
