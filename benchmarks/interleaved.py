@@ -13,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kcv2diffusers.processes import ALLOCATOR
+
 ROOT = Path(__file__).parents[1]
 Figures = dict[str, float]
 
@@ -27,6 +29,8 @@ def rounds(
     for _ in range(count):
         for name, backend in contenders.items():
             environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
+            if name.startswith("kcv2diffusers"):
+                environment |= ALLOCATOR  # as `kcv2diffusers dreambooth` starts itself
             done = subprocess.run(
                 [sys.executable, script, *arguments, "--worker", name],
                 env=environment,

@@ -1,3 +1,16 @@
-from kcv2diffusers.cli import main
+"""What `kcv2diffusers` and `python -m kcv2diffusers.cli` start."""
 
-main()
+import sys
+
+from kcv2diffusers.cli import main
+from kcv2diffusers.processes import restart_to_train
+
+
+def start() -> None:
+    if sys.argv[1:2] == ["dreambooth"]:
+        restart_to_train()
+    main()
+
+
+if __name__ == "__main__":
+    start()
