@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -25,6 +24,8 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from interleaved import machine
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
@@ -87,20 +88,6 @@ def make(work: Path) -> None:
             check=True,
         )
     (work / "done").touch()
-
-
-def machine() -> str:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
-    return (
-        f"{os.cpu_count()} cores of {model}, Linux {platform.release()}, Python {platform.python_version()}"
-    )
 
 
 def main() -> None:

@@ -243,6 +243,8 @@ def main() -> None:
     what = f"LoRA of rank {arguments.lora}" if arguments.lora else "all weights"
     head = f"| {what}, {arguments.pixels} px, batch {arguments.batch} | steps/s | to diffusers | first step"
     lines = [
+        f"{interleaved.machine()}; the best of {arguments.repeat} steps, rounds: {arguments.rounds}",
+        "",
         f"{head} | peak memory |" + (" of peak arithmetic |" if share else ""),
         "|---|--:|--:|--:|--:|" + ("--:|" if share else ""),
     ]

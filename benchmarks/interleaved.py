@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -72,3 +73,15 @@ def medians(found: Sequence[Figures]) -> Figures:
         key: (max if "memory" in key else statistics.median)([figures[key] for figures in found])
         for key in found[0]
     }
+
+
+def machine() -> str:
+    """The processor, the system and Python, for the head of a table (Linux)."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    model = found.get("model name", platform.processor())
+    if "avx512f" in found.get("flags", ""):
+        model += " with AVX-512"
+    return (
+        f"{os.cpu_count()} cores of {model}, Linux {platform.release()}, Python {platform.python_version()}"
+    )

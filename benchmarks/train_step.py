@@ -141,6 +141,8 @@ def main() -> None:
     contenders = {name: CONTENDERS[name][1] for name in arguments.only}
     results = interleaved.rounds(__file__, contenders, arguments.rounds, sys.argv[1:])
     lines = [
+        f"{interleaved.machine()}; the best of {arguments.repeat} calls, rounds: {arguments.rounds}",
+        "",
         "| | forward | step | first step | peak memory of forward | of a step |",
         "|---|--:|--:|--:|--:|--:|",
     ]

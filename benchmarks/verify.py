@@ -18,7 +18,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from convert import PARTS, ROOT, Run, machine, make, run
+from convert import PARTS, ROOT, Run, make, run
+from interleaved import machine
 
 NAMES = {"builtin": "the models of kcv2diffusers", "keras-cv": "KerasCV's own classes"}
 
