@@ -9,7 +9,7 @@ from typing import Any
 
 from kcv2diffusers.hub.address import shown
 from kcv2diffusers.recognise import NAMES, recognise
-from kcv2diffusers.sources import open_sources
+from kcv2diffusers.sources import open_all
 from kcv2diffusers.sources.locate import locate_all
 
 
@@ -50,7 +50,7 @@ class Inspected:
 def inspect(source: str | PathLike[str]) -> list[Inspected]:
     """What is at `source`: one entry for each checkpoint. Raises SourceError for what cannot be read."""
     found = []
-    for opened in (opened for path in locate_all(source) for opened in open_sources(path)):
+    for opened in open_all(locate_all(source)):
         match = recognise(opened)
         tensors = [tensor for _, tensor in match.slots()]
         found.append(

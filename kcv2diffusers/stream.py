@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, cast
 
 from kcv2diffusers.errors import Error
@@ -20,7 +21,7 @@ from kcv2diffusers.processes import fork
 from kcv2diffusers.transfer import Files, Finding, Job, Worker
 
 _LISTED = 8  # tensors that a refusal names
-_WORKERS = min(4, os.cpu_count() or 1)
+_WORKERS = min(4, (os.cpu_count() or 1) + 1)  # one of them may be waiting for its turn to write
 
 Progress = Callable[[int, int], None]
 
@@ -99,7 +100,7 @@ def _open(stack: ExitStack, jobs: Sequence[Job], access: int) -> Files:
             if path not in kept:
                 kept[path] = os.open(path, flags)
                 stack.callback(os.close, kept[path])
-    return Files(*opened)
+    return Files(*opened, turn=stack.enter_context(TemporaryFile()).fileno())
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from kcv2diffusers.output import check_free, new_folder
 from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetensors
 from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE, record
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
-from kcv2diffusers.sources import open_sources
+from kcv2diffusers.sources import open_all
 from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.pipeline import (
     PREDICTION_TYPES,
@@ -218,13 +218,13 @@ def convert(
 def gather(paths: Sequence[Path], named: Mapping[str, Source | None]) -> dict[str, Match]:
     """One match a part, from positional sources and from those given for a part."""
     parts: dict[str, Match] = {}
-    for source in (source for path in paths for source in open_sources(path)):
+    for source in open_all(paths):
         add_part(parts, recognise(source))
     for part, given in named.items():
         if given is None:
             continue
         located = locate_all(given, parts={part})
-        matches = [recognise(source) for path in located for source in open_sources(path)]
+        matches = [recognise(source) for source in open_all(located)]
         fitting = [match for match in matches if match.part == part]
         if not fitting:
             held = " and a ".join(NAMES[match.part] for match in matches)

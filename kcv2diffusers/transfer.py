@@ -6,6 +6,7 @@ the tensor.
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ _SLICE = 8 << 20  # bytes read at a time where the order of bytes stays
 _BLOCK = 1 << 20  # bytes of source transposed at a time: a block and its result stay in the L2 cache
 _SLAB = 64 << 20  # bytes of target collected before they are written
 # Larger writes make the kernel look for larger free blocks of memory, which can take longer than copying.
-_WRITE = 128 << 10
+_WRITE = 256 << 10
 _TILE = 128  # source rows of a block turned at a time on the way to Keras
 _PAD = 16  # values between the rows of a gathered block, see `Worker.reverse`
 
@@ -58,10 +59,13 @@ class NotFinite(Finding):
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Open file descriptors by path: sources to read from, targets to write to."""
+    """Open file descriptors by path: sources to read from, targets to write to. `turn` is of a file that is
+    locked by the process that writes.
+    """
 
     read: Mapping[Path, int]
     write: Mapping[Path, int]
+    turn: int
 
 
 class Worker:
@@ -107,12 +111,18 @@ class Worker:
             )
 
     def write(self, job: Job, values: np.ndarray, start: int) -> None:
-        """Write contiguous target values from element `start` on."""
+        """Write contiguous target values from element `start` on, one process at a time.
+
+        The kernel lets only one write to a file, and who waits for it there spins; waiting here leaves the
+        core to a process that reads or turns.
+        """
         fd, offset = self.files.write[job.target], job.offset + start * values.itemsize
         view = memoryview(values.reshape(-1).view(np.uint8).data)
+        fcntl.lockf(self.files.turn, fcntl.LOCK_EX)
         while view:
             done = os.pwrite(fd, view[:_WRITE], offset)
             view, offset = view[done:], offset + done
+        fcntl.lockf(self.files.turn, fcntl.LOCK_UN)
 
     def read(self, job: Job, source: _Reader, scan: _Scan, shape: tuple[int, ...], start: int) -> np.ndarray:
         """Source elements from `start` on, scanned, in the target dtype."""

@@ -35,7 +35,7 @@ from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.models.unet import build_unet
 from kcv2diffusers.models.vae import build_decoder, build_image_encoder
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
-from kcv2diffusers.sources import open_sources
+from kcv2diffusers.sources import open_all
 from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.pipeline import PREDICTION_TYPES, is_pipeline, prediction_of, read_pipeline
 from kcv2diffusers.sources.tensor import Tensor
@@ -95,9 +95,8 @@ def load_base(
         gelu, prediction_type = gelu or "exact", prediction_of(paths[0])
     else:
         matches: dict[str, Match] = {}
-        for path in paths:
-            for source in open_sources(path):
-                add_part(matches, recognise(source))
+        for source in open_all(paths):
+            add_part(matches, recognise(source))
         configs = {part: (m, _beside(m)) for part, m in matches.items()}
         gelu = gelu or "tanh"
     if missing := [NAMES[part] for part in NAMES if part not in configs]:

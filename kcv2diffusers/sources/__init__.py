@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from kcv2diffusers.errors import SourceError, reading
 from kcv2diffusers.sources.source import Source
 
+_ENDINGS = (".h5", ".hdf5", ".keras", ".weights.json")
 NOT_KERAS = "a diffusers pipeline, not a Keras checkpoint."
 _KINDS = (
     "Legacy .h5, whole-model .h5, .weights.h5 (or the .weights.json of its shards), .keras, "
@@ -22,6 +24,14 @@ def open_sources(path: Path) -> list[Source]:
     """
     with reading(path):
         return _open(path)
+
+
+def open_all(paths: Sequence[Path]) -> list[Source]:
+    """The checkpoints at all `paths`; what takes most of the time is done for several at once."""
+    from kcv2diffusers.sources import hdf5
+
+    with hdf5.ahead(paths):
+        return [source for path in paths for source in open_sources(path)]
 
 
 def _open(path: Path) -> list[Source]:
@@ -48,6 +58,8 @@ def _checkpoint(prefix: Path) -> Source:
 
 
 def _folder(path: Path) -> list[Source]:
+    from kcv2diffusers.sources import hdf5
+
     if (path / "model_index.json").is_file():
         raise SourceError(path, NOT_KERAS, "Give it with --base, or to to-keras.")
     if (path / "saved_model.pb").is_file():
@@ -57,14 +69,15 @@ def _folder(path: Path) -> list[Source]:
     entries = sorted(path.iterdir())
     shards = {name for e in entries if e.name.endswith(".weights.json") for name in _shards(e)}
     found: list[Source] = []
-    for entry in entries:
-        if entry.is_dir():
-            if (entry / "saved_model.pb").is_file() or (entry / "variables").is_dir():
-                found += _open(entry)
-        elif entry.suffix == ".index":
-            found.append(_checkpoint(entry.with_suffix("")))
-        elif entry.name.endswith((".h5", ".hdf5", ".keras", ".weights.json")) and entry.name not in shards:
-            found.append(_file(entry))
+    with hdf5.ahead(entries):
+        for entry in entries:
+            if entry.is_dir():
+                if (entry / "saved_model.pb").is_file() or (entry / "variables").is_dir():
+                    found += _open(entry)
+            elif entry.suffix == ".index":
+                found.append(_checkpoint(entry.with_suffix("")))
+            elif entry.name.endswith(_ENDINGS) and entry.name not in shards:
+                found.append(_file(entry))
     if not found:
         raise SourceError(path, "no checkpoint in this folder.", _KINDS)
     return found

@@ -12,9 +12,11 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ import ml_dtypes
 import numpy as np
 
 from kcv2diffusers.errors import SourceError
-from kcv2diffusers.sources.isolated import Died, isolated
+from kcv2diffusers.sources.isolated import Child, Died, isolated
 from kcv2diffusers.sources.tensor import Tensor
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_AT_ONCE = 4  # files parsed side by side: as many as a pipeline has parts
 _MAX_DEPTH = 64
 _MAX_OBJECTS = 50_000
 _MAX_ATTRIBUTE = 4 << 20
@@ -89,6 +92,25 @@ def _open(path: Path, part: tuple[int, int] | None) -> Iterator[h5py.File]:
             yield file
 
 
+_AHEAD: ContextVar[dict[Path, Child]] = ContextVar("ahead", default={})  # noqa: B039 - it stays empty
+
+
+@contextmanager
+def ahead(paths: Iterable[Path]) -> Iterator[None]:
+    """Within it, `read_tree` finds the files among `paths` parsed, or about to be: side by side."""
+    children: dict[Path, Child] = {}
+    token = _AHEAD.set(children)
+    try:
+        for path in paths:
+            if len(children) < _AT_ONCE and path.suffix in (".h5", ".hdf5") and path.is_file():
+                children[path] = Child(partial(_scan, path, None))
+        yield
+    finally:
+        _AHEAD.reset(token)
+        for child in children.values():
+            child.stop()
+
+
 def read_tree(path: Path, part: tuple[int, int] | None = None) -> Tree:
     """The tensors of the HDF5 file `path`, or of the one in bytes `part` = (start, size) of it.
 
@@ -96,7 +118,8 @@ def read_tree(path: Path, part: tuple[int, int] | None = None) -> Tree:
     """
     path.open("rb").close()  # so that a missing permission is told as such
     try:
-        found = json.loads(isolated(lambda: _scan(path, part)))
+        child = (None if part else _AHEAD.get().pop(path, None)) or Child(lambda: _scan(path, part))
+        found = json.loads(child.result())
     except (Died, ValueError) as error:
         raise SourceError(path, "a damaged HDF5 file.") from error
     if "refused" in found:

@@ -25,32 +25,48 @@ class Died(Exception):
     """The child crashed or reached a limit, or its function raised something."""
 
 
-def isolated(work: Callable[[], bytes | memoryview], extra: int = 0) -> bytes:
-    """What `work` returns, computed in a child process. Raises Died.
+class Child:
+    """A child process that computes what `work` returns; it starts at once.
 
     `extra` is the size in bytes of a result that is expected to be large.
     """
-    read, write = os.pipe()
 
-    def run() -> None:
-        os.close(read)
-        _limit(extra)
-        with os.fdopen(write, "wb") as pipe:
-            pipe.write(work())
+    def __init__(self, work: Callable[[], bytes | memoryview], extra: int = 0) -> None:
+        self._read, write = os.pipe()
 
-    child = fork(run)
-    os.close(write)
-    try:
-        with os.fdopen(read, "rb", buffering=0) as pipe:
-            result = pipe.readall()
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
-    finally:
-        status = os.waitpid(child, 0)[1]
-    if status:
-        raise Died(f"exit status {os.waitstatus_to_exitcode(status)}")
-    return result
+        def run() -> None:
+            os.close(self._read)
+            _limit(extra)
+            with os.fdopen(write, "wb") as pipe:
+                pipe.write(work())
+
+        self._process = fork(run)
+        os.close(write)
+
+    def result(self) -> bytes:
+        """Wait for the result, once. Raises Died."""
+        try:
+            with os.fdopen(self._read, "rb", buffering=0) as pipe:
+                result = pipe.readall()
+        except BaseException:
+            os.kill(self._process, signal.SIGKILL)
+            raise
+        finally:
+            status = os.waitpid(self._process, 0)[1]
+        if status:
+            raise Died(f"exit status {os.waitstatus_to_exitcode(status)}")
+        return result
+
+    def stop(self) -> None:
+        """End it: its result is not wanted any more."""
+        os.kill(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
+        os.close(self._read)
+
+
+def isolated(work: Callable[[], bytes | memoryview], extra: int = 0) -> bytes:
+    """What `work` returns, computed in a child process. Raises Died."""
+    return Child(work, extra).result()
 
 
 def _limit(extra: int) -> None:
