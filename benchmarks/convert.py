@@ -5,8 +5,8 @@
 Makes genuine KerasCV files in DIR first if they are not there (6 GB of memory, 8.5 GB of disk), as legacy
 `.h5` and `.weights.h5`. Every run is a process of its own: wall time from start to exit; peak memory of it
 and its children together, shared pages counted once (PSS, five times a second), or the largest resident size
-of one of them as the kernel counts it, if that is more. One run of each kind in turn, after one round of
-warm-up; medians.
+of one of them as the kernel counts it, if that is more. One run of each kind in turn; medians of the times,
+after one round of warm-up, in which the memory is watched (which takes time).
 `--space` adds what the former conversion Space did: build the Keras models, load, copy into torch modules,
 `save_pretrained` (UNet and text encoder only, as the Space; one run).
 """
@@ -37,8 +37,10 @@ class Run:
     peak_mb: float
 
 
-def run(command: list[str | Path]) -> Run:
-    """Run a command to its end; raises if it fails."""
+def run(command: list[str | Path], watched: bool = True) -> Run:
+    """Run a command to its end; raises if it fails. Unless it is `watched`, the memory is that of the largest
+    of its processes.
+    """
     os.sync()  # so that nobody pays for writing back the run before
     started = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -51,16 +53,23 @@ def run(command: list[str | Path]) -> Run:
             peak = max(peak, memory_mb(child.pid))
 
     watcher = threading.Thread(target=watch)
-    watcher.start()
+    if watched:
+        watcher.start()
     error = child.stderr.read()
     _, status, usage = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - started
     watching.set()
-    watcher.join()
+    if watched:
+        watcher.join()
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise RuntimeError(f"{command}: {error.decode()[-2000:]}")
     return Run(seconds, max(peak, usage.ru_maxrss / 1024))
+
+
+def median(runs: list[Run]) -> float:
+    """Of the seconds; the first of several runs is the warm-up."""
+    return statistics.median(r.seconds for r in runs[1:] or runs)
 
 
 def memory_mb(process: int) -> float:
@@ -128,9 +137,8 @@ def main() -> None:
             for folder in (out, copies):
                 shutil.rmtree(folder, ignore_errors=True)
             copies.mkdir()
-            done = run(command)
-            if round_:
-                results[kind].append(done)
+            done = run(command, watched=not round_)
+            results[kind].append(done)
             print(
                 f"{round_} {kind}: {done.seconds:.2f} s, {done.peak_mb:.0f} MB", file=sys.stderr, flush=True
             )
@@ -145,7 +153,7 @@ def main() -> None:
         results["convert legacy .h5, fp32 (UNet, text encoder)"] = [run(same)]
     for folder in (out, copies, named):
         shutil.rmtree(folder, ignore_errors=True)
-    base = statistics.median(r.seconds for r in results["cp of the legacy .h5 files"])
+    base = median(results["cp of the legacy .h5 files"])
     lines = [
         f"{machine()}; medians of {args.runs} runs in turn, 4.27 GB of fp32 weights:",
         "",
@@ -153,7 +161,7 @@ def main() -> None:
         "|---|--:|--:|--:|",
     ]
     for kind, runs in results.items():
-        seconds, peak = statistics.median(r.seconds for r in runs), max(r.peak_mb for r in runs)
+        seconds, peak = median(runs), max(r.peak_mb for r in runs)
         ratio = f"{seconds / base:.2f}" if kind.startswith(("cp", "convert")) and "(" not in kind else ""
         lines.append(f"| {kind} | {seconds:.2f} | {ratio} | {peak:.0f} |")
     print("\n".join(lines))

@@ -1,8 +1,9 @@
 """Carry out a plan: bytes from source files to their offsets in target files, in parallel.
 
 Where every byte goes is known beforehand, so tensors are independent jobs. Forked processes do them: threads
-would hand Python's lock to each other some ten thousand times, which takes a fifth longer. A process is
-handed the number of its next job and sends back what it found; it ends when the parent is gone.
+would hand Python's lock to each other some ten thousand times, which takes a fifth longer. A process takes
+the number of its next job from a file that all share, so that it never waits to be handed one, and sends back
+what it found; it ends when the parent is gone.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.processes import fork
 from kcv2diffusers.transfer import Files, Finding, Job, Worker
 
+_NUMBER = 4  # bytes of a job's number
 _LISTED = 8  # tensors that a refusal names
-_WORKERS = min(4, (os.cpu_count() or 1) + 1)  # one of them may be waiting for its turn to write
+_WORKERS = min(4, os.cpu_count() or 1)
 
 Progress = Callable[[int, int], None]
 
@@ -36,17 +38,16 @@ def run(
     checksum fails, OSError if a target cannot be written, Error if a process is killed.
     """
     found: dict[int, Finding] = {}
-    waiting = iter(range(len(jobs)))
     with ExitStack() as stack:
         files = _open(stack, jobs, worker.access)
-        busy: dict[Connection[Any, Any], int] = {}
-        for _ in range(min(_WORKERS, len(jobs))):
-            link = stack.enter_context(_process(jobs, files, worker))
-            busy[link] = next(waiting)
-            link.send(busy[link])
+        # Processes that were forked share the position in it: each reads numbers that no other has read.
+        queue = stack.enter_context(TemporaryFile(buffering=0))
+        queue.write(b"".join(number.to_bytes(_NUMBER) for number in range(len(jobs))))
+        queue.seek(0)
+        count = min(_WORKERS, len(jobs))
+        busy = [stack.enter_context(_process(jobs, queue.fileno(), files, worker)) for _ in range(count)]
         while busy:
-            for link in cast("list[Connection[Any, Any]]", wait(list(busy))):
-                done = busy.pop(link)
+            for link in cast("list[Connection[Any, Any]]", wait(busy)):
                 try:
                     result = link.recv()
                 except (EOFError, ConnectionError):
@@ -56,13 +57,13 @@ def run(
                     ) from None
                 if isinstance(result, Exception):
                     raise result
-                for following in waiting:  # the next one, if there is one
-                    busy[link] = following
-                    link.send(following)
-                    break
-                if result is not None:
-                    found[done] = result
-                advance(jobs[done].tensor.nbytes)
+                if result is None:  # there are no more jobs
+                    busy.remove(link)
+                    continue
+                number, finding = result
+                if finding is not None:
+                    found[number] = finding
+                advance(jobs[number].tensor.nbytes)
     return [found[number] for number in sorted(found)]
 
 
@@ -100,25 +101,31 @@ def _open(stack: ExitStack, jobs: Sequence[Job], access: int) -> Files:
             if path not in kept:
                 kept[path] = os.open(path, flags)
                 stack.callback(os.close, kept[path])
-    return Files(*opened, turn=stack.enter_context(TemporaryFile()).fileno())
+    return Files(*opened)
 
 
 @contextmanager
-def _process(jobs: Sequence[Job], files: Files, kind: type[Worker]) -> Iterator[Connection[Any, Any]]:
-    """A process that does jobs by their number: a connection to it, as long as the block lasts."""
-    ours, theirs = Pipe()
+def _process(
+    jobs: Sequence[Job], queue: int, files: Files, kind: type[Worker]
+) -> Iterator[Connection[Any, Any]]:
+    """A process that does jobs of the `queue`, as long as the block lasts: a connection to receive the number
+    and finding of each from, or an exception, and at last None.
+    """
+    ours, theirs = Pipe(duplex=False)
 
     def serve() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
         ours.close()
         worker = kind(files)
-        with suppress(EOFError):  # the parent has gone
-            while True:
-                job = jobs[theirs.recv()]
-                try:
-                    theirs.send(worker.do(job))
-                except Exception as error:
-                    theirs.send(error)
+        with suppress(ConnectionError):  # the parent has gone
+            try:
+                while taken := os.read(queue, _NUMBER):
+                    number = int.from_bytes(taken)
+                    theirs.send((number, worker.do(jobs[number])))
+            except Exception as error:
+                theirs.send(error)
+            else:
+                theirs.send(None)
 
     child = fork(serve)
     theirs.close()

@@ -6,25 +6,24 @@ the tensor.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import google_crc32c
-import ml_dtypes
 import numpy as np
 
-from kcv2diffusers.casting import cast
+from kcv2diffusers.casting import cast, is_float, largest
 from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.tensor import Tensor
 
 _SLICE = 8 << 20  # bytes read at a time where the order of bytes stays
 _BLOCK = 1 << 20  # bytes of source transposed at a time: a block and its result stay in the L2 cache
 _SLAB = 64 << 20  # bytes of target collected before they are written
-# Larger writes make the kernel look for larger free blocks of memory, which can take longer than copying.
-_WRITE = 256 << 10
+# The kernel keeps what is written at once in a block of memory of that size. Larger ones are rare: looking
+# for them takes three times as long as copying. Smaller ones are more work, done by one process at a time.
+_WRITE = 1 << 20
 _TILE = 128  # source rows of a block turned at a time on the way to Keras
 _PAD = 16  # values between the rows of a gathered block, see `Worker.reverse`
 
@@ -59,13 +58,10 @@ class NotFinite(Finding):
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Open file descriptors by path: sources to read from, targets to write to. `turn` is of a file that is
-    locked by the process that writes.
-    """
+    """Open file descriptors by path: sources to read from, targets to write to."""
 
     read: Mapping[Path, int]
     write: Mapping[Path, int]
-    turn: int
 
 
 class Worker:
@@ -111,32 +107,26 @@ class Worker:
             )
 
     def write(self, job: Job, values: np.ndarray, start: int) -> None:
-        """Write contiguous target values from element `start` on, one process at a time.
-
-        The kernel lets only one write to a file, and who waits for it there spins; waiting here leaves the
-        core to a process that reads or turns.
-        """
+        """Write contiguous target values from element `start` on."""
         fd, offset = self.files.write[job.target], job.offset + start * values.itemsize
         view = memoryview(values.reshape(-1).view(np.uint8).data)
-        fcntl.lockf(self.files.turn, fcntl.LOCK_EX)
         while view:
             done = os.pwrite(fd, view[:_WRITE], offset)
             view, offset = view[done:], offset + done
-        fcntl.lockf(self.files.turn, fcntl.LOCK_UN)
 
     def read(self, job: Job, source: _Reader, scan: _Scan, shape: tuple[int, ...], start: int) -> np.ndarray:
         """Source elements from `start` on, scanned, in the target dtype."""
         values = self.buffer("source", shape, job.tensor.dtype)
         source.read(values, start * values.itemsize)
-        scan(values)
-        return self.cast(values, job.dtype)
+        return self.cast(values, job.dtype, scan)
 
-    def cast(self, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        """Contiguous values in another dtype."""
+    def cast(self, values: np.ndarray, dtype: np.dtype, scan: _Scan) -> np.ndarray:
+        """Contiguous values, scanned, in another dtype."""
         if values.dtype == dtype:
+            scan(largest(values))
             return values
         result = self.buffer("cast", values.shape, dtype)
-        cast(values, result)
+        scan(cast(values, result))
         return result
 
     def copy(self, job: Job, source: _Reader, scan: _Scan) -> None:
@@ -165,8 +155,7 @@ class Worker:
                 for plane in range(planes):
                     start = (plane * rows + top) * columns
                     source.read(block[plane], start * job.tensor.dtype.itemsize)
-                scan(block)
-                padded[:height, :, :columns] = self.cast(block, job.dtype).transpose(1, 0, 2)
+                padded[:height, :, :columns] = self.cast(block, job.dtype, scan).transpose(1, 0, 2)
                 flat = padded[:height].reshape(height * planes, columns + _PAD)
                 target[:, top * planes : (top + height) * planes] = flat[:, left : left + width].T
             self.write(job, target, left * rows * planes)
@@ -212,34 +201,20 @@ class _Reader:
 
 
 class _Scan:
-    """Watches a tensor's values pass: the largest magnitude as a bit pattern, which orders like the value.
-
-    NaN and infinity are the largest patterns; what a narrower target dtype rounds to infinity is above
-    its own bound.
-    """
+    """Watches a tensor's values pass: their largest magnitude, see `casting.largest`."""
 
     def __init__(self, job: Job) -> None:
-        self.job, dtype = job, job.tensor.dtype
-        self.bits = (
-            np.dtype(f"u{dtype.itemsize}") if dtype.kind == "f" or dtype == ml_dtypes.bfloat16 else None
-        )
-        self.largest = 0
-        self.sign = 1 << (8 * dtype.itemsize - 1)
+        self.job, self.largest = job, 0
 
-    def __call__(self, values: np.ndarray) -> None:
-        if self.bits is None or not values.size:
-            return
-        # As signed numbers the largest is the largest positive value, as unsigned ones the most negative
-        # value (or, where there is none, again the largest positive).
-        flat = values.reshape(-1).view(self.bits)
-        positive, negative = int(flat.view(f"i{flat.itemsize}").max()), int(flat.max())
-        self.largest = max(self.largest, positive, negative & (self.sign - 1))
+    def __call__(self, magnitude: int) -> None:
+        self.largest = max(self.largest, magnitude)
 
     def result(self) -> NotFinite | None:
-        if self.bits is None:
+        dtype = self.job.tensor.dtype
+        if not is_float(dtype):
             return None
         with np.errstate(all="ignore"):
-            value = np.array([self.largest], self.bits).view(self.job.tensor.dtype)
+            value = np.array([self.largest], f"u{dtype.itemsize}").view(dtype)
             if not np.isfinite(value.astype(np.float64))[0]:
                 return NotFinite(self.job.name, "has NaN or infinite values")
             if not np.isfinite(value.astype(self.job.dtype).astype(np.float64))[0]:
