@@ -25,10 +25,10 @@ import pytest
 from conftest import Checkpoints
 
 from kcv2diffusers import convert
-from kcv2diffusers.errors import Error
+from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.recognise import recognise
+from kcv2diffusers.sources import hdf5, open_all, open_sources, tensorflow
 from kcv2diffusers.sources import isolated as isolation
-from kcv2diffusers.sources import open_sources, tensorflow
 from kcv2diffusers.sources.isolated import Died, isolated
 from kcv2diffusers.sources.pipeline import read_pipeline
 from kcv2diffusers.sources.tensor import Tensor
@@ -387,3 +387,18 @@ def test_an_interrupted_parent_leaves_no_child(tmp_path: Path) -> None:
     assert time.monotonic() - started < 30
     with pytest.raises(ProcessLookupError):
         os.kill(int(note.read_text()), 0)
+
+
+def test_files_parsed_side_by_side_leave_no_child(tmp_path: Path) -> None:
+    """One of them given twice, more than are parsed at once, and the first of them refused."""
+    paths = [tmp_path / f"{number}.h5" for number in range(6)]
+    for path in paths:
+        with h5py.File(path, "w") as file:
+            file["a"] = np.ones(3)
+    with pytest.raises(SourceError, match=r"0\.h5.*not one that Keras"):
+        open_all([paths[0], paths[0], *paths, tmp_path / "missing.h5"])
+    with hdf5.ahead(paths):
+        trees = [hdf5.read_tree(path) for path in paths]
+    assert [tree.path for tree in trees] == paths and all("a" in tree.tensors for tree in trees)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,9 +101,10 @@ def ahead(paths: Iterable[Path]) -> Iterator[None]:
     children: dict[Path, Child] = {}
     token = _AHEAD.set(children)
     try:
-        for path in paths:
-            if len(children) < _AT_ONCE and path.suffix in (".h5", ".hdf5") and path.is_file():
-                children[path] = Child(partial(_scan, path, None))
+        for path in [path for path in dict.fromkeys(paths) if path.suffix in (".h5", ".hdf5")][:_AT_ONCE]:
+            with suppress(OSError):  # which is told when it is this path's turn
+                if path.is_file():
+                    children[path] = Child(partial(_scan, path, None))
         yield
     finally:
         _AHEAD.reset(token)
