@@ -1,12 +1,12 @@
 """Time and peak memory of a full-size SD1 conversion, interleaved with `cp` of the same files.
 
-    python benchmarks/convert.py [--work DIR] [--runs 5] [--space] [--json FILE]
+    python benchmarks/convert.py [--work DIR] [--runs 9] [--space] [--json FILE]
 
 Makes genuine KerasCV files in DIR first if they are not there (6 GB of memory, 8.5 GB of disk), as legacy
 `.h5` and `.weights.h5`. Every run is a process of its own: wall time from start to exit; peak memory of it
 and its children together, shared pages counted once (PSS, five times a second), or the largest resident size
-of one of them as the kernel counts it, if that is more. One run of each kind in turn; medians of the times,
-after one round of warm-up, in which the memory is watched (which takes time).
+of one of them as the kernel counts it, if that is more. One run of each kind in a round, in shuffled order;
+medians of the times, after one round of warm-up, in which the memory is watched (which takes time).
 `--space` adds what the former conversion Space did: build the Keras models, load, copy into torch modules,
 `save_pretrained` (UNet and text encoder only, as the Space; one run).
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -102,7 +103,7 @@ def make(work: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmark")
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--space", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -133,7 +134,8 @@ def main() -> None:
     kinds["cp of the legacy .h5 files"] = ["cp", *sorted(named.iterdir()), copies]
     results: dict[str, list[Run]] = {kind: [] for kind in kinds}
     for round_ in range(args.runs + 1):
-        for kind, command in kinds.items():
+        # Freed memory is slower to get again for a while, so nothing may always follow the same thing.
+        for kind, command in random.Random(round_).sample(list(kinds.items()), len(kinds)):
             for folder in (out, copies):
                 shutil.rmtree(folder, ignore_errors=True)
             copies.mkdir()
@@ -155,7 +157,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     base = median(results["cp of the legacy .h5 files"])
     lines = [
-        f"{machine()}; medians of {args.runs} runs in turn, 4.27 GB of fp32 weights:",
+        f"{machine()}; medians of {args.runs} rounds in shuffled order, 4.27 GB of fp32 weights:",
         "",
         "| | seconds | to cp | peak MB |",
         "|---|--:|--:|--:|",

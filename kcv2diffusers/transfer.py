@@ -21,9 +21,10 @@ from kcv2diffusers.sources.tensor import Tensor
 _SLICE = 8 << 20  # bytes read at a time where the order of bytes stays
 _BLOCK = 1 << 20  # bytes of source transposed at a time: a block and its result stay in the L2 cache
 _SLAB = 64 << 20  # bytes of target collected before they are written
-# The kernel keeps what is written at once in a block of memory of that size. Larger ones are rare: looking
-# for them takes three times as long as copying. Smaller ones are more work, done by one process at a time.
-_WRITE = 1 << 20
+# The kernel keeps what is written at once in a block of memory of that size. Large free blocks are what a
+# virtual machine has lent back to its host: getting them again can take three times as long as copying.
+# Smaller ones are more work, done by one process at a time.
+_WRITE = 1 << 18
 _TILE = 128  # source rows of a block turned at a time on the way to Keras
 _PAD = 16  # values between the rows of a gathered block, see `Worker.reverse`
 
