@@ -54,10 +54,12 @@ def _only(work: Callable[[], object], mask: set[int]) -> NoReturn:
 
 
 ALLOCATOR = {
-    "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**40}"
+    "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={32 << 20}"
+    f":glibc.malloc.trim_threshold={2**40}"
 }
 """For training on a CPU: what a step frees is kept for the next, on large pages. Without it the kernel clears
-gigabytes of gradients anew in each step, in pages of 4 KB. glibc reads this when a process starts.
+gigabytes of gradients anew in each step, in pages of 4 KB. Only the largest are given back, or the holes that
+they leave add up to a gigabyte (32 MB is the most that glibc takes). It reads this when a process starts.
 """
 
 

@@ -44,9 +44,28 @@ def zeros() -> Iterator[None]:
         _ZEROS.reset(token)
 
 
-def dense(width: int, use_bias: bool = True) -> keras.layers.Dense:
+class Dense(keras.layers.Dense):  # type: ignore[misc]
     """A linear layer."""
-    return keras.layers.Dense(width, use_bias=use_bias, kernel_initializer=Kernel())
+
+    def call(self, inputs: Tensor) -> Tensor:
+        return product(inputs, self.kernel, self.bias)
+
+
+def dense(width: int, use_bias: bool = True) -> Dense:
+    """A linear layer."""
+    return Dense(width, use_bias=use_bias, kernel_initializer=Kernel())
+
+
+def product(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., inputs) @ (inputs, outputs) + (outputs,)."""
+    kernel = ops.convert_to_tensor(kernel)
+    bias = None if bias is None else ops.convert_to_tensor(bias)
+    if keras.backend.backend() == "torch":
+        from kcv2diffusers.models import torch_product
+
+        return torch_product.product(x, kernel, bias)
+    x = ops.matmul(x, kernel)
+    return x if bias is None else x + bias
 
 
 class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
@@ -76,7 +95,7 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
             inputs[:, i : rows + i : step, j : columns + j : step] for i in range(size) for j in range(size)
         ]
         x = ops.concatenate(shifted, -1) if size > 1 else inputs
-        return x @ ops.reshape(self.kernel, (-1, self.filters)) + ops.convert_to_tensor(self.bias)
+        return product(x, ops.reshape(self.kernel, (-1, self.filters)), self.bias)
 
 
 def _turns_kernels(inputs: Tensor) -> bool:

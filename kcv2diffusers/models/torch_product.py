@@ -1,0 +1,64 @@
+"""Matrix products on PyTorch, by oneDNN on a CPU with AVX-512.
+
+PyTorch gives float32 products to MKL, which does not use AVX-512 on AMD processors and so half of what they
+can do. oneDNN, which PyTorch takes for convolutions, does. The operation that reaches it is the one that
+TorchInductor puts into compiled models (torch/_inductor/fx_passes/mkldnn_fusion.py); it has no gradient.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+Tensor = torch.Tensor
+
+
+def product(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., inputs) @ (inputs, outputs) + (outputs,)."""
+    given = [tensor for tensor in (x, kernel, bias) if tensor is not None]
+    if all(t.device.type == "cpu" and t.dtype == torch.float32 for t in given) and has_onednn():
+        by_onednn: Tensor = _Product.apply(x.contiguous(), kernel.contiguous(), bias)  # type: ignore[no-untyped-call]
+        return by_onednn
+    result = x @ kernel
+    return result if bias is None else result + bias
+
+
+@cache
+def has_onednn() -> bool:
+    """Whether oneDNN's product is there and faster; it is not a public operation."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return False
+    try:
+        return _multiply(torch.ones(2, 3), torch.ones(4, 3), torch.ones(4)).shape == (2, 4)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+def _multiply(x: Tensor, turned: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ turned.T + bias; each of the two matrices contiguous or turned round."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, turned, bias, "none", [], "")
+    return result
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, kernel)
+        return _multiply(x, kernel.T, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, kernel = ctx.saved_tensors
+        for_x, for_kernel, for_bias = ctx.needs_input_grad
+        # For a slice of something larger, such as the gradient of a concatenation, oneDNN has only slow code.
+        gradient = gradient.contiguous()
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return (
+            _multiply(gradient, kernel) if for_x else None,
+            _multiply(x.reshape(-1, x.shape[-1]).T, rows.T) if for_kernel else None,
+            rows.sum(0) if for_bias else None,
+        )
