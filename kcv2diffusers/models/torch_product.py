@@ -46,7 +46,8 @@ def _multiply(x: Tensor, turned: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, kernel)
+        for_x, for_kernel, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_kernel else None, kernel if for_x else None)
         return _multiply(x, kernel.T, bias)
 
     @staticmethod
