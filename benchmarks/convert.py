@@ -169,7 +169,7 @@ def main() -> None:
     print("\n".join(lines))
     (ROOT / ".cache" / "benchmark.md").write_text("\n".join(lines) + "\n")
     if args.json:
-        data = {kind: [vars(r) for r in runs] for kind, runs in results.items()}
+        data = {kind: [vars(r) for r in runs[1:] or runs] for kind, runs in results.items()}
         args.json.write_text(json.dumps({"machine": machine(), "runs": data}, indent=2))
 
 

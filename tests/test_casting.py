@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kcv2diffusers.casting import cast
+from kcv2diffusers.casting import _PIECE, cast
 
 
 def check(values: np.ndarray) -> None:
@@ -34,7 +34,7 @@ def test_random_bits(low: int, high: int) -> None:
     check((bits ^ 0x8000_0000).view(np.float32))
 
 
-@pytest.mark.parametrize("size", [0, 1, (1 << 17) - 1, (1 << 17) + 1])
+@pytest.mark.parametrize("size", [0, 1, *(n * _PIECE + more for n in (1, 2) for more in (-1, 0, 1))])
 def test_sizes(size: int) -> None:
     check(np.linspace(-2, 2, size, dtype=np.float32))
 
