@@ -68,11 +68,6 @@ def run(command: list[str | Path], watched: bool = True) -> Run:
     return Run(seconds, max(peak, usage.ru_maxrss / 1024))
 
 
-def median(runs: list[Run]) -> float:
-    """Of the seconds; the first of several runs is the warm-up."""
-    return statistics.median(r.seconds for r in runs[1:] or runs)
-
-
 def memory_mb(process: int) -> float:
     """Proportional set size of a process and its children (Linux; 0 for those that have ended)."""
     try:
@@ -155,22 +150,25 @@ def main() -> None:
         results["convert legacy .h5, fp32 (UNet, text encoder)"] = [run(same)]
     for folder in (out, copies, named):
         shutil.rmtree(folder, ignore_errors=True)
-    base = median(results["cp of the legacy .h5 files"])
+    # The first of several runs is the warm-up: its time does not count, its memory does.
+    seconds = {kind: [r.seconds for r in runs[1:] or runs] for kind, runs in results.items()}
+    peaks = {kind: max(r.peak_mb for r in runs) for kind, runs in results.items()}
+    base = statistics.median(seconds["cp of the legacy .h5 files"])
     lines = [
         f"{machine()}; medians of {args.runs} rounds in shuffled order, 4.27 GB of fp32 weights:",
         "",
         "| | seconds | to cp | peak MB |",
         "|---|--:|--:|--:|",
     ]
-    for kind, runs in results.items():
-        seconds, peak = median(runs), max(r.peak_mb for r in runs)
-        ratio = f"{seconds / base:.2f}" if kind.startswith(("cp", "convert")) and "(" not in kind else ""
-        lines.append(f"| {kind} | {seconds:.2f} | {ratio} | {peak:.0f} |")
+    for kind, times in seconds.items():
+        typical = statistics.median(times)
+        ratio = f"{typical / base:.2f}" if kind.startswith(("cp", "convert")) and "(" not in kind else ""
+        lines.append(f"| {kind} | {typical:.2f} | {ratio} | {peaks[kind]:.0f} |")
     print("\n".join(lines))
     (ROOT / ".cache" / "benchmark.md").write_text("\n".join(lines) + "\n")
     if args.json:
-        data = {kind: [vars(r) for r in runs[1:] or runs] for kind, runs in results.items()}
-        args.json.write_text(json.dumps({"machine": machine(), "runs": data}, indent=2))
+        data = {"machine": machine(), "seconds": seconds, "peak_mb": peaks}
+        args.json.write_text(json.dumps(data, indent=2))
 
 
 if __name__ == "__main__":
