@@ -45,10 +45,17 @@ def zeros() -> Iterator[None]:
 
 
 class Dense(keras.layers.Dense):  # type: ignore[misc]
-    """A linear layer."""
+    """A linear layer.
+
+    A low-rank update (Keras' `enable_lora`) is applied to the inputs. Keras' own call adds it up to a second
+    kernel, which is kept for the backward pass, and computes the gradient of that whole kernel.
+    """
 
     def call(self, inputs: Tensor) -> Tensor:
-        return product(inputs, self.kernel, self.bias)
+        if not self.lora_enabled:
+            return product(inputs, self.kernel, self.bias)
+        update = ops.matmul(ops.matmul(inputs, self.lora_kernel_a), self.lora_kernel_b)
+        return product(inputs, self._kernel, self.bias) + self.lora_alpha / self.lora_rank * update
 
 
 def dense(width: int, use_bias: bool = True) -> Dense:

@@ -13,6 +13,7 @@ from backend_run import TEXT, UNET, gradients
 from kcv2diffusers import models
 from kcv2diffusers.dreambooth.lora import add_lora, attention_projections
 from kcv2diffusers.dreambooth.model import DreamBooth, embed
+from kcv2diffusers.models.layers import dense
 from kcv2diffusers.schedule import alphas_cumprod, timestep_embedding
 
 RNG = np.random.default_rng(0)
@@ -104,6 +105,33 @@ def test_what_is_trained(lora: int, text: bool) -> None:
             assert np.abs(values).max() > 0, variable.path
 
 
+def test_lora_is_the_merged_kernel_and_has_its_gradients() -> None:
+    given, layer = keras.Input((4, 5), name="x"), dense(7)
+    model = keras.Model({"x": given}, layer(given))
+    x, weight = RNG.standard_normal((3, 4, 5), "float32"), RNG.standard_normal((3, 4, 7), "float32")
+    base = model.predict_on_batch({"x": x})
+    add = {"lora_kernel_a": RNG.standard_normal((5, 2)), "lora_kernel_b": RNG.standard_normal((2, 7))}
+    layer.enable_lora(2, lora_alpha=6)
+    model.predict_function = None
+    for name, value in add.items():
+        getattr(layer, name).assign(value)
+    first, second = add.values()
+    np.testing.assert_allclose(
+        model.predict_on_batch({"x": x}), base + 3 * x @ first @ second, rtol=1e-5, atol=1e-5
+    )
+    of_kernel = np.einsum("bti,bto->io", x, weight)
+    expected = {
+        "bias": weight.sum((0, 1)),
+        "lora_kernel_a": 3 * of_kernel @ second.T,
+        "lora_kernel_b": 3 * first.T @ of_kernel,
+    }
+    found = gradients(model, {"x": x}, lambda output: keras.ops.sum(keras.ops.multiply(output, weight)))
+    assert {variable.name for variable in model.trainable_variables} == set(expected)
+    for variable, gradient in zip(model.trainable_variables, found, strict=True):
+        got = keras.ops.convert_to_numpy(gradient)
+        np.testing.assert_allclose(got, expected[variable.name], rtol=1e-4, atol=1e-4)
+
+
 def test_lora_starts_at_the_base_and_saves_merged(tmp_path) -> None:
     unet = models.build_unet(UNET)
     given = {
@@ -114,8 +142,8 @@ def test_lora_starts_at_the_base_and_saves_merged(tmp_path) -> None:
     before = unet.predict_on_batch(given)
     add_lora(unet, 3, 6)
     np.testing.assert_allclose(unet.predict_on_batch(given), before, atol=1e-5)
-    for layer in attention_projections(unet):
-        layer.lora_kernel_b.assign(RNG.standard_normal(layer.lora_kernel_b.shape))
+    for layer in attention_projections(unet):  # with more, attention turns round-off into other pictures
+        layer.lora_kernel_b.assign(0.1 * RNG.standard_normal(layer.lora_kernel_b.shape))
     changed = unet.predict_on_batch(given)
     assert np.abs(changed - before).max() > 1e-2
     unet.save_weights(tmp_path / "merged.weights.h5")
