@@ -10,7 +10,8 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import keras
 from keras import ops
@@ -107,12 +108,17 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
 
 def _turns_kernels(inputs: Tensor) -> bool:
     """Whether convolutions of `inputs` run on a CPU by PyTorch or XLA."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
+    if keras.backend.backend() == "torch":
+        return bool(inputs.device.type == "cpu")
+    return _on_jax_cpu()
 
-        return bool(jax.default_backend() == "cpu")
-    return bool(backend == "torch" and inputs.device.type == "cpu")
+
+def _on_jax_cpu() -> bool:
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return bool(jax.default_backend() == "cpu")
 
 
 class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
@@ -230,14 +236,38 @@ def layer_norm() -> keras.layers.Layer:
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Multi-head attention of (batch, length, width) tensors; (batch, query length, width) out.
 
-    Flash attention where the backend has it; the softmax is computed in float32 under every policy.
+    Flash attention where the backend has it; elsewhere the backward pass computes the scores again. The
+    softmax is computed in float32 under every policy.
     """
 
     def split(x: Tensor) -> Tensor:
         return ops.reshape(x, (-1, ops.shape(x)[1], heads, x.shape[-1] // heads))
 
-    mixed = ops.dot_product_attention(split(query), split(key), split(value), is_causal=causal)
+    attend = _scores_not_kept(partial(ops.dot_product_attention, is_causal=causal))
+    mixed = attend(split(query), split(key), split(value))
     return ops.reshape(mixed, (-1, ops.shape(query)[1], query.shape[-1]))
+
+
+def _scores_not_kept(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`attend`, which keeps no (heads, query length, key length) scores for the backward pass: at 512 px they
+    are half a gigabyte in each of the five finest layers of a UNet.
+    """
+    if keras.backend.backend() == "tensorflow":
+        return cast("Callable[..., Tensor]", keras.remat(attend))
+    if not _on_jax_cpu():
+        return attend
+    import jax
+
+    @jax.custom_gradient  # type: ignore[untyped-decorator]
+    def attending(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        def backward(gradient: Tensor) -> Any:
+            # XLA starts on a CPU whatever it can, so that `jax.checkpoint` would have all scores early:
+            # these wait for the gradient.
+            return jax.vjp(attend, query + 0 * gradient, key, value)[1](gradient)
+
+        return attend(query, key, value), backward
+
+    return cast("Callable[..., Tensor]", attending)
 
 
 def to_sequence(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Run in a process of its own, under the KERAS_BACKEND of its environment: every model on fixed inputs.
 
-`python backend_run.py OUT.npz` writes what each model computes, and the gradients of the UNet
-with and without rematerialisation, and fails if a backend or keras-cv was imported that nobody asked for.
+`python backend_run.py OUT.npz` writes what each model computes, the gradients of the UNet with and without
+rematerialisation and, on JAX, what attention keeps for them; it fails if a backend or keras-cv was imported
+that nobody asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import keras
 import numpy as np
 
 from kcv2diffusers import models
+from kcv2diffusers.models.layers import attention
 
 UNET = models.UNetConfig(widths=(32, 64), heads=(2, 4), context_width=24, norm_groups=8)
 TEXT = models.TextEncoderConfig(width=24, layers=2, heads=4, vocabulary=50)
@@ -53,7 +55,22 @@ def run() -> dict[str, Any]:
         models.rematerialise(model, remat)
         for variable, gradient in zip(model.trainable_variables, gradients(model, unet_inputs), strict=True):
             results[f"gradient-{name}/{variable.path}"] = keras.ops.convert_to_numpy(gradient)
+    if keras.backend.backend() == "jax":
+        results["scores"] = np.array(scores_at_once())
     return results
+
+
+def scores_at_once(length: int = 512, layers: int = 8) -> float:
+    """How many matrices of (length, length) a backward pass through `layers` attentions has room for."""
+    import jax
+
+    def loss(x: Any) -> Any:
+        for _ in range(layers):
+            x = attention(x, x, x, heads=1)
+        return mean_square(x)
+
+    compiled = jax.jit(jax.grad(loss)).lower(np.ones((1, length, 8), "float32")).compile()
+    return float(compiled.memory_analysis().temp_size_in_bytes) / (4 * length**2)
 
 
 def mean_square(output: Any) -> Any:
