@@ -236,8 +236,7 @@ def layer_norm() -> keras.layers.Layer:
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Multi-head attention of (batch, length, width) tensors; (batch, query length, width) out.
 
-    Flash attention where the backend has it; elsewhere the backward pass computes the scores again. The
-    softmax is computed in float32 under every policy.
+    Flash attention where the backend has it; the softmax is computed in float32 under every policy.
     """
 
     def split(x: Tensor) -> Tensor:
