@@ -43,15 +43,25 @@ def test_backends_agree(outputs: dict[str, dict[str, Any]], part: str) -> None:
         assert error < 1e-5, f"{backend} against {first}: {error:.1e}"
 
 
+def gradients_of(results: dict[str, Any], way: str) -> dict[str, Any]:
+    start = f"gradient-{way}|"  # `backend_run` writes | for /
+    return {name.removeprefix(start): value for name, value in results.items() if name.startswith(start)}
+
+
+def assert_alike(found: dict[str, Any], expected: dict[str, Any], label: str) -> None:
+    assert found.keys() == expected.keys()
+    assert len(expected) > 100
+    largest = max(float(np.abs(value).max()) for value in expected.values())
+    for name, value in expected.items():
+        assert np.abs(found[name] - value).max() <= 1e-5 * largest, f"{label}: {name}"
+
+
 def test_gradients_agree(outputs: dict[str, dict[str, Any]]) -> None:
     """Attention has other gradients on each: PyTorch's own, of scores that are computed again elsewhere."""
     first, *others = outputs
-    names = [name for name in outputs[first] if name.startswith("gradient-kept")]
-    largest = max(float(np.abs(outputs[first][name]).max()) for name in names)
+    expected = gradients_of(outputs[first], "kept")
     for backend in others:
-        for name in names:
-            error = np.abs(outputs[backend][name] - outputs[first][name]).max()
-            assert error <= 1e-5 * largest, f"{backend} against {first}: {name}"
+        assert_alike(gradients_of(outputs[backend], "kept"), expected, f"{backend} against {first}")
 
 
 def test_attention_keeps_no_scores(outputs: dict[str, dict[str, Any]]) -> None:
@@ -63,9 +73,4 @@ def test_attention_keeps_no_scores(outputs: dict[str, dict[str, Any]]) -> None:
 
 def test_rematerialisation_keeps_the_gradients(outputs: dict[str, dict[str, Any]]) -> None:
     for backend, results in outputs.items():
-        kept = {name: value for name, value in results.items() if name.startswith("gradient-kept")}
-        assert len(kept) > 100
-        largest = max(float(np.abs(value).max()) for value in kept.values())
-        for name, value in kept.items():
-            recomputed = results[name.replace("-kept", "-recomputed")]
-            assert np.abs(recomputed - value).max() <= 1e-5 * largest, f"{backend}: {name}"
+        assert_alike(gradients_of(results, "recomputed"), gradients_of(results, "kept"), backend)
