@@ -68,8 +68,8 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         self.progress("Training", self.step, self.config.steps, words)
         every, last = self.config.checkpoint_every, self.step == self.config.steps
         if last or self.stopped or (every and self.step % every == 0):
+            _write_log(self.log, self.rows)  # first: whoever resumes at a checkpoint needs the rows up to it
             self.checkpoints.save(self.step)
-            _write_log(self.log, self.rows)
         if self.config.sample_every and self.step % self.config.sample_every == 0 and not last:
             self.draw()
         if self.stopped:

@@ -251,6 +251,16 @@ def test_a_run_that_is_stopped(
     assert steps == list(range(1, kept[-1] + 3))
 
 
+def test_the_log_is_there_before_the_checkpoint(
+    base: Path, photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    """A run may be killed between the two; here the checkpoint fails."""
+    (tmp_path / "resume").write_text("in the place of the folder")
+    done = run(base, photos, tmp_path, *COMMON, "--class-images", whole / "class", "--steps", "2")
+    assert done.returncode == 1 and "resume" in done.stderr and "Traceback" not in done.stderr
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+
+
 def test_a_run_that_diverges_keeps_the_last_good_checkpoint(
     base: Path, photos: Path, whole: Path, tmp_path: Path
 ) -> None:
