@@ -24,13 +24,13 @@ def is_float(dtype: np.dtype) -> bool:
 
 
 def largest(values: np.ndarray) -> int:
-    """The largest magnitude among contiguous floats as a bit pattern, which orders like the value: NaN and
+    """The largest magnitude among floats as a bit pattern, which orders like the value: NaN and
     infinity are the largest. 0 for other dtypes.
     """
     if not is_float(values.dtype) or not values.size:
         return 0
     size = values.itemsize
-    bits = values.reshape(-1).view(f"u{size}")
+    bits = values.view(f"u{size}")
     # As signed numbers the largest is the largest positive value, as unsigned ones the most negative value
     # (or, where there is none, again the largest positive).
     return max(int(bits.view(f"i{size}").max()), int(bits.max()) & ((1 << 8 * size - 1) - 1))

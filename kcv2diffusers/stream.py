@@ -8,6 +8,7 @@ what it found; it ends when the parent is gone.
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, cast
 
-from kcv2diffusers.errors import Error
+from kcv2diffusers.errors import Error, SourceError, reading
 from kcv2diffusers.processes import fork
 from kcv2diffusers.transfer import Files, Finding, Job, Worker
 
@@ -52,8 +53,8 @@ def run(
                     result = link.recv()
                 except (EOFError, ConnectionError):
                     raise Error(
-                        "A process of the conversion was killed, most likely for lack of memory.\n"
-                        "Free some memory and try again."
+                        "A process of the conversion was killed: memory ran out, or a source was cut "
+                        "meanwhile.\nFree some memory, leave the sources alone, and try again."
                     ) from None
                 if isinstance(result, Exception):
                     raise result
@@ -93,15 +94,23 @@ def run_finite(jobs: Sequence[Job], progress: Progress, *, allow_nonfinite: bool
 
 def _open(stack: ExitStack, jobs: Sequence[Job], access: int) -> Files:
     """Each file once, until `stack` ends."""
-    opened: tuple[dict[Path, int], dict[Path, int]] = ({}, {})
+    sources: dict[Path, mmap.mmap] = {}
+    targets: dict[Path, int] = {}
     for job in jobs:
-        for path, kept, flags in zip(
-            (job.tensor.path, job.target), opened, (os.O_RDONLY, access), strict=True
-        ):
-            if path not in kept:
-                kept[path] = os.open(path, flags)
-                stack.callback(os.close, kept[path])
-    return Files(*opened)
+        if job.tensor.load is None and job.tensor.path not in sources:
+            sources[job.tensor.path] = stack.enter_context(_mapped(job.tensor.path))
+        if job.target not in targets:
+            targets[job.target] = os.open(job.target, access)
+            stack.callback(os.close, targets[job.target])
+    return Files(sources, targets)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """The file in memory, to read."""
+    with reading(path), path.open("rb") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise SourceError(path, "the file is empty.")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 @contextmanager

@@ -1,13 +1,18 @@
 """One tensor's way from a source file to its offset in a target file, in slices.
 
-`pread`, change the dtype, reverse axes block by block, `pwrite`; memory is bounded by the buffers, not by
-the tensor.
+The source is mapped into memory, which saves a copy of it and lets columns be read as quickly as rows. Change
+the dtype and reverse axes block by block, then `pwrite`: to write into mapped memory takes longer, because
+the system fills it with zeros first. Buffers do not grow with the tensor.
 """
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +23,15 @@ from kcv2diffusers.casting import cast, is_float, largest
 from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.tensor import Tensor
 
-_SLICE = 8 << 20  # bytes read at a time where the order of bytes stays
+_SLICE = 1 << 20  # bytes of target copied at a time where the order of bytes stays
 _BLOCK = 1 << 20  # bytes of source transposed at a time: a block and its result stay in the L2 cache
-_SLAB = 64 << 20  # bytes of target collected before they are written
+_BAND = 16 << 20  # bytes of target collected before they are written
 # The kernel keeps what is written at once in a block of memory of that size. Large free blocks are what a
 # virtual machine has lent back to its host: getting them again can take three times as long as copying.
 # Smaller ones are more work, done by one process at a time.
 _WRITE = 1 << 18
 _TILE = 128  # source rows of a block turned at a time on the way to Keras
+_POPULATE_READ = 22  # Linux' MADV_POPULATE_READ, which Python does not name
 _PAD = 16  # values between the rows of a gathered block, see `Worker.reverse`
 
 
@@ -59,9 +65,9 @@ class NotFinite(Finding):
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Open file descriptors by path: sources to read from, targets to write to."""
+    """Open files by path: sources mapped into memory, descriptors of targets."""
 
-    read: Mapping[Path, int]
+    read: Mapping[Path, mmap.mmap]
     write: Mapping[Path, int]
 
 
@@ -82,24 +88,43 @@ class Worker:
         return self.buffers[name][:nbytes].view(dtype).reshape(shape)
 
     def do(self, job: Job) -> Finding | None:
-        source = _Reader(self.files.read.get(job.tensor.path, -1), job.tensor)
-        if job.tensor.crc32c is not None:
-            self.check(source, job.tensor)
         scan = _Scan(job)
-        if job.core is None:
-            self.copy(job, source, scan)
-        elif job.core[0] <= job.core[2]:
-            self.reverse(job, source, scan, job.core)
-        else:
-            self.reverse_back(job, source, scan, job.core)
+        with self.values(job.tensor) as source:
+            if job.tensor.crc32c is not None:
+                self.check(source, job.tensor)
+            if job.core is None:
+                self.copy(job, source, scan)
+            elif job.core[0] <= job.core[2]:
+                self.reverse(job, source.reshape(job.core), scan)
+            else:
+                self.reverse_back(job, source.reshape(job.core), scan)
         return scan.result()
 
-    def check(self, source: _Reader, tensor: Tensor) -> None:
+    @contextmanager
+    def values(self, tensor: Tensor) -> Iterator[np.ndarray]:
+        """The values of a tensor, one after the other: unpacked, or in mapped memory during the block."""
+        if tensor.load is not None:
+            yield np.ascontiguousarray(tensor.load()).reshape(-1).view(tensor.dtype)
+            return
+        mapped, offset = self.files.read[tensor.path], tensor.offset or 0
+        if offset + tensor.nbytes > len(mapped):
+            raise SourceError(tensor.path, f"{tensor.name}: the file ends within it.")
+        first = offset - offset % mmap.PAGESIZE
+        pages = first, offset + tensor.nbytes - first
+        if sys.platform == "linux":
+            try:
+                mapped.madvise(_POPULATE_READ, *pages)
+            except OSError as error:
+                if error.errno == errno.EFAULT:  # to touch these pages would end the process
+                    problem = f"{tensor.name}: cannot be read; the file was cut meanwhile, or its disk fails."
+                    raise SourceError(tensor.path, problem) from error
+        yield np.frombuffer(mapped, np.uint8, tensor.nbytes, offset).view(tensor.dtype)
+        mapped.madvise(mmap.MADV_DONTNEED, *pages)
+
+    def check(self, source: np.ndarray, tensor: Tensor) -> None:
         checksum = 0
-        for start in range(0, tensor.nbytes, _SLICE):
-            buffer = self.buffer("source", (min(_SLICE, tensor.nbytes - start),), np.dtype(np.uint8))
-            source.read(buffer, start)
-            checksum = google_crc32c.extend(checksum, buffer.tobytes())
+        for start in range(0, source.size, _SLICE):
+            checksum = google_crc32c.extend(checksum, source[start : start + _SLICE].tobytes())
         if checksum != tensor.crc32c:
             raise SourceError(
                 tensor.path,
@@ -115,90 +140,75 @@ class Worker:
             done = os.pwrite(fd, view[:_WRITE], offset)
             view, offset = view[done:], offset + done
 
-    def read(self, job: Job, source: _Reader, scan: _Scan, shape: tuple[int, ...], start: int) -> np.ndarray:
-        """Source elements from `start` on, scanned, in the target dtype."""
-        values = self.buffer("source", shape, job.tensor.dtype)
-        source.read(values, start * values.itemsize)
-        return self.cast(values, job.dtype, scan)
+    def bring(self, values: np.ndarray, into: np.ndarray, scan: _Scan) -> None:
+        """Copy values, scanned, into another array in its dtype."""
+        if values.dtype == into.dtype:
+            into[...] = values
+            scan(largest(into))
+            return
+        block = self.buffer("source", values.shape, values.dtype)
+        block[...] = values
+        result = into if into.flags.c_contiguous else self.buffer("cast", values.shape, into.dtype)
+        scan(cast(block, result))
+        if result is not into:
+            into[...] = result
 
-    def cast(self, values: np.ndarray, dtype: np.dtype, scan: _Scan) -> np.ndarray:
-        """Contiguous values, scanned, in another dtype."""
-        if values.dtype == dtype:
-            scan(largest(values))
-            return values
-        result = self.buffer("cast", values.shape, dtype)
-        scan(cast(values, result))
-        return result
+    def copy(self, job: Job, source: np.ndarray, scan: _Scan) -> None:
+        step = _SLICE // job.dtype.itemsize
+        for start in range(0, source.size, step):
+            part = source[start : start + step]
+            target = self.buffer("target", part.shape, job.dtype)
+            self.bring(part, target, scan)
+            self.write(job, target, start)
 
-    def copy(self, job: Job, source: _Reader, scan: _Scan) -> None:
-        size, step = job.tensor.nbytes // job.tensor.dtype.itemsize, _SLICE // job.tensor.dtype.itemsize
-        for start in range(0, size, step):
-            values = self.read(job, source, scan, (min(step, size - start),), start)
-            self.write(job, values, start)
-
-    def reverse(self, job: Job, source: _Reader, scan: _Scan, core: tuple[int, int, int]) -> None:
+    def reverse(self, job: Job, source: np.ndarray, scan: _Scan) -> None:
         """(few, rows, columns) -> (columns, rows, few): kernels on their way to diffusers.
 
-        A slab of target columns at a time; into it, blocks of source rows: read each of the few planes,
-        bring rows of all planes together, transpose. Rows of a block are kept a cache line apart from a
-        power of two, or all of them would compete for the same few cache sets.
+        A band of target columns at a time; into it, blocks of source rows: bring rows of all planes together,
+        transpose. Rows of a block are kept a cache line apart from a power of two, or all of them would
+        compete for the same few cache sets.
         """
-        planes, rows, columns = core
-        step = max(1, _BLOCK // (planes * columns * job.tensor.dtype.itemsize))
-        slab = max(1, _SLAB // (rows * planes * job.dtype.itemsize))
-        padded = self.buffer("gathered", (step, planes, columns + _PAD), job.dtype)
-        for left in range(0, columns, slab):
-            width = min(slab, columns - left)
+        planes, rows, columns = source.shape
+        band = _share(columns, rows * planes * job.dtype.itemsize)
+        step = max(1, _BLOCK // (planes * band * source.itemsize))
+        padded = self.buffer("gathered", (step, planes, band + _PAD), job.dtype)
+        for left in range(0, columns, band):
+            width = min(band, columns - left)
             target = self.buffer("target", (width, rows * planes), job.dtype)
             for top in range(0, rows, step):
-                height = min(step, rows - top)
-                block = self.buffer("source", (planes, height, columns), job.tensor.dtype)
-                for plane in range(planes):
-                    start = (plane * rows + top) * columns
-                    source.read(block[plane], start * job.tensor.dtype.itemsize)
-                padded[:height, :, :columns] = self.cast(block, job.dtype, scan).transpose(1, 0, 2)
-                flat = padded[:height].reshape(height * planes, columns + _PAD)
-                target[:, top * planes : (top + height) * planes] = flat[:, left : left + width].T
+                part = source[:, top : top + step, left : left + width].transpose(1, 0, 2)
+                height = len(part)
+                self.bring(part, padded[:height, :, :width], scan)
+                flat = padded[:height].reshape(height * planes, band + _PAD)
+                target[:, top * planes : (top + height) * planes] = flat[:, :width].T
             self.write(job, target, left * rows * planes)
 
-    def reverse_back(self, job: Job, source: _Reader, scan: _Scan, core: tuple[int, int, int]) -> None:
-        """(columns, rows, few) -> (few, rows, columns): kernels on their way to Keras."""
-        columns, rows, planes = core
-        step = max(1, _BLOCK // (rows * planes * job.tensor.dtype.itemsize))
-        slab = max(1, min(planes, _SLAB // (rows * columns * job.dtype.itemsize)))
-        for first in range(0, planes, slab):
-            count = min(slab, planes - first)
-            target = self.buffer("target", (count, rows, columns), job.dtype)
+    def reverse_back(self, job: Job, source: np.ndarray, scan: _Scan) -> None:
+        """(columns, rows, few) -> (few, rows, columns): kernels on their way to Keras.
+
+        A band of target rows at a time, of all planes.
+        """
+        columns, rows, planes = source.shape
+        band = _share(rows, columns * planes * job.dtype.itemsize)
+        step = max(1, _BLOCK // (band * planes * source.itemsize))
+        for top in range(0, rows, band):
+            height = min(band, rows - top)
+            target = self.buffer("target", (planes, height, columns), job.dtype)
             for left in range(0, columns, step):
-                width = min(step, columns - left)
-                block = self.read(job, source, scan, (width, rows, planes), left * rows * planes)
-                for tile in range(0, rows, _TILE):
-                    part = block[:, tile : tile + _TILE, first : first + count]
-                    target[:, tile : tile + _TILE, left : left + width] = part.transpose(2, 1, 0)
-            self.write(job, target, first * rows * columns)
+                part = source[left : left + step, top : top + height]
+                block = self.buffer("gathered", part.shape, job.dtype)
+                self.bring(part, block, scan)
+                for tile in range(0, height, _TILE):
+                    turned = block[:, tile : tile + _TILE].transpose(2, 1, 0)
+                    target[:, tile : tile + _TILE, left : left + len(part)] = turned
+            for plane in range(planes):
+                self.write(job, target[plane], (plane * rows + top) * columns)
 
 
-class _Reader:
-    """A tensor's bytes, from the file or, unpacked once, from memory."""
-
-    def __init__(self, fd: int, tensor: Tensor) -> None:
-        self.fd, self.tensor = fd, tensor
-        self.whole = (
-            None if tensor.load is None else memoryview(tensor.load().reshape(-1).view(np.uint8).data)
-        )
-
-    def read(self, into: np.ndarray, start: int) -> None:
-        """Fill the contiguous array with the tensor's bytes from `start` on."""
-        view = memoryview(into.reshape(-1).view(np.uint8).data)
-        if self.whole is not None:
-            view[:] = self.whole[start : start + len(view)]
-            return
-        at = (self.tensor.offset or 0) + start
-        while view:
-            done = os.preadv(self.fd, [view], at)
-            if done == 0:
-                raise SourceError(self.tensor.path, f"{self.tensor.name}: the file ends within it.")
-            view, at = view[done:], at + done
+def _share(length: int, nbytes: int) -> int:
+    """How many of `length` rows or columns of `nbytes` each to take at a time: as many in every band."""
+    bands = -(-length * nbytes // _BAND)
+    return -(-length // min(bands, length))
 
 
 class _Scan:

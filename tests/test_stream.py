@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import ml_dtypes
@@ -50,7 +51,7 @@ def through(
 def test_any_shape(tmp_path_factory, shape, source, target, turned, block, seed) -> None:
     values = (np.random.default_rng(seed).standard_normal(shape) * 100).astype(source)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_BLOCK", "_SLAB", "_SLICE", "_WRITE"):
+        for name in ("_BAND", "_BLOCK", "_SLICE", "_WRITE"):
             patch.setattr(transfer, name, block)
         patch.setattr(transfer, "_TILE", 7)
         got, found = through(tmp_path_factory.mktemp("s"), values, shape if turned else None, target)
@@ -102,12 +103,35 @@ def test_checksum(tmp_path: Path) -> None:
         through(tmp_path, values, (1, 6, 10), np.dtype("<f4"), right ^ 1)
 
 
-def test_file_that_shrinks_meanwhile(tmp_path: Path) -> None:
-    (tmp_path / "source").write_bytes(b"\0" * 100)
+@pytest.mark.parametrize(("size", "problem"), [(100, "the file ends"), (0, "the file is empty")])
+def test_file_that_shrinks_meanwhile(tmp_path: Path, size: int, problem: str) -> None:
+    (tmp_path / "source").write_bytes(b"\0" * size)
     (tmp_path / "target").write_bytes(b"\0" * 400)
     tensor = Tensor("t", (100,), np.dtype("<f4"), tmp_path / "source", 0)
-    with pytest.raises(SourceError, match="the file ends"):
+    with pytest.raises(SourceError, match=problem):
         stream.run([transfer.Job("t", tensor, None, np.dtype("<f4"), tmp_path / "target", 0)])
+
+
+@pytest.mark.parametrize(
+    ("place", "problem"), [("do", "the file was cut meanwhile"), ("bring", "was killed: .* cut meanwhile")]
+)
+def test_source_that_is_cut_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, problem: str
+) -> None:
+    """Before the pages of a tensor are there, and after."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"\0" * 80_000)
+    target.write_bytes(b"\0" * 80_000)
+    plain = getattr(transfer.Worker, place)
+
+    def cut(*arguments: Any) -> Any:
+        os.truncate(source, 0)
+        return plain(*arguments)
+
+    monkeypatch.setattr(transfer.Worker, place, cut)
+    tensor = Tensor("t", (20_000,), np.dtype("<f4"), source, 0)
+    with pytest.raises(Error, match=problem):
+        stream.run([transfer.Job("t", tensor, None, tensor.dtype, target, 0)])
 
 
 def test_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +140,7 @@ def test_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "target").write_bytes(b"\0" * 400)
     monkeypatch.setattr(transfer.Worker, "do", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     tensor = Tensor("t", (100,), np.dtype("<f4"), tmp_path / "source", 0)
-    with pytest.raises(Error, match="was killed, most likely for lack of memory"):
+    with pytest.raises(Error, match="was killed: memory ran out"):
         stream.run([transfer.Job("t", tensor, None, np.dtype("<f4"), tmp_path / "target", 0)])
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)  # nobody is left
