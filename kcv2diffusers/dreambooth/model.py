@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 from typing import Any
 
 import keras
@@ -12,9 +11,6 @@ from keras import ops
 
 from kcv2diffusers.models.layers import Tensor
 from kcv2diffusers.schedule import alphas_cumprod
-
-# PyTorch reads this at its first allocation on a CPU: large pages, for memory taken anew in each step.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _free_after_compiling() -> None:

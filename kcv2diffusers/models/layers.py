@@ -45,6 +45,17 @@ def zeros() -> Iterator[None]:
         _ZEROS.reset(token)
 
 
+def apply(layer: keras.layers.Layer, inputs: Tensor) -> Tensor:
+    """What `layer` makes of `inputs`, called from within another layer of the same dtype policy.
+
+    Keras' own `__call__` takes 0.1 ms, of which a UNet has 681; what it does (casts, scopes) has been done
+    for the outer layer. It is needed to build the layer, and for quantised ones.
+    """
+    if layer.built and layer.quantization_mode is None:
+        return layer.call(inputs)
+    return layer(inputs)
+
+
 class Dense(keras.layers.Dense):  # type: ignore[misc]
     """A linear layer.
 
@@ -145,8 +156,8 @@ class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
 
     def call(self, inputs: Tensor) -> Tensor:
         if self.padding2d is not None:
-            inputs = self.padding2d(inputs)
-        return self.conv2d(inputs)
+            inputs = apply(self.padding2d, inputs)
+        return apply(self.conv2d, inputs)
 
 
 class Block(keras.layers.Layer):  # type: ignore[misc]

@@ -13,6 +13,7 @@ from kcv2diffusers.models.layers import (
     PaddedConv2D,
     Tensor,
     UpSampling2D,
+    apply,
     attention,
     dense,
     dtype_policy,
@@ -39,13 +40,13 @@ class ResBlock(Block):
     def compute(self, inputs: Tensor, embedding: Tensor) -> Tensor:
         x = inputs
         for layer in self.entry_flow:
-            x = layer(x)
+            x = apply(layer, x)
         for layer in self.embedding_flow:
-            embedding = layer(embedding)
+            embedding = apply(layer, embedding)
         x = x + embedding[:, None, None]
         for layer in self.exit_flow:
-            x = layer(x)
-        return x + (inputs if self.residual_projection is None else self.residual_projection(inputs))
+            x = apply(layer, x)
+        return x + (inputs if self.residual_projection is None else apply(self.residual_projection, inputs))
 
 
 class SpatialTransformer(Block):
@@ -59,9 +60,9 @@ class SpatialTransformer(Block):
         self.proj2 = dense(width) if config.linear_projection else PaddedConv2D(width, 1)
 
     def compute(self, inputs: Tensor, context: Tensor) -> Tensor:
-        x = to_sequence(self.proj1(self.norm(inputs)))
-        x = self.transformer_block([x, context])
-        return self.proj2(to_image(x, like=inputs)) + inputs
+        x = to_sequence(apply(self.proj1, apply(self.norm, inputs)))
+        x = apply(self.transformer_block, [x, context])
+        return apply(self.proj2, to_image(x, like=inputs)) + inputs
 
 
 class BasicTransformerBlock(keras.layers.Layer):  # type: ignore[misc]
@@ -79,10 +80,10 @@ class BasicTransformerBlock(keras.layers.Layer):  # type: ignore[misc]
 
     def call(self, inputs: list[Tensor]) -> Tensor:
         x, context = inputs
-        normed = self.norm1(x)
-        x = self.attn1([normed, normed]) + x
-        x = self.attn2([self.norm2(x), context]) + x
-        return self.dense(self.geglu(self.norm3(x))) + x
+        normed = apply(self.norm1, x)
+        x = apply(self.attn1, [normed, normed]) + x
+        x = apply(self.attn2, [apply(self.norm2, x), context]) + x
+        return apply(self.dense, apply(self.geglu, apply(self.norm3, x))) + x
 
 
 class CrossAttention(keras.layers.Layer):  # type: ignore[misc]
@@ -98,7 +99,8 @@ class CrossAttention(keras.layers.Layer):  # type: ignore[misc]
 
     def call(self, inputs: list[Tensor]) -> Tensor:
         x, context = inputs
-        return self.out_proj(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        query, key, value = apply(self.to_q, x), apply(self.to_k, context), apply(self.to_v, context)
+        return apply(self.out_proj, attention(query, key, value, self.heads))
 
 
 class GEGLU(keras.layers.Layer):  # type: ignore[misc]
@@ -111,7 +113,7 @@ class GEGLU(keras.layers.Layer):  # type: ignore[misc]
         self.dense = dense(2 * width)
 
     def call(self, inputs: Tensor) -> Tensor:
-        x = self.dense(inputs)
+        x = apply(self.dense, inputs)
         return x[..., : self.width] * self.gelu(x[..., self.width :])
 
 
@@ -124,7 +126,7 @@ class Upsample(keras.layers.Layer):  # type: ignore[misc]
         self.conv = PaddedConv2D(width, 3)
 
     def call(self, inputs: Tensor) -> Tensor:
-        return self.conv(self.ups(inputs))
+        return apply(self.conv, apply(self.ups, inputs))
 
 
 def build_unet(config: UNetConfig, dtype: str | None = None) -> keras.Model:
