@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, help="of the GPU at this precision, from its data sheet")
     arguments = parser.parse_args()
     if arguments.worker:
+        interleaved.alone()
         return interleaved.report(measure(arguments))
     left_out = ["keras-cv, TensorFlow"] if arguments.lora or arguments.gpu else []
     left_out += ["kcv2diffusers, TensorFlow"] if arguments.gpu else []

@@ -62,6 +62,14 @@ def options(description: str | None, contenders: Mapping[str, object], count: in
     return parser
 
 
+def alone() -> None:
+    """In a worker, before anything else: hide JAX from other backends. Keras imports it wherever it is
+    installed, for one of its callbacks, which takes 0.1 GB; who trains on PyTorch need not have it.
+    """
+    if os.environ["KERAS_BACKEND"] != "jax":
+        sys.modules["jax"] = None  # type: ignore[assignment]
+
+
 def report(figures: Figures) -> None:
     """What a worker says at its end."""
     print("RESULT", json.dumps(figures))

@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures here")
     arguments = parser.parse_args()
     if arguments.worker:
+        interleaved.alone()
         return interleaved.report(measure(arguments))
     contenders = {name: CONTENDERS[name][1] for name in arguments.only}
     results = interleaved.rounds(__file__, contenders, arguments.rounds, sys.argv[1:])
