@@ -23,7 +23,7 @@ from kcv2diffusers.casting import cast, is_float, largest
 from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.tensor import Tensor
 
-_SLICE = 1 << 20  # bytes of target copied at a time where the order of bytes stays
+_SLICE = 1 << 20  # bytes checked at a time, and bytes of target copied where the order of bytes stays
 _BLOCK = 1 << 20  # bytes of source transposed at a time: a block and its result stay in the L2 cache
 _BAND = 16 << 20  # bytes of target collected before they are written
 # The kernel keeps what is written at once in a block of memory of that size. Large free blocks are what a
@@ -122,9 +122,9 @@ class Worker:
         mapped.madvise(mmap.MADV_DONTNEED, *pages)
 
     def check(self, source: np.ndarray, tensor: Tensor) -> None:
-        checksum = 0
-        for start in range(0, source.size, _SLICE):
-            checksum = google_crc32c.extend(checksum, source[start : start + _SLICE].tobytes())
+        checksum, stored = 0, source.view(np.uint8)
+        for start in range(0, stored.size, _SLICE):
+            checksum = google_crc32c.extend(checksum, stored[start : start + _SLICE].tobytes())
         if checksum != tensor.crc32c:
             raise SourceError(
                 tensor.path,
