@@ -14,6 +14,7 @@ medians of the times, after one round of warm-up, in which the memory is watched
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import random
@@ -104,6 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     make(args.work)
+    compileall.compile_dir(ROOT / "kcv2diffusers", quiet=1)  # as an installation does
     folders = [args.work / f"{part}-sd1-float32" for part in PARTS]
     legacy = [folder / "legacy.h5" for folder in folders]
     keras3 = [folder / "weights.weights.h5" for folder in folders]

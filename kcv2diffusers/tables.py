@@ -42,6 +42,8 @@ class Size:
         return cls(tuple(sorted(terms.items())))
 
     def substitute(self, values: Mapping[str, Size]) -> Size:
+        if len(self.terms) == 1 and self.terms[0][1] == 1:  # most are
+            return values.get(self.terms[0][0], self)
         terms: dict[str, int] = {}
         for symbol, count in self.terms:
             inner = values[symbol].terms if symbol in values else ((symbol, 1),)

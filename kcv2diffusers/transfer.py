@@ -24,15 +24,15 @@ from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.tensor import Tensor
 
 _SLICE = 1 << 20  # bytes checked at a time, and bytes of target copied where the order of bytes stays
-_BLOCK = 1 << 20  # bytes of source transposed at a time: a block and its result stay in the L2 cache
+# Bytes of source transposed at a time, which stay in the L2 cache: on the way to diffusers whole, on the way
+# to Keras in tiles of `_TILE` source rows.
+_BLOCK, _TILED_BLOCK, _TILE = 1 << 18, 1 << 20, 128
 _BAND = 16 << 20  # bytes of target collected before they are written
 # The kernel keeps what is written at once in a block of memory of that size. Large free blocks are what a
 # virtual machine has lent back to its host: getting them again can take three times as long as copying.
 # Smaller ones are more work, done by one process at a time.
 _WRITE = 1 << 18
-_TILE = 128  # source rows of a block turned at a time on the way to Keras
 _POPULATE_READ = 22  # Linux' MADV_POPULATE_READ, which Python does not name
-_PAD = 16  # values between the rows of a gathered block, see `Worker.reverse`
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,17 +141,13 @@ class Worker:
             view, offset = view[done:], offset + done
 
     def bring(self, values: np.ndarray, into: np.ndarray, scan: _Scan) -> None:
-        """Copy values, scanned, into another array in its dtype."""
+        """Copy values, scanned, into a contiguous array in its dtype."""
         if values.dtype == into.dtype:
             into[...] = values
             scan(largest(into))
-            return
-        block = self.buffer("source", values.shape, values.dtype)
-        block[...] = values
-        result = into if into.flags.c_contiguous else self.buffer("cast", values.shape, into.dtype)
-        scan(cast(block, result))
-        if result is not into:
-            into[...] = result
+        else:
+            cast(values, into)
+            scan(largest(values))
 
     def copy(self, job: Job, source: np.ndarray, scan: _Scan) -> None:
         step = _SLICE // job.dtype.itemsize
@@ -165,22 +161,20 @@ class Worker:
         """(few, rows, columns) -> (columns, rows, few): kernels on their way to diffusers.
 
         A band of target columns at a time; into it, blocks of source rows: bring rows of all planes together,
-        transpose. Rows of a block are kept a cache line apart from a power of two, or all of them would
-        compete for the same few cache sets.
+        transpose.
         """
         planes, rows, columns = source.shape
         band = _share(columns, rows * planes * job.dtype.itemsize)
         step = max(1, _BLOCK // (planes * band * source.itemsize))
-        padded = self.buffer("gathered", (step, planes, band + _PAD), job.dtype)
         for left in range(0, columns, band):
             width = min(band, columns - left)
             target = self.buffer("target", (width, rows * planes), job.dtype)
             for top in range(0, rows, step):
                 part = source[:, top : top + step, left : left + width].transpose(1, 0, 2)
-                height = len(part)
-                self.bring(part, padded[:height, :, :width], scan)
-                flat = padded[:height].reshape(height * planes, band + _PAD)
-                target[:, top * planes : (top + height) * planes] = flat[:, :width].T
+                block = self.buffer("block", part.shape, job.dtype)
+                self.bring(part, block, scan)
+                turned = block.reshape(-1, width).T
+                target[:, top * planes : top * planes + turned.shape[1]] = turned
             self.write(job, target, left * rows * planes)
 
     def reverse_back(self, job: Job, source: np.ndarray, scan: _Scan) -> None:
@@ -190,13 +184,13 @@ class Worker:
         """
         columns, rows, planes = source.shape
         band = _share(rows, columns * planes * job.dtype.itemsize)
-        step = max(1, _BLOCK // (band * planes * source.itemsize))
+        step = max(1, _TILED_BLOCK // (band * planes * source.itemsize))
         for top in range(0, rows, band):
             height = min(band, rows - top)
             target = self.buffer("target", (planes, height, columns), job.dtype)
             for left in range(0, columns, step):
                 part = source[left : left + step, top : top + height]
-                block = self.buffer("gathered", part.shape, job.dtype)
+                block = self.buffer("block", part.shape, job.dtype)
                 self.bring(part, block, scan)
                 for tile in range(0, height, _TILE):
                     turned = block[:, tile : tile + _TILE].transpose(2, 1, 0)

@@ -1,4 +1,4 @@
-"""The cast to float16 equals NumPy's, bit for bit."""
+"""Casts equal NumPy's, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,14 +6,20 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kcv2diffusers.casting import _PIECE, cast
+from kcv2diffusers.casting import cast, largest
+from kcv2diffusers.dtypes import DTYPES
 
 
-def check(values: np.ndarray) -> None:
-    into = np.empty(values.shape, np.float16)
+def check(values: np.ndarray, dtype: np.dtype | type = np.float16) -> None:
+    """All bits, but for those of NaN: which of its bits survive is the processor's choice."""
+    into = np.empty(values.shape, dtype)
     cast(values, into)
+    bits = f"u{into.itemsize}"
     with np.errstate(all="ignore"):
-        np.testing.assert_array_equal(into.view(np.uint16), values.astype(np.float16).view(np.uint16))
+        expected = values.astype(dtype)
+        number = ~np.isnan(expected)
+        np.testing.assert_array_equal(np.isnan(into), ~number)
+    np.testing.assert_array_equal(into.view(bits)[number], expected.view(bits)[number])
 
 
 def test_every_half_and_what_lies_between() -> None:
@@ -34,13 +40,47 @@ def test_random_bits(low: int, high: int) -> None:
     check((bits ^ 0x8000_0000).view(np.float32))
 
 
-@pytest.mark.parametrize("size", [0, 1, *(n * _PIECE + more for n in (1, 2) for more in (-1, 0, 1))])
-def test_sizes(size: int) -> None:
-    check(np.linspace(-2, 2, size, dtype=np.float32))
+@pytest.mark.parametrize("source", [*DTYPES, "float64"])
+@pytest.mark.parametrize("target", DTYPES)
+def test_dtypes(source: str, target: str) -> None:
+    """Random bits, in rows that lie apart; also where the values are not aligned."""
+    dtype = DTYPES.get(source, np.dtype(source))
+    stored = np.random.default_rng(0).integers(0, 256, 40 * 1000 * dtype.itemsize + 1, np.uint8)
+    for start in (0, 1):
+        values = stored[start : stored.size - 1 + start].view(dtype).reshape(40, 1000)
+        check(values, DTYPES[target])
+        check(values[:, 3:995], DTYPES[target])
 
 
-def test_other_dtypes() -> None:
-    values = np.linspace(-3, 3, 100, dtype=np.float32)
-    into = np.empty(100, ml_dtypes.bfloat16)
-    cast(values, into)
-    np.testing.assert_array_equal(into, values.astype(ml_dtypes.bfloat16))
+def test_float64_is_rounded_once() -> None:
+    """Not to float32 first, where these become ties."""
+    values = np.array([1 + 2**-11 + 2**-40, -1 - 2**-11 - 2**-40])
+    check(values)
+    assert values.astype(np.float32).astype(np.float16)[0] != values.astype(np.float16)[0]
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (), (3, 0)])
+def test_shapes(shape: tuple[int, ...]) -> None:
+    check(np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES.values(), np.dtype("f8")])
+def test_largest(dtype: np.dtype) -> None:
+    """Of either sign; infinity is larger than all numbers, NaN larger still."""
+
+    def value(values: np.ndarray) -> float:
+        return float(np.array([largest(values)], f"u{dtype.itemsize}").view(dtype)[0])
+
+    limit = ml_dtypes.finfo(dtype)
+    values = np.array([0, -0.0, limit.smallest_subnormal, 2, -3], dtype)
+    assert value(values) == 3
+    assert value(-values) == 3
+    for at in (0, 2, 4):
+        for extreme in (limit.max, limit.min, np.inf, -np.inf):
+            changed = values.copy()
+            changed[at] = extreme
+            assert value(changed) == abs(float(extreme))
+            changed[at - 1] = -np.nan
+            assert np.isnan(value(changed))
+    assert largest(np.array([2**31 - 1, -(2**31)], np.int32)) == 0
+    assert largest(np.array([], dtype)) == 0
