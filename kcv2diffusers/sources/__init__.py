@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from kcv2diffusers.errors import SourceError, reading
 from kcv2diffusers.sources.source import Source
+from kcv2diffusers.tables import specs
 
 _ENDINGS = (".h5", ".hdf5", ".keras", ".weights.json")
 NOT_KERAS = "a diffusers pipeline, not a Keras checkpoint."
@@ -31,6 +32,8 @@ def open_all(paths: Sequence[Path]) -> list[Source]:
     from kcv2diffusers.sources import hdf5
 
     with hdf5.ahead(paths):
+        for spec in specs():
+            spec.slots(0)  # which whoever recognises the sources asks for; meanwhile they are read
         return [source for path in paths for source in open_sources(path)]
 
 
