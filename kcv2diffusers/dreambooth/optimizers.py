@@ -104,10 +104,16 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
         Weight decay is decoupled (Loshchilov and Hutter 2019) and follows each rate; Keras' knows only one.
         """
 
+        divisor: Tensor | None = None  # of the gradients that PyTorch's fused kernel gets
+
         def _clip_gradients(self, grads: list[Tensor]) -> list[Tensor]:
-            if backend == "torch" and self.global_clipnorm:
-                return _clip_in_place(grads, self.global_clipnorm)
-            return list(super()._clip_gradients(grads))
+            if backend != "torch" or not self.global_clipnorm:
+                return list(super()._clip_gradients(grads))
+            self.divisor = _excess(grads, self.global_clipnorm)
+            if not fused and self.divisor is not None:
+                for gradient in grads:
+                    gradient.div_(self.divisor)  # in place: Keras copies all gradients
+            return grads
 
         def _backend_update_step(self, grads: list[Tensor], variables: list[Any], rate: Tensor) -> None:
             later = rate * factor * ops.cast(self.iterations < end, "float32")
@@ -136,17 +142,15 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
     return optimizer
 
 
-def _clip_in_place(gradients: list[Tensor], limit: float) -> list[Tensor]:
-    """By the global norm, without the copy of all gradients that Keras makes on PyTorch."""
+def _excess(gradients: list[Tensor], limit: float) -> Tensor | None:
+    """What PyTorch's gradients are to be divided by so that their global norm is `limit`; None if it is less.
+    Not a number if one gradient is none.
+    """
     import torch
 
     with torch.no_grad():
         norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
-        scale = limit / torch.clamp(norm, min=limit) + (norm - norm)  # not a number if one gradient is none
-        if scale != 1:
-            for gradient in gradients:
-                gradient.mul_(scale)
-    return gradients
+    return None if norm <= limit else norm / limit + (norm - norm)
 
 
 Pairs = list[tuple[Tensor, keras.Variable]]
@@ -169,6 +173,7 @@ def _fused_on_torch(optimizer: Any, pairs: Pairs, rate: Tensor, weight_decay: fl
             [],
             list(torch.full((len(pairs),), float(done), device=pairs[0][0].device).unbind()),
             fused=True,
+            grad_scale=optimizer.divisor,
             amsgrad=False,
             maximize=False,
             beta1=optimizer.beta_1,

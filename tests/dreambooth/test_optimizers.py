@@ -73,10 +73,7 @@ def test_bytes_of_state_for_a_weight(name: str, stated: int) -> None:
 
 @pytest.mark.parametrize("clip", [0.0, 2e-4])
 def test_adamw_is_keras_own(clip: float) -> None:
-    """Two groups of variables, one at half the rate, which stops after two steps; as AdamW of each rate.
-
-    On PyTorch it is another kernel: this test in a process of that backend is test_adamw_on_pytorch.
-    """
+    """Two groups of variables, one at half the rate, which stops after two steps; as AdamW of each rate."""
     rng = np.random.default_rng(0)
     values = [rng.standard_normal((3, 4)).astype("float32") for _ in range(2)]
     gradients = [[rng.standard_normal((3, 4)).astype("float32") * 1e-4 for _ in range(2)] for _ in range(4)]
@@ -100,12 +97,34 @@ def test_adamw_is_keras_own(clip: float) -> None:
         np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (variable, expected)), atol=1e-6)
 
 
-def test_adamw_on_pytorch() -> None:
+@pytest.mark.parametrize("name", ["adam_mini", "lion"])
+def test_clipping(name: str) -> None:
+    """Gradients above the limit and below it, of two variables; as gradients that were clipped before."""
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal((3, 4)).astype("float32") for _ in range(2)]
+    ours, theirs = ([keras.Variable(value) for value in values] for _ in range(2))
+    clipping = make_optimizer(Config(optimizer=name, learning_rate=RATE, clip_norm=1.0), ())
+    plain = make_optimizer(Config(optimizer=name, learning_rate=RATE, clip_norm=0), ())
+    norms = []
+    for size in (1.0, 0.1, 10.0, 0.05):
+        pair = [size * rng.standard_normal((3, 4)).astype("float32") for _ in range(2)]
+        norms.append(np.sqrt(sum((gradient**2).sum() for gradient in pair)))
+        before = [gradient / max(1.0, norms[-1]) for gradient in pair]
+        clipping.apply([keras.ops.convert_to_tensor(gradient) for gradient in pair], ours)
+        plain.apply([keras.ops.convert_to_tensor(gradient, "float32") for gradient in before], theirs)
+    assert min(norms) < 1 < max(norms)
+    for variable, expected in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (variable, expected)), atol=1e-6)
+
+
+def test_on_pytorch() -> None:
+    """Where the kernel of AdamW and the clipping are others."""
+    tests = [f"{__file__}::{test.__name__}" for test in (test_adamw_is_keras_own, test_clipping)]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", f"{__file__}::test_adamw_is_keras_own"],
+        [sys.executable, "-m", "pytest", "-q", *tests],
         env={**os.environ, "KERAS_BACKEND": "torch"},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-3000:]
