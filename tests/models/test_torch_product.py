@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -56,3 +58,21 @@ def test_which_way(way: str) -> None:
     low = torch_product.product(x.bfloat16(), kernel.bfloat16(), None)
     assert low.dtype == torch.bfloat16
     assert "_Product" not in low.grad_fn.name()
+
+
+@pytest.mark.parametrize("vendor, preferred", [("AuthenticAMD", True), ("GenuineIntel", False), (None, True)])
+def test_whose_products_are_faster(
+    monkeypatch: pytest.MonkeyPatch, vendor: str | None, preferred: bool
+) -> None:
+    """By the processor's maker, where the system tells it; nobody's where oneDNN has no AVX-512."""
+
+    def read(path: Path) -> str:
+        assert path == Path("/proc/cpuinfo")
+        if vendor is None:
+            raise FileNotFoundError(path)
+        return f"processor\t: 0\nvendor_id\t: {vendor}\n"
+
+    monkeypatch.setattr(Path, "read_text", read)
+    for there in (True, False):
+        monkeypatch.setattr(torch_product, "has_onednn", lambda there=there: there)
+        assert torch_product.prefers_onednn.__wrapped__() is (preferred and there)
