@@ -1,7 +1,7 @@
 """The first level: every tensor of the pipeline equals its source, bit for bit.
 
 The jobs are those of the conversion. In place of writing, a worker reads what lies where the conversion would
-write it, and compares. Nothing but NumPy is imported.
+write it, and compares. No framework is imported.
 """
 
 from __future__ import annotations
