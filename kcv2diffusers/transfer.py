@@ -8,6 +8,7 @@ the system fills it with zeros first. Buffers do not grow with the tensor.
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 import sys
@@ -19,14 +20,15 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from kcv2diffusers.casting import cast, is_float, largest
+from kcv2diffusers.casting import cast, is_finite
 from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.tensor import Tensor
 
 _SLICE = 1 << 20  # bytes checked at a time, and bytes of target copied where the order of bytes stays
-# Bytes of source transposed at a time, which stay in the L2 cache: on the way to diffusers whole, on the way
-# to Keras in tiles of `_TILE` source rows.
-_BLOCK, _TILED_BLOCK, _TILE = 1 << 18, 1 << 20, 128
+# Rows transposed at a time, and bytes of each. Such a block stays in the L2 cache, and the L1 cache holds a
+# line of every row, from which the next columns are read.
+_ROWS, _WIDTH = 400, 1200
+_TILED_BLOCK, _TILE = 1 << 20, 128
 _BAND = 16 << 20  # bytes of target collected before they are written
 # The kernel keeps what is written at once in a block of memory of that size. Large free blocks are what a
 # virtual machine has lent back to its host: getting them again can take three times as long as copying.
@@ -82,23 +84,25 @@ class Worker:
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """A view of a buffer that is kept: fresh memory costs a page fault every 4 KB."""
-        nbytes = int(np.prod(shape)) * dtype.itemsize
+        nbytes = math.prod(shape) * dtype.itemsize
         if name not in self.buffers or self.buffers[name].nbytes < nbytes:
             self.buffers[name] = np.empty(nbytes, np.uint8)
         return self.buffers[name][:nbytes].view(dtype).reshape(shape)
 
     def do(self, job: Job) -> Finding | None:
-        scan = _Scan(job)
+        self.finite = True
         with self.values(job.tensor) as source:
             if job.tensor.crc32c is not None:
                 self.check(source, job.tensor)
             if job.core is None:
-                self.copy(job, source, scan)
+                self.copy(job, source)
+            elif job.core[2] == 1:  # a matrix
+                self.reverse(job, source.reshape(1, *job.core[:2]))
             elif job.core[0] <= job.core[2]:
-                self.reverse(job, source.reshape(job.core), scan)
+                self.reverse(job, source.reshape(job.core))
             else:
-                self.reverse_back(job, source.reshape(job.core), scan)
-        return scan.result()
+                self.reverse_back(job, source.reshape(job.core))
+            return None if self.finite else _not_finite(job, source)
 
     @contextmanager
     def values(self, tensor: Tensor) -> Iterator[np.ndarray]:
@@ -140,50 +144,48 @@ class Worker:
             done = os.pwrite(fd, view[:_WRITE], offset)
             view, offset = view[done:], offset + done
 
-    def bring(self, values: np.ndarray, into: np.ndarray, scan: _Scan) -> None:
-        """Copy values, scanned, into a contiguous array in its dtype."""
-        if values.dtype == into.dtype:
-            into[...] = values
-            scan(largest(into))
-        else:
-            cast(values, into)
-            scan(largest(values))
+    def bring(self, values: np.ndarray, into: np.ndarray) -> None:
+        """Copy values into a contiguous array in its dtype, and see whether they are finite there."""
+        cast(values, into)
+        self.finite = self.finite and is_finite(into)
 
-    def copy(self, job: Job, source: np.ndarray, scan: _Scan) -> None:
+    def copy(self, job: Job, source: np.ndarray) -> None:
         step = _SLICE // job.dtype.itemsize
         for start in range(0, source.size, step):
             part = source[start : start + step]
             target = self.buffer("target", part.shape, job.dtype)
-            self.bring(part, target, scan)
+            self.bring(part, target)
             self.write(job, target, start)
 
-    def reverse(self, job: Job, source: np.ndarray, scan: _Scan) -> None:
-        """(few, rows, columns) -> (columns, rows, few): kernels on their way to diffusers.
+    def reverse(self, job: Job, source: np.ndarray) -> None:
+        """(few, rows, columns) -> (columns, rows, few): matrices, and kernels on their way to diffusers.
 
         A band of target columns at a time; into it, blocks of source rows: bring rows of all planes together,
-        transpose.
+        transpose. Bands are of an odd number of columns: the rows of a block would push each other out of the
+        cache if a large power of two divided their distance.
         """
         planes, rows, columns = source.shape
-        band = _share(columns, rows * planes * job.dtype.itemsize)
-        step = max(1, _BLOCK // (planes * band * source.itemsize))
+        size = job.dtype.itemsize
+        band = _share(columns, min(_WIDTH // size, -(-columns // 2), _BAND // (rows * planes * size))) | 1
+        step = _share(rows, _ROWS // planes)
         for left in range(0, columns, band):
             width = min(band, columns - left)
             target = self.buffer("target", (width, rows * planes), job.dtype)
             for top in range(0, rows, step):
                 part = source[:, top : top + step, left : left + width].transpose(1, 0, 2)
                 block = self.buffer("block", part.shape, job.dtype)
-                self.bring(part, block, scan)
+                self.bring(part, block)
                 turned = block.reshape(-1, width).T
                 target[:, top * planes : top * planes + turned.shape[1]] = turned
             self.write(job, target, left * rows * planes)
 
-    def reverse_back(self, job: Job, source: np.ndarray, scan: _Scan) -> None:
+    def reverse_back(self, job: Job, source: np.ndarray) -> None:
         """(columns, rows, few) -> (few, rows, columns): kernels on their way to Keras.
 
         A band of target rows at a time, of all planes.
         """
         columns, rows, planes = source.shape
-        band = _share(rows, columns * planes * job.dtype.itemsize)
+        band = _share(rows, _BAND // (columns * planes * job.dtype.itemsize))
         step = max(1, _TILED_BLOCK // (band * planes * source.itemsize))
         for top in range(0, rows, band):
             height = min(band, rows - top)
@@ -191,7 +193,7 @@ class Worker:
             for left in range(0, columns, step):
                 part = source[left : left + step, top : top + height]
                 block = self.buffer("block", part.shape, job.dtype)
-                self.bring(part, block, scan)
+                self.bring(part, block)
                 for tile in range(0, height, _TILE):
                     turned = block[:, tile : tile + _TILE].transpose(2, 1, 0)
                     target[:, tile : tile + _TILE, left : left + len(part)] = turned
@@ -199,31 +201,15 @@ class Worker:
                 self.write(job, target[plane], (plane * rows + top) * columns)
 
 
-def _share(length: int, nbytes: int) -> int:
-    """How many of `length` rows or columns of `nbytes` each to take at a time: as many in every band."""
-    bands = -(-length * nbytes // _BAND)
-    return -(-length // min(bands, length))
+def _share(length: int, most: int) -> int:
+    """`length` in as few equal shares as are at most `most` each (and at least 1): the size of a share."""
+    return -(-length // -(-length // max(1, most)))
 
 
-class _Scan:
-    """Watches a tensor's values pass: their largest magnitude, see `casting.largest`."""
-
-    def __init__(self, job: Job) -> None:
-        self.job, self.largest = job, 0
-
-    def __call__(self, magnitude: int) -> None:
-        self.largest = max(self.largest, magnitude)
-
-    def result(self) -> NotFinite | None:
-        dtype = self.job.tensor.dtype
-        if not is_float(dtype):
-            return None
-        with np.errstate(all="ignore"):
-            value = np.array([self.largest], f"u{dtype.itemsize}").view(dtype)
-            if not np.isfinite(value.astype(np.float64))[0]:
-                return NotFinite(self.job.name, "has NaN or infinite values")
-            if not np.isfinite(value.astype(self.job.dtype).astype(np.float64))[0]:
-                return NotFinite(
-                    self.job.name, f"reaches {float(value[0]):.4g}, too large for {self.job.dtype.name}"
-                )
-        return None
+def _not_finite(job: Job, source: np.ndarray) -> NotFinite:
+    """Why a target of these values is not finite."""
+    with np.errstate(all="ignore"):
+        most = max(abs(float(source.max())), abs(float(source.min())))
+    if math.isfinite(most):
+        return NotFinite(job.name, f"reaches {most:.4g}, too large for {job.dtype.name}")
+    return NotFinite(job.name, "has NaN or infinite values")
