@@ -8,8 +8,6 @@ from typing import Literal
 import numkong
 import numpy as np
 
-from kcv2diffusers.dtypes import DTYPES
-
 
 @cache
 def _infinity(dtype: np.dtype) -> int:

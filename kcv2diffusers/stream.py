@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
@@ -43,7 +44,7 @@ def run(
         files = _open(stack, jobs, worker.access)
         # Processes that were forked share the position in it: each reads numbers that no other has read.
         queue = stack.enter_context(TemporaryFile(buffering=0))
-        queue.write(b"".join(number.to_bytes(_NUMBER) for number in range(len(jobs))))
+        queue.write(b"".join(number.to_bytes(_NUMBER) for number in _order(jobs)))
         queue.seek(0)
         count = min(_WORKERS, len(jobs))
         busy = [stack.enter_context(_process(jobs, queue.fileno(), files, worker)) for _ in range(count)]
@@ -90,6 +91,25 @@ def run_finite(jobs: Sequence[Job], progress: Progress, *, allow_nonfinite: bool
             "float32 or bfloat16; --allow-nonfinite writes them as they are."
         )
     return total
+
+
+def _order(jobs: Sequence[Job]) -> list[int]:
+    """The numbers of the jobs in the order to do them. All target files grow together, as the system lets
+    one process at a time write to a file; large tensors come first, so that no process has one left when the
+    others have ended.
+    """
+    whole, done = Counter[Path](), Counter[Path]()
+    for job in jobs:
+        whole[job.target] += job.tensor.nbytes
+
+    def share(number: int) -> float:
+        """Of its file, up to and with this job: to be asked in the order within the file."""
+        job = jobs[number]
+        done[job.target] += job.tensor.nbytes
+        return done[job.target] / max(1, whole[job.target])
+
+    largest_first = sorted(range(len(jobs)), key=lambda number: -jobs[number].tensor.nbytes)
+    return sorted(largest_first, key=share)
 
 
 def _open(stack: ExitStack, jobs: Sequence[Job], access: int) -> Files:
