@@ -11,13 +11,14 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from kcv2diffusers.errors import Error, SourceError, reading
 from kcv2diffusers.processes import fork
@@ -43,7 +44,7 @@ def run(
     with ExitStack() as stack:
         files = _open(stack, jobs, worker.access)
         # Processes that were forked share the position in it: each reads numbers that no other has read.
-        queue = stack.enter_context(TemporaryFile(buffering=0))
+        queue = stack.enter_context(_scratch())
         queue.write(b"".join(number.to_bytes(_NUMBER) for number in _order(jobs)))
         queue.seek(0)
         count = min(_WORKERS, len(jobs))
@@ -91,6 +92,13 @@ def run_finite(jobs: Sequence[Job], progress: Progress, *, allow_nonfinite: bool
             "float32 or bfloat16; --allow-nonfinite writes them as they are."
         )
     return total
+
+
+def _scratch() -> IO[bytes]:
+    """An empty file that is gone when it is closed."""
+    if sys.platform == "linux":  # in memory: one on disk is gone only when the disk's journal has time for it
+        return os.fdopen(os.memfd_create("jobs"), "r+b", buffering=0)
+    return TemporaryFile(buffering=0)
 
 
 def _order(jobs: Sequence[Job]) -> list[int]:
