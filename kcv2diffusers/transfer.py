@@ -28,7 +28,6 @@ _SLICE = 1 << 20  # bytes checked at a time, and bytes of target copied where th
 # Rows transposed at a time, and bytes of each. Such a block stays in the L2 cache, and the L1 cache holds a
 # line of every row, from which the next columns are read.
 _ROWS, _WIDTH = 400, 1200
-_TILED_BLOCK, _TILE = 1 << 20, 128
 _BAND = 16 << 20  # bytes of target collected before they are written
 # The kernel keeps what is written at once in a block of memory of that size. Large free blocks are what a
 # virtual machine has lent back to its host: getting them again can take three times as long as copying.
@@ -182,11 +181,12 @@ class Worker:
     def reverse_back(self, job: Job, source: np.ndarray) -> None:
         """(columns, rows, few) -> (few, rows, columns): kernels on their way to Keras.
 
-        A band of target rows at a time, of all planes.
+        The same with a band of target rows of all planes, and blocks of source columns.
         """
         columns, rows, planes = source.shape
-        band = _share(rows, _BAND // (columns * planes * job.dtype.itemsize))
-        step = max(1, _TILED_BLOCK // (band * planes * source.itemsize))
+        size = job.dtype.itemsize * planes
+        band = _share(rows, min(_WIDTH // size, -(-rows // 2), _BAND // (columns * size))) | 1
+        step = _share(columns, _ROWS)
         for top in range(0, rows, band):
             height = min(band, rows - top)
             target = self.buffer("target", (planes, height, columns), job.dtype)
@@ -194,9 +194,7 @@ class Worker:
                 part = source[left : left + step, top : top + height]
                 block = self.buffer("block", part.shape, job.dtype)
                 self.bring(part, block)
-                for tile in range(0, height, _TILE):
-                    turned = block[:, tile : tile + _TILE].transpose(2, 1, 0)
-                    target[:, tile : tile + _TILE, left : left + len(part)] = turned
+                target[:, :, left : left + len(part)] = block.transpose(2, 1, 0)
             for plane in range(planes):
                 self.write(job, target[plane], (plane * rows + top) * columns)
 
