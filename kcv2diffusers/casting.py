@@ -21,8 +21,8 @@ def is_finite(values: np.ndarray) -> bool:
     # Bit patterns order like magnitudes, NaN last. As signed numbers the largest is the largest positive
     # value, as unsigned ones the most negative value (or, where there is none, again the largest positive).
     # `np.isfinite` takes ten times as long for float16.
-    largest = max(bits.view(f"i{size}").max(initial=0), bits.max(initial=0) & (2 ** (8 * size - 1) - 1))
-    return int(largest) < _infinity(values.dtype)
+    positive, any_sign = int(bits.view(f"i{size}").max(initial=0)), int(bits.max(initial=0))
+    return max(positive, any_sign & (2 ** (8 * size - 1) - 1)) < _infinity(values.dtype)
 
 
 _FAST: dict[np.dtype, Literal["float32", "float16"]] = {
