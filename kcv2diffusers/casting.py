@@ -22,7 +22,7 @@ def is_finite(values: np.ndarray) -> bool:
     # value, as unsigned ones the most negative value (or, where there is none, again the largest positive).
     # `np.isfinite` takes ten times as long for float16.
     positive, any_sign = int(bits.view(f"i{size}").max(initial=0)), int(bits.max(initial=0))
-    return max(positive, any_sign & (2 ** (8 * size - 1) - 1)) < _infinity(values.dtype)
+    return max(positive, any_sign & ~(1 << 8 * size - 1)) < _infinity(values.dtype)
 
 
 _FAST: dict[np.dtype, Literal["float32", "float16"]] = {

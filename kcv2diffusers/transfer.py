@@ -28,6 +28,7 @@ _SLICE = 1 << 20  # bytes checked at a time, and bytes of target copied where th
 # Rows transposed at a time, and bytes of each. Such a block stays in the L2 cache, and the L1 cache holds a
 # line of every row, from which the next columns are read.
 _ROWS, _WIDTH = 400, 1200
+_PIECE = 1 << 18  # bytes of source brought together before they are cast
 _BAND = 16 << 20  # bytes of target collected before they are written
 # The kernel keeps what is written at once in a block of memory of that size. Large free blocks are what a
 # virtual machine has lent back to its host: getting them again can take three times as long as copying.
@@ -145,7 +146,15 @@ class Worker:
 
     def bring(self, values: np.ndarray, into: np.ndarray) -> None:
         """Copy values into a contiguous array in its dtype, and see whether they are finite there."""
-        cast(values, into)
+        if values.dtype == into.dtype or values.flags.c_contiguous:
+            cast(values, into)
+        else:  # to fetch them from apart and cast them at once takes longer
+            step = max(1, _PIECE * len(values) // values.nbytes)
+            for start in range(0, len(values), step):
+                rows = values[start : start + step]
+                together = self.buffer("together", rows.shape, rows.dtype)
+                together[...] = rows
+                cast(together, into[start : start + step])
         self.finite = self.finite and is_finite(into)
 
     def copy(self, job: Job, source: np.ndarray) -> None:

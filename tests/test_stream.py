@@ -51,7 +51,7 @@ def through(
 def test_any_shape(tmp_path_factory, shape, source, target, turned, block, seed) -> None:
     values = (np.random.default_rng(seed).standard_normal(shape) * 100).astype(source)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_BAND", "_SLICE", "_WRITE"):
+        for name in ("_BAND", "_PIECE", "_SLICE", "_WRITE"):
             patch.setattr(transfer, name, block)
         for name, count in (("_ROWS", 11), ("_WIDTH", 30)):
             patch.setattr(transfer, name, count)
