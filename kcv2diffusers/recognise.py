@@ -156,7 +156,7 @@ def _dims(found: dict[Slot, Tensor], spec: Spec, repeat: int, *, keras: bool) ->
         if len(shape) == len(tensor.shape):
             for size, value in zip(shape, tensor.shape, strict=True):
                 solved = size.solve(value)
-                if solved:
+                if solved and solved[1]:  # no size of a model is 0
                     votes.setdefault(solved[0], Counter())[solved[1]] += 1
     dims = {symbol: counter.most_common(1)[0][0] for symbol, counter in votes.items()}
     return dims | ({REPEAT: repeat} if spec.repeated_layer else {})

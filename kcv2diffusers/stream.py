@@ -11,7 +11,6 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -95,8 +94,10 @@ def run_finite(jobs: Sequence[Job], progress: Progress, *, allow_nonfinite: bool
 
 
 def _scratch() -> IO[bytes]:
-    """An empty file that is gone when it is closed."""
-    if sys.platform == "linux":  # in memory: one on disk is gone only when the disk's journal has time for it
+    """An empty file that is gone when it is closed: at once if in memory, when its journal has time if on
+    disk.
+    """
+    if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("jobs"), "r+b", buffering=0)
     return TemporaryFile(buffering=0)
 

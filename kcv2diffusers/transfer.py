@@ -25,8 +25,8 @@ from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.tensor import Tensor
 
 _SLICE = 1 << 20  # bytes checked at a time, and bytes of target copied where the order of bytes stays
-# Rows transposed at a time, and bytes of each. Such a block stays in the L2 cache, and the L1 cache holds a
-# line of every row, from which the next columns are read.
+# Rows transposed at a time, and bytes of each in the target's dtype. Such a block stays in the L2 cache, and
+# the L1 cache holds a line of every row, from which the next columns are read.
 _ROWS, _WIDTH = 400, 1200
 _PIECE = 1 << 18  # bytes of source brought together before they are cast
 _BAND = 16 << 20  # bytes of target collected before they are written

@@ -756,6 +756,19 @@ def test_an_extra_layer(cli: Cli, copy: Callable[..., Path], home: Path, contain
     assert "missing" not in message and "mismatched" not in message
 
 
+def test_sizes_of_zero(cli: Cli, legacy: Path, home: Path) -> None:
+    """They fit each other, as those of a model of an unusual width do."""
+    with h5py.File(legacy, "r+") as file:
+        names: list[str] = []
+        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+        for name in names:
+            shape = file[name].shape
+            del file[name]
+            file.create_dataset(name, data=np.zeros([0] * len(shape), "f4"))
+    message = cli.refuses(*alone(legacy, home), watch=home, names=legacy)
+    assert "its 52 tensors are not those of a KerasCV Stable Diffusion model" in message
+
+
 def test_a_layer_numbered_in_the_billions(cli: Cli, copy: Callable[..., Path], home: Path) -> None:
     """Not taken at its word: that many layers would take all memory."""
     path = copy("weights.weights.h5")
