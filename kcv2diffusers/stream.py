@@ -110,15 +110,12 @@ def _order(jobs: Sequence[Job]) -> list[int]:
     whole, done = Counter[Path](), Counter[Path]()
     for job in jobs:
         whole[job.target] += job.tensor.nbytes
-
-    def share(number: int) -> float:
-        """Of its file, up to and with this job: to be asked in the order within the file."""
-        job = jobs[number]
-        done[job.target] += job.tensor.nbytes
-        return done[job.target] / max(1, whole[job.target])
-
-    largest_first = sorted(range(len(jobs)), key=lambda number: -jobs[number].tensor.nbytes)
-    return sorted(largest_first, key=share)
+    shares: dict[int, float] = {}  # of its file, up to and with a job
+    for number in sorted(range(len(jobs)), key=lambda number: -jobs[number].tensor.nbytes):
+        target = jobs[number].target
+        done[target] += jobs[number].tensor.nbytes
+        shares[number] = done[target] / max(1, whole[target])
+    return sorted(shares, key=shares.__getitem__)
 
 
 def _open(stack: ExitStack, jobs: Sequence[Job], access: int) -> Files:

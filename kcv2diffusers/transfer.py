@@ -169,12 +169,10 @@ class Worker:
         """(few, rows, columns) -> (columns, rows, few): matrices, and kernels on their way to diffusers.
 
         A band of target columns at a time; into it, blocks of source rows: bring rows of all planes together,
-        transpose. Bands are of an odd number of columns: the rows of a block would push each other out of the
-        cache if a large power of two divided their distance.
+        transpose.
         """
         planes, rows, columns = source.shape
-        size = job.dtype.itemsize
-        band = _share(columns, min(_WIDTH // size, -(-columns // 2), _BAND // (rows * planes * size))) | 1
+        band = _band(columns, job.dtype.itemsize, rows * planes)
         step = _share(rows, _ROWS // planes)
         for left in range(0, columns, band):
             width = min(band, columns - left)
@@ -193,8 +191,7 @@ class Worker:
         The same with a band of target rows of all planes, and blocks of source columns.
         """
         columns, rows, planes = source.shape
-        size = job.dtype.itemsize * planes
-        band = _share(rows, min(_WIDTH // size, -(-rows // 2), _BAND // (columns * size))) | 1
+        band = _band(rows, job.dtype.itemsize * planes, columns)
         step = _share(columns, _ROWS)
         for top in range(0, rows, band):
             height = min(band, rows - top)
@@ -211,6 +208,14 @@ class Worker:
 def _share(length: int, most: int) -> int:
     """`length` in as few equal shares as are at most `most` each (and at least 1): the size of a share."""
     return -(-length // -(-length // max(1, most)))
+
+
+def _band(length: int, size: int, times: int) -> int:
+    """How many of `length` columns to turn at a time, of `size` bytes in each of the `times` rows: an odd
+    number, as the rows of a block would push each other out of the cache if a large power of two divided
+    their distance.
+    """
+    return _share(length, min(_WIDTH // size, -(-length // 2), _BAND // (times * size))) | 1
 
 
 def _not_finite(job: Job, source: np.ndarray) -> NotFinite:

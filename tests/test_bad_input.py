@@ -160,10 +160,14 @@ def alone(source: Path, home: Path) -> tuple[str | Path, ...]:
     return ("convert", source, "--base", "none", "--out", home / "out")
 
 
-def first_matrix(file: h5py.File) -> str:
+def datasets(file: h5py.File) -> list[str]:
     names: list[str] = []
     file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    return next(name for name in names if file[name].ndim == 2)
+    return names
+
+
+def first_matrix(file: h5py.File) -> str:
+    return next(name for name in datasets(file) if file[name].ndim == 2)
 
 
 # Files that are damaged, of another kind, or hostile.
@@ -759,9 +763,7 @@ def test_an_extra_layer(cli: Cli, copy: Callable[..., Path], home: Path, contain
 def test_sizes_of_zero(cli: Cli, legacy: Path, home: Path) -> None:
     """They fit each other, as those of a model of an unusual width do."""
     with h5py.File(legacy, "r+") as file:
-        names: list[str] = []
-        file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-        for name in names:
+        for name in datasets(file):
             shape = file[name].shape
             del file[name]
             file.create_dataset(name, data=np.zeros([0] * len(shape), "f4"))
