@@ -11,27 +11,78 @@ import fcntl
 import hashlib
 import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from servers import server, stop_all
 
 ROOT = Path(__file__).parent.parent
 MAKER = Path(__file__).parent / "kerascv"
-CACHE = ROOT / ".cache" / "checkpoints"
+CACHE = ROOT / ".cache" / "tests"
 SPRINT_PYTHON = Path(os.environ.get("KCV_SPRINT_PYTHON", ROOT / ".venv-sprint" / "bin" / "python"))
+
+# In the processes of the tests themselves Keras runs on PyTorch, where nothing is compiled: TensorFlow takes
+# five times as long. What is said of other backends is tested in processes of their own.
+os.environ.setdefault("KERAS_BACKEND", "torch")
 
 Checkpoints = Callable[..., Path]
 
 
-def _made_by(script: str) -> str:
-    """A name for what the script and the two modules it uses would make."""
+# One process runs the tests of a file. The files that take longest come first, or the other would wait
+# at the end.
+FIRST = (
+    "test_fuzz.py",
+    "test_exactness.py",
+    "test_bad_input.py",
+    "test_run.py",
+    "test_training_backends.py",
+    "test_parity.py",
+    "test_verification.py",
+    "test_kerascv_weights.py",
+    "test_notebooks.py",
+    "test_verify_command.py",
+    "test_pipeline.py",
+    "test_tiny.py",
+    "test_sampler.py",
+    "test_to_keras.py",
+    "test_on_tensorflow.py",
+    "test_models.py",
+    "test_backends.py",
+    "test_base.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
+
+
+def _hash(*files: Path) -> str:
     digest = hashlib.sha256()
-    for name in ("stack.py", "expected.py", script):
-        digest.update((MAKER / name).read_bytes())
+    for file in files:
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def kept(label: str, makers: Iterable[Path], make: Callable[[Path], Any]) -> Path:
+    """The folder that `make` filled, now or earlier from the same files `makers`; it appears whole.
+
+    Test processes that need the same one wait for the first to make it.
+    """
+    folder = CACHE / _hash(*sorted(makers)) / label
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            temporary = folder.with_name(f".{folder.name}.part")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            make(temporary)
+            temporary.rename(folder)
+    return folder
 
 
 def run_script(stack: str, script: str, *arguments: str | Path) -> str:
@@ -39,36 +90,38 @@ def run_script(stack: str, script: str, *arguments: str | Path) -> str:
     if stack == "sprint" and not SPRINT_PYTHON.exists():
         pytest.skip(f"needs keras-cv 0.4.2 on TensorFlow 2.12 at {SPRINT_PYTHON} (make venv-sprint)")
     python = SPRINT_PYTHON if stack == "sprint" else sys.executable
-    environment = {**os.environ, **({"TF_USE_LEGACY_KERAS": "1"} if stack == "keras2" else {})}
-    done = subprocess.run(
-        [python, MAKER / script, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{stack} {script} {arguments}:\n{done.stderr[-3000:]}")
-    return done.stdout
+    legacy = {"TF_USE_LEGACY_KERAS": "1"} if stack == "keras2" else {}
+    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", **legacy}
+    serving = server(stack, [python, MAKER / "serve.py"], environment)
+    done, printed = serving.ask(script.removesuffix(".py"), *arguments)
+    if not done:
+        raise RuntimeError(f"{stack} {script} {arguments}:\n{printed[-3000:]}")
+    return str(printed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _servers_end() -> Iterator[None]:
+    yield
+    stop_all()
 
 
 def cached(stack: str, script: str, *arguments: str) -> Path:
-    """The folder that `script FOLDER *arguments` filled, now or earlier; it appears whole.
-
-    Test processes that need the same one wait for the first to make it.
-    """
+    """The folder that `script FOLDER *arguments` fills in the process of a stack."""
     label = "_".join([Path(script).stem, *(Path(argument).name for argument in arguments)])
-    folder = CACHE / _made_by(script) / stack / label
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{label}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            temporary = folder.with_name(f".{label}.part")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            run_script(stack, script, temporary, *arguments)
-            temporary.rename(folder)
-    return folder
+    versions = ROOT / "constraints" / ("sprint.txt" if stack == "sprint" else "dev.txt")
+    makers = [*(MAKER / name for name in ("stack.py", "expected.py", script)), versions]
+    return kept(f"{stack}/{label}", makers, lambda folder: run_script(stack, script, folder, *arguments))
+
+
+def small_base() -> Path:
+    """The checkpoints of tests/models/small.py."""
+    from small import write_base
+
+    makers = [
+        Path(__file__).parent / "models" / "small.py",
+        *(ROOT / "kcv2diffusers" / "models").glob("*.py"),
+    ]
+    return kept("base", makers, write_base)
 
 
 def checkpoint(stack: str, part: str, version: int = 1, dtype: str = "float32", *containers: str) -> Path:

@@ -73,12 +73,23 @@ def digests(path: Path) -> dict[str, list[object]]:
     }
 
 
-@pytest.mark.parametrize(("stack", "part", "version", "dtype", "name"), CASES)
+QUICK = ("text_encoder", 1, "float32")
+
+
+@pytest.mark.parametrize(
+    ("stack", "part", "version", "dtype", "name"),
+    [case if case[1:4] == QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+    + [
+        pytest.param(stack, "unet", 1, "float32", f"{name} with its functions", marks=pytest.mark.full_size)
+        for stack, name in (("keras3", "export"), ("keras2", "saved_model"), ("sprint", "saved_model"))
+    ],
+)
 def test_bit_for_bit(
     checkpoints, tmp_path: Path, stack: str, part: str, version: int, dtype: str, name: str
 ) -> None:
     limit = () if dtype == "float32" else LIMITED.get((stack, part), ())
-    folder = checkpoints(stack, part, version, dtype, *limit)
+    name, _, traces = name.partition(" ")
+    folder = checkpoints(stack, part, version, dtype, *([name, "--traces"] if traces else limit))
     (source,) = open_sources(folder / name)
     match = recognise(source)
     if (stack, part, name) == ("keras3", "unet", "checkpoint"):
@@ -101,6 +112,7 @@ def test_bit_for_bit(
     assert seen.keras_version is None or seen.keras_version.startswith("3" if stack == "keras3" else "2")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrower_dtypes_round_to_nearest(checkpoints, tmp_path: Path, dtype: str) -> None:
     """--dtype gives what NumPy's (and ml_dtypes') own rounding of the float32 tensors gives."""

@@ -1,7 +1,8 @@
 """The same numbers come out: KerasCV's forward pass beside that of diffusers, transformers and our models.
 
-Every variable is random. Keras runs in processes of its own, so that one model is in memory at a time. All
-full-size tests are in this file, which one worker runs: two at once would not fit into 24 GB.
+Every variable is random. Keras runs in a process of its own, which ends after each full-size model, so that
+one is in memory at a time. All of them are in this file, which one worker runs: two at once would not fit
+into 24 GB.
 The full-size tests leave what they measured in .cache/parity.json, which the README quotes.
 """
 
@@ -26,9 +27,12 @@ import torch.nn.functional as F
 from conftest import ROOT, cached, run_script
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from servers import stop_all
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from kcv2diffusers import convert, to_keras
+
+pytestmark = pytest.mark.slow
 
 REPORT = ROOT / ".cache" / "parity.json"
 KINDS = ["small", pytest.param("full", marks=pytest.mark.full_size)]
@@ -49,7 +53,9 @@ def keras(folder: Path, kind: str) -> KerasSide:
 
     def run(part: str, version: int) -> dict[str, np.ndarray]:
         if kind == "full":
+            stop_all()
             run_script("keras3", "forward.py", folder, part, str(version), "--kind", kind)
+            stop_all()
             assert error_of_ours(folder, part, version) < 1e-5
         else:
             for file in cached("keras3", "forward.py", part, str(version)).iterdir():
@@ -172,6 +178,7 @@ def test_text_encoder(
         to_keras(folder / "out", out=folder / "legacy", format="h5")
         file = folder / "legacy" / "text_encoder.h5"
         loaded = run_script("keras3", "load_checkpoint.py", "--kind", "full", file, "text_encoder", "1", "0")
+        stop_all()
         expected = json.loads((folder / "text_encoder.expected.json").read_text())
         assert json.loads(loaded.splitlines()[-1]) == {str(file): expected}
 

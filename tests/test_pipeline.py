@@ -29,6 +29,8 @@ from kcv2diffusers.maps import nominal
 from kcv2diffusers.pipeline import config_of
 from kcv2diffusers.tables import specs
 
+pytestmark = pytest.mark.slow
+
 PARTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
@@ -181,7 +183,7 @@ def test_kerascv_s_sampler_replayed(
     noise = torch.from_numpy(keras["noise"]).permute(2, 0, 1)[None]
 
     def run(**options: Any) -> Any:
-        return pipe(**told["run"], latents=noise, height=64, width=64, **options).images
+        return pipe(**told["run"], latents=noise, height=128, width=128, **options).images
 
     def latents(**options: Any) -> np.ndarray:
         return run(output_type="latent", **options).permute(0, 2, 3, 1).numpy()

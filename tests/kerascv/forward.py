@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,25 +45,26 @@ def inputs(part: str, model: Any, size: int) -> dict[str, np.ndarray]:
     return {name: value.astype(np.float32) for name, value in values.items()}
 
 
-def forward(part: str, model: Any, given: dict[str, np.ndarray]) -> np.ndarray:
+def forward(part: str, model: Any, given: dict[str, np.ndarray]) -> Any:
+    """The model is called, not `predict_on_batch`, which would compile it for one batch."""
     if part == "unet":
         embeddings = [timestep_embedding(t, model.inputs[1].shape[1]) for t in TIMESTEPS]
-        return model.predict_on_batch([given["latent"], np.concatenate(embeddings), given["context"]])
+        return model([given["latent"], np.concatenate(embeddings), given["context"]])
     if part == "text_encoder":
         tokens = given["tokens"].astype("int32")
         positions = np.broadcast_to(np.arange(stack.TEXT_LENGTH, dtype="int32"), tokens.shape)
-        return model.predict_on_batch([tokens, positions])
-    return model.predict_on_batch(next(iter(given.values())))
+        return model([tokens, positions])
+    return model(next(iter(given.values())))
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("part")
     parser.add_argument("version", type=int)
     parser.add_argument("--kind", default="small")
-    parser.add_argument("--size", type=int, default=128)
-    args = parser.parse_args()
+    parser.add_argument("--size", type=int, default=stack.SIZE)
+    args = parser.parse_args(arguments)
     model = stack.build(args.part, args.version, args.kind, args.size, seed=args.version)
     file = args.out / args.part
     model.save_weights(file.with_suffix(".weights.h5"))
@@ -75,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,16 @@ def written(model: Any) -> list[list[int]]:
     return [[id(w) for w in layer.trainable_weights + layer.non_trainable_weights] for layer in model.layers]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("part")
     parser.add_argument("version", type=int)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     stack.CLIPEncoderLayer.get_config = lambda self: {"name": self.name}
     for seed, session in enumerate(("fresh", "late")):
-        model = stack.build(args.part, args.version, seed=seed)
+        model = stack.small(args.part, args.version)
+        stack.randomise(model, seed)
         freeze(model, seed)
         folder = args.out / session
         folder.mkdir(parents=True)
@@ -59,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -18,11 +19,11 @@ import expected
 import stack
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kind", default="small")
     parser.add_argument("files", nargs="+")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     models: dict[tuple[str, ...], Any] = {}
     digests = {}
     for at in range(0, len(args.files), 4):
@@ -38,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -51,17 +51,21 @@ class Small(StableDiffusionBase):
 
     def predict_on_batch(self, latent: Any) -> Any:  # as the decoder
         self.latent = np.asarray(latent)
-        return self.models["vae_decoder"].predict_on_batch(latent)
+        return np.asarray(self.models["vae_decoder"](latent))
 
 
-class Unet:
-    """KerasCV gives its UNet named inputs; the small one is called by position."""
+class Eager:
+    """A model called as it is, where KerasCV's pipeline would compile it; its inputs go by position."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.inputs = model, model.inputs
+    def __init__(self, model: Any, *names: str) -> None:
+        self.model, self.inputs, self.names = model, model.inputs, names
 
     def predict_on_batch(self, given: dict[str, Any]) -> Any:
-        return self.model.predict_on_batch([given[k] for k in ("latent", "timestep_embedding", "context")])
+        return np.asarray(self.model([given[name] for name in self.names]))
+
+
+def eager_text_encoder(model: Any) -> Eager:
+    return Eager(model, "tokens", "positions")
 
 
 class Formula:
@@ -79,16 +83,20 @@ def save(model: Any, folder: Path, part: str) -> None:
     (folder / "kcv2diffusers.json").write_text(json.dumps(stack.HEADS))
 
 
-def main() -> None:
-    out, version, bpe = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+def main(arguments: list[str]) -> None:
+    out, version, bpe = Path(arguments[0]), int(arguments[1]), arguments[2]
     models = {
         part: stack.build(part, version, seed=seed, vocabulary=VOCABULARY)
         for seed, part in enumerate(stack.PARTS)
     }
     for part, model in models.items():
         save(model, out / "parts", part)
-    pipeline = Small(models | {"unet": Unet(models["unet"])}, bpe)
-    noise = np.random.default_rng(5).standard_normal((8, 8, 4), dtype=np.float32)
+    called = {
+        "unet": Eager(models["unet"], "latent", "timestep_embedding", "context"),
+        "text_encoder": eager_text_encoder(models["text_encoder"]),
+    }
+    pipeline = Small(models | called, bpe)
+    noise = np.random.default_rng(5).standard_normal((16, 16, 4), dtype=np.float32)
 
     def run() -> Any:
         return pipeline.generate_image(
@@ -106,7 +114,7 @@ def main() -> None:
     for count in (1, 2):
         inverted = stack.build("text_encoder", version, seed=10 + count, vocabulary=VOCABULARY + count)
         save(inverted, out / f"inverted_{count}", "text_encoder")
-        pipeline.models["text_encoder"] = inverted
+        pipeline.models["text_encoder"] = eager_text_encoder(inverted)
         pipeline._tokenizer = SimpleTokenizer(bpe_path=bpe)
         pipeline._tokenizer.add_tokens(list(PLACEHOLDERS[:count]))
         prompt = inversion_prompt(count)
@@ -120,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -5,12 +5,15 @@
 - keras-cv 0.4.2 on TensorFlow 2.12 (the stack of the 2023 DreamBooth sprint).
 
 `build(part, version, size)` gives a model with every variable random: "full" is KerasCV's own class,
-"small" the same topology composed of KerasCV's own blocks at widths that build in a second.
+"small" the same topology composed of KerasCV's own blocks at small widths. Even so Keras 3 takes 20 s to
+build a UNet, so a process builds each small model once.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 from typing import Any
 
 import numpy as np
@@ -26,9 +29,11 @@ except ImportError:
     _HOME = "keras_cv.models.stable_diffusion"
     _BLOCKS = "keras_cv.models.stable_diffusion.__internal__.layers"
 
+KERAS3 = not os.environ.get("TF_USE_LEGACY_KERAS") and hasattr(keras, "ops")
 PARTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
 LAYERS = keras.layers
 TEXT_LENGTH = 77
+SIZE = 128  # pixels; with fewer the inner levels of a UNet have one position each
 SMALL_VOCABULARY = 300
 # What has to stand in a kcv2diffusers.json beside a small model, by component and config.json entry.
 HEADS = {"unet": {"attention_head_dim": 2}, "text_encoder": {"num_attention_heads": 2}}
@@ -54,13 +59,37 @@ GroupNormalization = (
 )
 
 
+def _build_without_rehearsals() -> None:
+    """Keras 3 calls a layer that has no `build` of its own once more before the call that is wanted, and so
+    for each of the layers within. There the call that follows builds them as well; models are the same.
+    """
+    from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+    from keras.src.layers import layer
+
+    unbuilt = layer.might_have_unbuilt_state
+    layer.might_have_unbuilt_state = lambda it: not in_symbolic_scope() and unbuilt(it)
+
+
+if KERAS3:
+    _build_without_rehearsals()
+
+
+def start_anew(dtype: str = "float32") -> None:
+    """What is built next has the names of a new process, at first without numbers, and has `dtype`."""
+    keras.backend.clear_session()
+    if KERAS3:
+        keras.config.set_dtype_policy(dtype)
+    else:
+        keras.mixed_precision.set_global_policy(dtype)
+
+
 def _swish() -> Any:
     return LAYERS.Activation("swish")
 
 
 def small_unet(
     version: int,
-    size: int | tuple[int, int] = 64,
+    size: int | tuple[int, int] = SIZE,
     widths: tuple[int, ...] = (32, 64, 64, 64),
     context: int = 48,
     heads: int = 2,
@@ -117,7 +146,7 @@ def small_text_encoder(
     return keras.Model([tokens, positions], x)
 
 
-def small_vae_decoder(size: int = 64, widths: tuple[int, ...] = (32, 64, 96, 96)) -> Any:
+def small_vae_decoder(size: int = SIZE, widths: tuple[int, ...] = (32, 64, 96, 96)) -> Any:
     layers: list[Any] = [
         LAYERS.Input((size // 8, size // 8, 4)),
         LAYERS.Rescaling(1.0 / 0.18215),
@@ -135,7 +164,7 @@ def small_vae_decoder(size: int = 64, widths: tuple[int, ...] = (32, 64, 96, 96)
     return keras.Sequential(layers)
 
 
-def small_vae_encoder(size: int = 64, widths: tuple[int, ...] = (32, 64, 96, 96)) -> Any:
+def small_vae_encoder(size: int = SIZE, widths: tuple[int, ...] = (32, 64, 96, 96)) -> Any:
     layers: list[Any] = [LAYERS.Input((size, size, 3)), PaddedConv2D(widths[0], 3, padding=1)]
     for level in range(4):
         layers += [ResnetBlock(widths[level]) for _ in range(2)]
@@ -167,19 +196,37 @@ def full(part: str, version: int, size: int, vocabulary: int = 49408) -> Any:
     return _get("image_encoder", "ImageEncoder")(download_weights=False)
 
 
+def small(part: str, version: int, size: int = SIZE, vocabulary: int | None = None) -> Any:
+    if part == "unet":
+        return small_unet(version, size)
+    if part == "text_encoder":
+        return small_text_encoder(version, vocabulary or SMALL_VOCABULARY)
+    return small_vae_decoder(size) if part == "vae_decoder" else small_vae_encoder(size)
+
+
+@functools.cache
+def _kept(dtype: str, *wanted: Any) -> Any:
+    start_anew(dtype)
+    return small(*wanted)
+
+
 def build(
-    part: str, version: int, kind: str = "small", size: int = 64, seed: int = 0, vocabulary: int | None = None
+    part: str,
+    version: int,
+    kind: str = "small",
+    size: int = SIZE,
+    seed: int = 0,
+    vocabulary: int | None = None,
+    dtype: str = "float32",
 ) -> Any:
-    """One part with every variable random, so that two swapped biases cannot pass unseen."""
+    """One part with every variable random, so that two swapped biases cannot pass unseen.
+
+    A small one is the same object at each call, with the names of a fresh session.
+    """
     if kind == "full":
         model = full(part, version, size, vocabulary or 49408)
     else:
-        model = {
-            "unet": lambda: small_unet(version, size),
-            "text_encoder": lambda: small_text_encoder(version, vocabulary or SMALL_VOCABULARY),
-            "vae_decoder": lambda: small_vae_decoder(size),
-            "vae_encoder": lambda: small_vae_encoder(size),
-        }[part]()
+        model = _kept(dtype, part, version, size, vocabulary)
     randomise(model, seed)
     return model
 
