@@ -20,7 +20,7 @@ from kcv2diffusers.replay import replay
 from kcv2diffusers.sources.locate import TINY, locate
 
 PROMPTS = ["a red car in a meadow", "a panda in the snow", "a yellow star at night"]
-STEPS, GUIDANCE_SCALE = 25, 5.0
+STEPS, GUIDANCE_SCALE = 10, 5.0
 
 Patch = pytest.MonkeyPatch
 Captured = pytest.CaptureFixture[str]
@@ -42,6 +42,7 @@ def test_size() -> None:
     assert {part.container for part in parts} == {".weights.h5"}
 
 
+@pytest.mark.slow
 def test_pictures_of_the_converted_pipeline(pipeline: Path) -> None:
     """The stock pipeline, from the same noise: equal to what the eye sees, and to KerasCV's GELU exactly."""
     noise = np.random.default_rng(3).standard_normal((len(PROMPTS), 8, 8, 4)).astype("float32")
@@ -99,6 +100,7 @@ def run(monkeypatch: Patch, *arguments: str | Path) -> int:
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_generate(tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "pictures"
     command = ["generate", "--base", "tiny", "--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--steps", "3"]
@@ -112,6 +114,7 @@ def test_generate(tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixt
     assert not np.array_equal(pictures[4], pictures[5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorflow import make_ndarray
 
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.loggers import open_loggers
@@ -14,6 +12,9 @@ from kcv2diffusers.dreambooth.loggers import open_loggers
 
 @pytest.mark.parametrize("writer", ["torch", "tensorflow"])
 def test_tensorboard(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorflow import make_ndarray
+
     if writer == "tensorflow":
         monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     (log,) = open_loggers(Config(tensorboard=True, out=str(tmp_path)))

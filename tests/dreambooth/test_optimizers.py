@@ -1,10 +1,6 @@
-"""Adam-mini is its formula, and its state is small."""
+"""Adam-mini is its formula, and its state is small. On TensorFlow: tests/test_on_tensorflow.py."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import keras
 import ml_dtypes
@@ -115,16 +111,3 @@ def test_clipping(name: str) -> None:
     assert min(norms) < 1 < max(norms)
     for variable, expected in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (variable, expected)), atol=1e-6)
-
-
-def test_on_pytorch() -> None:
-    """Where the kernel of AdamW and the clipping are others."""
-    tests = [f"{__file__}::{test.__name__}" for test in (test_adamw_is_keras_own, test_clipping)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *tests],
-        env={**os.environ, "KERAS_BACKEND": "torch"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout[-3000:]

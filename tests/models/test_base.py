@@ -7,17 +7,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small import write_base
+from conftest import small_base
 
 from kcv2diffusers import models
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models.base import load_base
 from kcv2diffusers.to_diffusers import convert
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
+def folder() -> Path:
+    return small_base()
 
 
 def sample(base: Any) -> Any:

@@ -22,6 +22,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = models.build_unet(UNET)
     blocks = [layer for layer in model.layers if isinstance(layer, layers.Block)]
@@ -47,6 +48,7 @@ def test_rematerialised_blocks_are_computed_again(monkeypatch: pytest.MonkeyPatc
     assert counts == [number, 2 * number, number]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_stays_close_and_keeps_float32_variables(policy: str) -> None:
     exact, mixed = models.build_unet(UNET), models.build_unet(UNET, dtype=policy)
@@ -85,6 +87,7 @@ def test_group_normalisation_equals_keras_own() -> None:
     assert relative_error(got, expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_gelu_is_an_argument_and_the_two_differ_a_little() -> None:
     tanh = models.build_unet(UNET)
     exact = models.build_unet(dataclasses.replace(UNET, gelu="exact"))

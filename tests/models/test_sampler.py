@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import stack
 from small import TEXT1, UNET1, VAE, relative_error
 
 from kcv2diffusers import models, schedule
@@ -21,7 +20,10 @@ from kcv2diffusers.models import sampler
 from kcv2diffusers.models.tokenizer import BYTES, Tokenizer
 from kcv2diffusers.tokenizer import find_tokenizer, write_tokenizer
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 49408
+STEPS = 5  # a schedule of 25 and others are compared by their numbers
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,7 @@ def tokenizer(kerascv_tokenizer: Any) -> Tokenizer:
 def pair(kerascv_tokenizer: Any, tokenizer: Tokenizer) -> tuple[Any, sampler.TextToImage]:
     """KerasCV's class and ours around the same random weights."""
     import keras_cv
+    import stack
 
     theirs = keras_cv.models.StableDiffusion(128, 128, jit_compile=False)
     theirs._tokenizer = kerascv_tokenizer
@@ -92,7 +95,7 @@ def test_latents_and_pictures_equal_kerascvs(pair: Any, negative: str | None) ->
             theirs.encode_text("a red car"),
             negative_prompt=negative,
             batch_size=2,
-            num_steps=25,
+            num_steps=STEPS,
             diffusion_noise=noise,
         )
     finally:
@@ -102,13 +105,13 @@ def test_latents_and_pictures_equal_kerascvs(pair: Any, negative: str | None) ->
         ["a red car"] * 2,
         noise,
         negative_prompt=negative or "",
-        steps=25,
+        steps=STEPS,
         progress=lambda done, total: steps.append(done),
     )
     assert relative_error(latents, seen[0]) < 1e-4
     assert relative_error(latents, noise) > 0.1
     assert np.abs(ours.decode(latents).astype(int) - pictures.astype(int)).max() <= 1
-    assert steps == list(range(1, 26))
+    assert steps == list(range(1, STEPS + 1))
 
 
 def test_noise_of_a_seed_is_kerascvs(pair: Any) -> None:
