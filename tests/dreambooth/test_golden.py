@@ -13,6 +13,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).with_name("golden.csv")
 SUBJECT = Path(__file__).parents[2] / "kcv2diffusers" / "tiny" / "subject"
 OPTIONS = [

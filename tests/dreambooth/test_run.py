@@ -1,11 +1,12 @@
-"""Whole runs of the command on a base of a second or two, in processes of their own: PyTorch, the quickest to
-start. Other backends: test_backends.
+"""Whole runs of the command on a small base, on PyTorch: one in a process of its own, as are those that are
+stopped, the others in forks of one process. Other backends: test_training_backends.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,17 +17,20 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import small_base
 from PIL import Image
-from small import write_base
+from servers import server
 
 from kcv2diffusers import convert, inspect
+
+pytestmark = pytest.mark.slow
 
 PROMPTS = ["--instance-prompt", "a sks car", "--class-prompt", "a car"]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
+def base() -> Path:
+    return small_base()
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +44,13 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(base: Path, photos: Path, out: Path, *options: str | Path) -> list[str]:
+def arguments(base: Path, photos: Path, out: Path, *options: str | Path) -> list[str]:
     given = ["--instance-images", photos, "--base", base, "--out", out, *options]
-    return [sys.executable, "-m", "kcv2diffusers.cli", "dreambooth", *map(str, given)]
+    return ["dreambooth", *map(str, given)]
+
+
+def command(*given: str | Path) -> list[str]:
+    return [sys.executable, "-m", "kcv2diffusers.cli", *arguments(*given)]
 
 
 def environment(backend: str = "torch") -> dict[str, str]:
@@ -50,9 +58,13 @@ def environment(backend: str = "torch") -> dict[str, str]:
 
 
 def run(base: Path, photos: Path, out: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(base, photos, out, *options), env=environment(), capture_output=True, text=True, check=False
-    )
+    return in_fork(base, *arguments(base, photos, out, *options))
+
+
+def in_fork(base: Path, *given: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command line in a fork of a process that has the base's models already (forks.py)."""
+    forks = server("forks", [sys.executable, Path(__file__).with_name("forks.py")], environment())
+    return subprocess.CompletedProcess(given, *forks.ask(base, *given))
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -80,12 +92,13 @@ COMMON = [*PROMPTS, "--num-class-images", "2", "--sample-steps", "2", "--learnin
 
 @pytest.fixture(scope="module")
 def whole(base: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps with all that it leaves."""
+    """A run of six steps with all that it leaves, in a process of its own."""
     out = tmp_path_factory.mktemp("run") / "out"
-    done = run(
+    asked = command(
         base, photos, out, *COMMON, "--steps", "6", "--checkpoint-every", "2", "--keep-checkpoints", "2",
         "--sample-prompt", "a car", "--sample-prompt", "a tree", "--export", out.parent / "pipeline",
     )  # fmt: skip
+    done = subprocess.run(asked, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Skipped" in done.stdout and "notes.txt (not a picture)" in done.stdout
     assert f"Pipeline: {out.parent / 'pipeline'}" in done.stdout
@@ -156,12 +169,24 @@ EVERYTHING = [
 def test_resuming_reaches_the_same_weights(
     base: Path, photos: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    class_images = ["--class-images", tmp_path / "class"]
-    common = [*COMMON, *class_images, *options, "--checkpoint-every", "3", "--steps"]
-    for out, steps in (("whole", [["6"]]), ("parts", [["3"], ["6", "--resume"]])):
-        for more in steps:
-            done = run(base, photos, tmp_path / out, *common, *more)
-            assert done.returncode == 0, done.stderr
+    """A run of six steps, and one that goes on where a run was killed after the third."""
+    common = [
+        *COMMON,
+        "--class-images",
+        tmp_path / "class",
+        *options,
+        "--checkpoint-every",
+        "3",
+        "--steps",
+        "6",
+    ]
+    done = run(base, photos, tmp_path / "whole", *common)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000006")
+    (tmp_path / "parts" / "resume" / "step-000006.h5").unlink()
+    done = run(base, photos, tmp_path / "parts", *common, "--resume")
+    assert done.returncode == 0, done.stderr
     one, other = (weights(tmp_path / out / "checkpoints" / "step-000006") for out in ("whole", "parts"))
     assert different(one, other) == []
     early = weights(tmp_path / "whole" / "checkpoints" / "step-000003")
