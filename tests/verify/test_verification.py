@@ -1,11 +1,12 @@
 """Mistakes planted in a pipeline, each caught at its level and named; a right pipeline passes with a margin.
 
-Checkpoints are genuine, of KerasCV's blocks at small widths, every variable random. The Keras side runs in a
-process of its own, once for what it is asked; the diffusers side mostly in this one, to save its start.
+Checkpoints are genuine, of KerasCV's blocks at small widths, every variable random. Both sides run in this
+process, to save their start; test_verify_command has them in processes of their own.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -20,11 +21,13 @@ from safetensors.numpy import load_file, save_file
 
 from kcv2diffusers import convert, verify
 from kcv2diffusers.errors import Error
-from kcv2diffusers.verification import exchange
+from kcv2diffusers.verification import diffusers_side, exchange, keras_side
 from kcv2diffusers.verification import run as running
 from kcv2diffusers.verification.bars import BARS
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.result import Verified
+
+pytestmark = pytest.mark.slow
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 RESNET, OTHER = "down_blocks.1.resnets.1", "up_blocks.2.resnets.1"
@@ -55,18 +58,20 @@ def make(version: int, bpe: Path, folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
-    """`verify` with the diffusers side in this process; what the Keras side left is used again."""
+    """`verify` with both sides in this process; what the Keras side left is used again, as its models are."""
     kept: dict[str, Path] = {}
+    built = {
+        name: functools.cache(getattr(keras_side, name))
+        for name in ("build_unet", "build_text_encoder", "build_decoder", "build_image_encoder")
+    }
 
     def run_side(name: str, title: str, folder: Path, progress: exchange.Progress, backend: str) -> None:
         request = Request.load(folder)
         if name == "diffusers_side":
-            from kcv2diffusers.verification import diffusers_side
-
             return diffusers_side.run(folder, request, progress)
         key = json.dumps(asdict(request) | {"pipeline": ""}) + (folder / "plan.json").read_text()
         if key not in kept:
-            exchange.run_side(name, title, folder, progress, backend)
+            keras_side.run(folder, request, progress)
             kept[key] = tmp_path_factory.mktemp("keras") / "keras"
             shutil.copytree(folder / "keras", kept[key])
         shutil.copytree(kept[key], folder / "keras", dirs_exist_ok=True)
@@ -74,7 +79,8 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
     def run(pipeline: Path, *sources: Path, report: Path | None = None, **options: Any) -> Verified:
         options = {"prompts": [PROMPT], "seeds": 1, "steps": 4, **options}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("KERAS_BACKEND", "torch")
+            for name, build in built.items():
+                patch.setattr(keras_side, name, build)
             patch.setattr(running, "run_side", run_side)
             return verify(pipeline, *sources, report=report, **options)
 
