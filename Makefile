@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 
-.PHONY: venv venv-sprint venv-space test test-quick lint demo demo-full benchmark clean
+.PHONY: venv venv-sprint venv-space test test-quick test-full lint demo demo-full benchmark clean
 
 # The development environment: exact versions from constraints/dev.txt. torch comes first and by exact
 # version, because an open range would fetch whatever build is newest.
@@ -34,13 +34,20 @@ venv-space: .venv-space/.done
 	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-space/bin/pip install --quiet -r constraints/space.txt
 	touch $@
 
-# Two at a time, one file each; the full-size models are all in one file, and take up to 10 GB.
-test: venv venv-sprint venv-space
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+# Two files at a time, in the order of tests/conftest.py.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-# Without the full-size models.
+# Everything but models of the full size.
+test: venv venv-sprint venv-space
+	$(PYTEST) -m 'not full_size'
+
+# What a change breaks first: without what trains, draws or makes KerasCV checkpoints of a UNet.
 test-quick: venv venv-sprint venv-space
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not full_size'
+	$(PYTEST) -m 'not full_size and not slow'
+
+# Full-size models too. They are in one file, one at a time, and take up to 10 GB.
+test-full: venv venv-sprint venv-space
+	$(PYTEST)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -834,6 +834,7 @@ def parts(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) ->
     return found
 
 
+@pytest.mark.slow
 def test_a_unet_given_as_text_encoder(cli: Cli, parts: dict[str, Path], home: Path) -> None:
     unet = parts["unet1"]
     message = cli.refuses(
@@ -860,6 +861,7 @@ def full_size(path: Path, part: str, version: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), [("sd1", "sd2"), ("sd2", "sd1")])
 def test_parts_of_sd1_and_sd2(cli: Cli, tmp_path: Path, home: Path, one: str, other: str) -> None:
     unet = full_size(tmp_path / "unet.weights.h5", "unet", one)
@@ -876,6 +878,7 @@ def test_parts_of_sd1_and_sd2(cli: Cli, tmp_path: Path, home: Path, one: str, ot
     assert "do not belong together" in message and "of the same model" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["unet1", "text_encoder1", "vae_decoder1", "vae_encoder1"])
 def test_a_part_given_twice(cli: Cli, parts: dict[str, Path], home: Path, part: str) -> None:
     again = Path(shutil.copy(parts[part], home.parent / "again.weights.h5"))
@@ -888,6 +891,7 @@ def test_nothing_given(cli: Cli, home: Path) -> None:
     assert "Nothing to convert" in cli.refuses("convert", "--out", home / "out", "--base", "none", watch=home)
 
 
+@pytest.mark.slow
 def test_what_a_pipeline_still_needs(cli: Cli, parts: dict[str, Path], home: Path) -> None:
     out = home / "out"
     message = cli.refuses("convert", parts["text_encoder1"], "--out", out, watch=home)
@@ -898,6 +902,7 @@ def test_what_a_pipeline_still_needs(cli: Cli, parts: dict[str, Path], home: Pat
     assert not (out / "model_index.json").exists()
 
 
+@pytest.mark.slow
 def test_half_a_vae(cli: Cli, parts: dict[str, Path], home: Path) -> None:
     for given, other in (("decoder", "encoder"), ("encoder", "decoder")):
         source = parts[f"vae_{given}1"]

@@ -34,6 +34,8 @@ from kcv2diffusers.sources.pipeline import read_pipeline
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.sources.tensor_bundle import Attribute, Child, Node
 
+pytestmark = pytest.mark.slow
+
 INTERESTING = [0, 1, 2, 4, 8, 16, 32, 64, 0x7F, 0x80, 0xFE, 0xFF]
 
 

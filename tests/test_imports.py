@@ -15,6 +15,7 @@ from conftest import Checkpoints
 HEAVY = ("tensorflow", "keras", "torch", "diffusers", "transformers", "keras_cv", "jax", "huggingface_hub")
 
 
+@pytest.mark.slow
 def test_convert_and_back_import_no_framework(checkpoints: Checkpoints, tmp_path: Path) -> None:
     files = [
         str(checkpoints("keras3", part) / name)

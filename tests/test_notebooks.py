@@ -9,6 +9,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parent.parent / "notebooks"
 SHORTER = {
     "convert": {"STEPS, GUIDANCE_SCALE = 25, 5.0": "STEPS, GUIDANCE_SCALE = 3, 5.0"},

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from kcv2diffusers import convert, to_keras
 
+pytestmark = pytest.mark.slow
+
 PARTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
 FORMATS = ("weights.h5", "h5")
 CLASSES = {"unet": "DiffusionModel", "text_encoder": "TextEncoder"}

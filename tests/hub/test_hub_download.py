@@ -25,6 +25,8 @@ from kcv2diffusers.recognise import NAMES as PARTS
 from kcv2diffusers.sources.locate import TINY, locate
 from kcv2diffusers.sources.pipeline import read_pipeline
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = ["hub_fixtures"]
 
 

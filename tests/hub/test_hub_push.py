@@ -290,6 +290,7 @@ def test_a_broken_push_goes_on(hub: Hub, pipeline: Path) -> None:
     assert contents(hub, "alice/broken", UNET) == (pipeline / UNET).read_bytes()
 
 
+@pytest.mark.slow
 def test_interrupted(hub: Hub, pipeline: Path) -> None:
     """At once, not when the upload is through; with a line, and to be gone on with."""
     shuffle = np.random.default_rng(2).shuffle  # weights that this Hub has not seen
@@ -430,6 +431,7 @@ print(np.array_equal(*pictures))
 """
 
 
+@pytest.mark.slow
 def test_from_photos_to_the_hub_and_back(hub: Hub, tmp_path: Path) -> None:
     """dreambooth -> export -> push -> from_pretrained from the Hub: the picture of the local pipeline."""
     arguments = [

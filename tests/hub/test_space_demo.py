@@ -24,6 +24,8 @@ import kcv2diffusers
 from kcv2diffusers.hub.space import GRADIO, space
 from kcv2diffusers.sources.locate import TINY
 
+pytestmark = pytest.mark.slow
+
 PYTHON = ROOT / ".venv-space" / "bin" / "python"
 PROMPTS = ["a fox in the snow", "a red car in a meadow"]
 

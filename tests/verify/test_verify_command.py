@@ -65,6 +65,7 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.mark.slow
 def test_to_the_pictures_with_a_report(tiny: Path, tmp_path: Path) -> None:
     report = tmp_path / "report"
     prompts = ["a red car in a meadow", "a panda in the snow"]
@@ -126,6 +127,7 @@ print(sorted({{name.partition(".")[0] for name in sys.modules}} & {{*{HEAVY!r}, 
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_convert_verifies(tmp_path: Path) -> None:
     report = tmp_path / "report"
     out = tmp_path / "out"
@@ -153,6 +155,7 @@ def test_what_is_missing_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert done.returncode == 1 and "is a file" in done.stderr and len(done.stderr.splitlines()) == 2
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     environment = ENVIRONMENT | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "kcv2diffusers.cli", "verify", str(tiny), "tiny://", "--steps", "500"]
@@ -197,6 +200,7 @@ def test_chart() -> None:
     assert log_chart({"one": [1e-5]}).x_ticks == [(342.0, "1")]
 
 
+@pytest.mark.slow
 def test_kerascv_as_the_reference(bpe: Path, tmp_path: Path) -> None:
     """`--reference keras-cv` with small models of KerasCV's own blocks in place of its classes, whose one
     size takes minutes: KerasCV's loop, tokenizer and blocks against stock diffusers.
