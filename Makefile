@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 
-.PHONY: venv venv-sprint venv-space test test-quick test-full lint demo demo-full benchmark clean
+.PHONY: venv venv-sprint venv-space test test-quick test-full lint demo demo-says demo-full benchmark clean
 
 # The development environment: exact versions from constraints/dev.txt. torch comes first and by exact
 # version, because an open range would fetch whatever build is newest.
@@ -55,8 +55,25 @@ lint: venv
 	$(BIN)/mypy
 
 # The tiny base in Keras and, converted, in diffusers: one picture with both rows, and the report of verify.
-demo: venv
-	$(BIN)/python tools/demo.py demo
+# It runs in the development environment if that is there, or else in a smaller one without TensorFlow and JAX.
+DEMO := $(if $(wildcard $(VENV)/.done),$(VENV),.venv-demo)
+demo: demo-says $(if $(wildcard $(DEMO)/.done),,$(DEMO)/.done)
+	$(DEMO)/bin/python tools/demo.py demo
+
+demo-says:
+ifeq ($(wildcard $(DEMO)/.done),)
+	@echo "1. Install PyTorch, Keras, diffusers and what they need into $(DEMO): a few minutes."
+else
+	@echo "1. Use what is installed in $(DEMO)."
+endif
+	@echo "2. Teach the tiny base a subject, draw it in Keras and in diffusers, verify the result: a few minutes on two cores."
+	@echo "3. Leave demo/demo.png to look at, and demo/report/report.html."
+
+.venv-demo/.done: pyproject.toml constraints/dev.txt
+	$(PYTHON) -m venv .venv-demo
+	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-demo/bin/pip install --quiet torch==2.13.0
+	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-demo/bin/pip install --quiet -c constraints/dev.txt -e '.[verify]'
+	touch $@
 
 # A genuine full-size KerasCV SD1 checkpoint, converted, loaded in diffusers, both sides compared.
 demo-full: venv
@@ -66,4 +83,4 @@ benchmark: venv venv-sprint
 	$(BIN)/python benchmarks/convert.py --space
 
 clean:
-	rm -rf $(VENV) .venv-sprint .venv-space .cache demo
+	rm -rf $(VENV) .venv-sprint .venv-space .venv-demo .cache demo
