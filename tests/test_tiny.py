@@ -20,7 +20,7 @@ from kcv2diffusers.replay import replay
 from kcv2diffusers.sources.locate import TINY, locate
 
 PROMPTS = ["a red car in a meadow", "a panda in the snow", "a yellow star at night"]
-STEPS, GUIDANCE_SCALE = 10, 5.0
+STEPS, GUIDANCE_SCALE = 25, 5.0
 
 Patch = pytest.MonkeyPatch
 Captured = pytest.CaptureFixture[str]
