@@ -19,7 +19,7 @@ _KINDS = (
 
 
 def open_sources(path: Path) -> list[Source]:
-    """The checkpoints at `path`: one for a file, a SavedModel or a checkpoint prefix, all for a folder.
+    """The models at `path`: those of a file, a SavedModel or a checkpoint prefix, of all in a folder.
 
     Raises SourceError if there is none or one cannot be read.
     """
@@ -28,7 +28,7 @@ def open_sources(path: Path) -> list[Source]:
 
 
 def open_all(paths: Sequence[Path]) -> list[Source]:
-    """The checkpoints at all `paths`; what takes most of the time is done for several at once."""
+    """The models at all `paths`; what takes most of the time is done for several at once."""
     from kcv2diffusers.sources import hdf5
 
     with hdf5.ahead(paths):
@@ -41,20 +41,20 @@ def _open(path: Path) -> list[Source]:
     if not path.exists():
         index = path.with_name(path.name + ".index")
         if index.is_file():
-            return [_checkpoint(path)]
+            return _checkpoint(path)
         raise SourceError(path, "no such file or folder.", "Check the path.")
     if path.is_file():
-        return [_file(path)]
+        return _file(path)
     if not path.is_dir():
         raise SourceError(path, "neither a file nor a folder.", "Check the path.")
     if (path / "variables" / "variables.index").is_file():
         from kcv2diffusers.sources.tensorflow import read_saved_model
 
-        return [read_saved_model(path)]
+        return read_saved_model(path)
     return _folder(path)
 
 
-def _checkpoint(prefix: Path) -> Source:
+def _checkpoint(prefix: Path) -> list[Source]:
     from kcv2diffusers.sources.tensorflow import read_checkpoint
 
     return read_checkpoint(prefix)
@@ -78,9 +78,9 @@ def _folder(path: Path) -> list[Source]:
                 if (entry / "saved_model.pb").is_file() or (entry / "variables").is_dir():
                     found += _open(entry)
             elif entry.suffix == ".index":
-                found.append(_checkpoint(entry.with_suffix("")))
+                found += _checkpoint(entry.with_suffix(""))
             elif entry.name.endswith(_ENDINGS) and entry.name not in shards:
-                found.append(_file(entry))
+                found += _file(entry)
     if not found:
         raise SourceError(path, "no checkpoint in this folder.", _KINDS)
     return found
@@ -91,7 +91,7 @@ def _shards(index: Path) -> list[str]:
     return [p.name for p in index.parent.glob("*.weights.h5") if p.name.startswith(f"{stem}_")]
 
 
-def _file(path: Path) -> Source:
+def _file(path: Path) -> list[Source]:
     from kcv2diffusers.sources import hdf5, keras3_h5, legacy_h5
 
     with path.open("rb") as file:
@@ -108,10 +108,12 @@ def _file(path: Path) -> Source:
     if start is None:
         raise SourceError(path, "not a Keras checkpoint (unknown kind of file).", _KINDS)
     tree = hdf5.read_tree(path)
-    source = legacy_h5.read(tree) or keras3_h5.read(tree)
-    if source is None:
-        raise SourceError(path, "an HDF5 file, but not one that Keras saved weights in.", _KINDS)
-    return source
+    models = legacy_h5.read(tree) or keras3_h5.read(tree)
+    if not models:
+        raise SourceError(
+            path, "an HDF5 file, but not one that Keras saved layers in.", _KINDS
+        )
+    return models
 
 
 def _at(file: BinaryIO, offset: int) -> bytes:
