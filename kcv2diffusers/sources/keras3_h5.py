@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kcv2diffusers.errors import SourceError
+from kcv2diffusers.sources.foreign import reason
 from kcv2diffusers.sources.hdf5 import Tree, read_tree
 from kcv2diffusers.sources.legacy_h5 import split_number
 from kcv2diffusers.sources.source import Source, StoredLayer, Style
@@ -110,6 +111,8 @@ def read_archive(path: Path) -> list[Source]:
                 if name.startswith(("/", "\\")) or ".." in Path(name.replace("\\", "/")).parts:
                     raise SourceError(path, f"has a member outside the archive: {name!r}; not read.")
             if _WEIGHTS not in archive.namelist():
+                if known := reason(path):
+                    raise SourceError(path, *known)
                 raise SourceError(path, f"no {_WEIGHTS} in the archive; not a .keras file.", _SAVE_AGAIN)
             member = archive.getinfo(_WEIGHTS)
             version = None

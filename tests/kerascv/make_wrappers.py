@@ -24,7 +24,8 @@ import tensorflow as tf
 
 K = stack.keras
 KERAS3 = not os.environ.get("TF_USE_LEGACY_KERAS") and hasattr(K, "ops")
-TOKENS = {"tokens": np.zeros((1, 77), "int32"), "positions": np.zeros((1, 77), "int32")}
+TOKENS = [np.zeros((1, 77), "int32"), np.zeros((1, 77), "int32")]
+PARTS = ("unet", "text_encoder", "vae_encoder")
 
 
 class Trainer(K.Model):
@@ -37,7 +38,7 @@ class Trainer(K.Model):
             setattr(self, name, network)
 
     def call(self, inputs: Any) -> Any:
-        return self.called([inputs["tokens"], inputs["positions"]])
+        return self.called(inputs)
 
     def get_config(self) -> dict[str, Any]:
         return {}
@@ -70,31 +71,45 @@ def trained(model: Any) -> Any:
     return model
 
 
-def wrappings(unet: Any, text: Any, encoder: Any) -> dict[str, Callable[[], Any]]:
-    """What is saved, by name. Each is made when it is its turn: compiling leaves traces."""
-    copy = stack.build("text_encoder", 1, seed=9)
+made: dict[tuple[str, int], Any] = {}
 
-    def stranger() -> Any:
-        other = K.Sequential([K.layers.Dense(5), K.layers.Dense(7)])
-        other(np.zeros((1, 3), "f4"))
-        return Trainer(text, classifier=other)
 
-    def frozen() -> Any:
-        unet.layers[3].trainable = False
-        return Trainer(text, diffusion_model=unet)
+def network(part: str, seed: int = 0) -> Any:
+    """A small network; the same one each time."""
+    if (part, seed) not in made:
+        made[part, seed] = stack.build(part, 1, seed=seed or 1 + PARTS.index(part))
+    return made[part, seed]
 
-    return {
-        "one": lambda: Trainer(text),
-        "three": lambda: Trainer(text, diffusion_model=unet, vae=encoder),
-        "pair": lambda: trained(Trainer(text, vae=encoder)),
-        "nested": lambda: Outer(Trainer(text, vae=encoder)),
-        "deep": lambda: Outer(functional(functional(text))),
-        "functional": lambda: functional(text),
-        "functional-unet": lambda: functional(unet),
-        "ema": lambda: Trainer(text, ema_text_encoder=copy),
-        "twice": lambda: Trainer(text, other_text_encoder=copy),
-        "stranger": stranger,
-    }
+
+def stranger() -> Any:
+    other = K.Sequential([K.layers.Dense(5), K.layers.Dense(7)])
+    other(np.zeros((1, 3), "f4"))
+    return Trainer(network("text_encoder"), classifier=other)
+
+
+def frozen() -> Any:
+    """A trainer of the last layers of an encoder, whose first layers keep their weights."""
+    encoder = network("vae_encoder", seed=8)
+    for layer in encoder.layers[:4]:
+        layer.trainable = False
+    return Trainer(network("text_encoder"), vae=encoder)
+
+
+# What is saved, by name. Each is made when it is its turn: compiling leaves traces.
+WRAPPINGS: dict[str, Callable[[], Any]] = {
+    "one": lambda: Trainer(network("text_encoder")),
+    "functional": lambda: functional(network("text_encoder")),
+    "nested": lambda: Outer(Trainer(network("text_encoder"), vae=network("vae_encoder"))),
+    "deep": lambda: Outer(functional(functional(network("text_encoder")))),
+    "ema": lambda: Trainer(network("text_encoder"), ema_text_encoder=network("text_encoder", seed=9)),
+    "twice": lambda: Trainer(network("text_encoder"), other_text_encoder=network("text_encoder", seed=9)),
+    "stranger": stranger,
+    "pair": lambda: trained(Trainer(network("text_encoder"), vae=network("vae_encoder"))),
+    "three": lambda: Trainer(
+        network("text_encoder"), diffusion_model=network("unet"), vae=network("vae_encoder")
+    ),
+    "frozen": frozen,
+}
 
 
 def containers(name: str, model: Any, folder: Path) -> dict[str, Callable[[], Any]]:
@@ -115,7 +130,7 @@ def containers(name: str, model: Any, folder: Path) -> dict[str, Callable[[], An
         "weights.weights.h5": lambda: model.save_weights(path["weights.weights.h5"]),
         "manager": manager,
     }
-    heavy = "unet" in name or name == "three"  # which takes minutes to trace
+    heavy = name == "three"  # a UNet takes minutes to trace
     if not heavy:
         found["model.keras"] = lambda: model.save(path["model.keras"])
     if name.startswith("functional"):
@@ -134,27 +149,26 @@ def containers(name: str, model: Any, folder: Path) -> dict[str, Callable[[], An
 def main() -> None:
     out = Path(sys.argv[1])
     stack.CLIPEncoderLayer.get_config = lambda self: {"name": self.name}
-    parts = ("unet", "text_encoder", "vae_encoder")
-    networks = [stack.build(part, 1, seed=n + 1) for n, part in enumerate(parts)]
     out.mkdir(parents=True, exist_ok=True)
-    for part, network in zip(parts, networks, strict=True):
-        (out / f"expected-{part}.json").write_text(json.dumps(expected.digests(part, network)))
-    for name, make in wrappings(*networks).items():
-        if sys.argv[2:] and name not in sys.argv[2:]:
-            continue
+    for name in sys.argv[2:] or [*WRAPPINGS, "side-by-side"]:
         (out / name).mkdir(exist_ok=True)
-        model = make()
-        if not name.startswith("functional"):
+        if name == "side-by-side":  # networks without a model around them
+            # In Keras 3 TensorFlow does not see what a layer of the UNet keeps in a list.
+            held = {part: network(part) for part in PARTS if not KERAS3 or part == "text_encoder"}
+            step = tf.Variable(3, dtype=tf.int64)
+            tf.train.Checkpoint(step=step, **held).write(str(out / name / "ckpt"))
+            continue
+        model = WRAPPINGS[name]()
+        if name != "functional":
             model(TOKENS)
         for container, save in containers(name, model, out / name).items():
             try:
                 save()
             except Exception as error:
                 print(f"{name}/{container}: {type(error).__name__} {str(error)[:300]}", file=sys.stderr)
-    # Networks side by side, without a model around them.
-    step = tf.Variable(3, dtype=tf.int64)
-    held = dict(zip(parts, networks, strict=True)) if not KERAS3 else {"text_encoder": networks[1]}
-    tf.train.Checkpoint(step=step, **held).write(str(out / "side-by-side" / "ckpt"))
+    for (part, seed), model in made.items():
+        name = f"expected-{part}-{seed}.json" if seed else f"expected-{part}.json"
+        (out / name).write_text(json.dumps(expected.digests(part, model)))
 
 
 if __name__ == "__main__":
