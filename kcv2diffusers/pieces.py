@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from kcv2diffusers.sources.source import Source, Style, counted
 from kcv2diffusers.sources.tensor import Tensor
@@ -24,11 +25,19 @@ def pieces_of(model: Source) -> list[Source]:
     if model.style is Style.ORDER:
         stems = [layer.layer for layer in model.layers]
         runs = _runs(len(stems), lambda spec, start: _layers_end(spec, stems, start))
-        return [replace(model, layers=counted(model.layers[a:b]), others=[]) for a, b in runs]
+        layers = model.layers
+        return [
+            _piece(model, layers[a].name, layers[b - 1].name, layers=counted(layers[a:b])) for a, b in runs
+        ]
     if model.style is Style.FLAT:
         runs = _runs(len(model.flat), lambda spec, start: _flat_end(spec, model.flat, start))
-        return [replace(model, flat=model.flat[a:b], others=[]) for a, b in runs]
+        return [_piece(model, str(a), str(b - 1), flat=model.flat[a:b]) for a, b in runs]
     return []
+
+
+def _piece(model: Source, first: str, last: str, **content: Any) -> Source:
+    """A model of its own; its place names the first and the last entry."""
+    return replace(model, inside=f"{model.inside} {first} to {last}".strip(), others=[], **content)
 
 
 def _runs(count: int, end_of: End) -> list[tuple[int, int]]:
