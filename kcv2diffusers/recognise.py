@@ -153,7 +153,7 @@ def _checkpoint(path: Path, models: list[Source]) -> list[Match]:
     """The parts among the models of one checkpoint, and its other tensors told apart."""
     matches = [match for model in models for match in _parts(model)]
     if not matches:
-        raise _unknown(path, sum(len(m.tensors) + len(m.others) for m in models))
+        raise _unknown(path, sum(len(model.tensors) for model in models))
     kept = [match for match in matches if not _is_copy(match, matches)]
     used = {id(tensor) for match in kept for tensor in match.found.values()}
     stored = {(t.crc32c, t.shape) for match in kept for t in match.found.values() if t.crc32c is not None}
@@ -178,6 +178,8 @@ def _parts(model: Source) -> list[Match]:
     if whole is not None and not whole.problems:
         return [whole]
     pieces = [match for piece in pieces_of(model) if (match := _best(piece)) and not match.problems]
+    if whole is not None and len(pieces) < 2 and not (whole.missing or whole.mismatched):
+        return [whole]
     return pieces or ([whole] if whole else [])
 
 
