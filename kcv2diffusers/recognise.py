@@ -16,7 +16,7 @@ from pathlib import Path
 
 from kcv2diffusers.errors import Error, PlanError, SourceError
 from kcv2diffusers.hub.address import shown
-from kcv2diffusers.leftovers import described, is_average, kind_of
+from kcv2diffusers.leftovers import EMA, described, is_average, kind_of
 from kcv2diffusers.pieces import pieces_of
 from kcv2diffusers.sources.source import KEYS, Source, StoredLayer, Style
 from kcv2diffusers.sources.tensor import Tensor
@@ -161,11 +161,16 @@ def _checkpoint(path: Path, models: list[Source]) -> list[Match]:
     strangers: list[Tensor] = []
     for model in models:
         # What is in a model that is kept is not a copy for the name of the whole.
-        above = model.inside if any(id(tensor) in used for tensor in model.tensors) else ""
+        is_kept = any(id(tensor) in used for tensor in model.tensors)
+        above = model.inside if is_kept else ""
+        average = (
+            EMA if not is_kept and is_average(model.inside) else None
+        )  # SavedModels only count variables
+        inside = {id(tensor) for tensor in model.tensors}
         for tensor in (*model.tensors, *model.others):
             if id(tensor) in used:
                 continue
-            if kind := kind_of(tensor, above):
+            if kind := kind_of(tensor, above) or (average if id(tensor) in inside else None):
                 leftovers.setdefault(kind, []).append(tensor)
             elif (tensor.crc32c, tensor.shape) not in stored:  # which Keras 3 exports twice
                 strangers.append(tensor)
