@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from kcv2diffusers.hub.address import shown
-from kcv2diffusers.recognise import NAMES, recognise
+from kcv2diffusers.leftovers import summary
+from kcv2diffusers.recognise import NAMES, recognise_all
 from kcv2diffusers.sources import open_all
 from kcv2diffusers.sources.locate import locate_all
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """One part: `sizes` are the symbols of its weight map, `problems` the report if it is incomplete."""
+    """One part: `sizes` are the symbols of its weight map, `problems` the report if it is incomplete.
+
+    `inside` is where in the checkpoint it is ("" for the root). `left_out` says of the whole checkpoint how
+    many tensors of which kind are of no part, such as optimizer state.
+    """
 
     path: Path
     part: str
@@ -29,29 +34,33 @@ class Inspected:
     sizes: dict[str, int]
     standard: bool
     problems: str | None
+    inside: str = ""
+    left_out: dict[str, int] = field(default_factory=dict)
+    rest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"path": str(self.path)}
+        return {k: v for k, v in asdict(self).items() if k != "rest"} | {"path": str(self.path)}
 
     def text(self) -> str:
         """A few lines for a person."""
         version = "" if self.version == "any" else f" {self.version.upper()}"
         keras = f", Keras {self.keras_version}" if self.keras_version else ""
         lines = [
-            shown(self.path),
+            shown(self.path) + (f" ({self.inside})" if self.inside else ""),
             f"  {NAMES[self.part]}{version}{'' if self.standard else ' of unusual sizes'}",
             f"  {self.container}{keras}, {', '.join(self.dtypes)}",
             f"  {self.tensors} tensors, {self.parameters / 1e6:.1f} M parameters, {self.bytes / 1e9:.2f} GB",
             "  " + ", ".join(f"{name} {value}" for name, value in sorted(self.sizes.items())),
         ]
+        lines += [f"  not a part: {self.rest}"] if self.rest else []
         return "\n".join([*lines, *([self.problems] if self.problems else [])])
 
 
 def inspect(source: str | PathLike[str]) -> list[Inspected]:
     """What is at `source`: one entry for each checkpoint. Raises SourceError for what cannot be read."""
     found = []
-    for opened in open_all(locate_all(source)):
-        match = recognise(opened)
+    for match in recognise_all(open_all(locate_all(source))):
+        opened = match.source
         tensors = [tensor for _, tensor in match.slots()]
         found.append(
             Inspected(
@@ -66,7 +75,10 @@ def inspect(source: str | PathLike[str]) -> list[Inspected]:
                 bytes=sum(t.nbytes for t in tensors),
                 sizes=match.dims,
                 standard=match.known,
-                problems=match.report() if match.problems else None,
+                problems=match.report() if match.problems or match.strangers else None,
+                inside=opened.inside,
+                left_out={kind: len(tensors) for kind, tensors in match.leftovers.items()},
+                rest=summary(match.leftovers),
             )
         )
     return found

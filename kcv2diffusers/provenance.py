@@ -37,6 +37,8 @@ _FORM = {
             "keras": (str, NoneType),
             "checkpoint": bool,
             "files": [{"name": str, "bytes": int, "?sha256": str, "?modified": int, "?path": str}],
+            "?inside": str,
+            "?left_out": {"*": int},
         }
     },
     "bases": [str],
@@ -157,12 +159,17 @@ def _unchanged(folder: Path, file: Mapping[str, Any]) -> Path | None:
 
 def _part(match: Match, out: Path) -> dict[str, Any]:
     source = match.source
+    more = {
+        "inside": source.inside,
+        "left_out": {kind: len(tensors) for kind, tensors in match.leftovers.items()},
+    }
     return {
         "from": _named(source.path),
         "container": source.container,
         "keras": source.keras_version,
         "checkpoint": match.keras,
         "files": [_file(path, source.path, out) for path in _files(source)],
+        **{name: value for name, value in more.items() if value},
     }
 
 

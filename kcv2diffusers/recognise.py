@@ -2,6 +2,9 @@
 
 Every part in every version is tried; the one that explains the checkpoint best is the answer. Sizes are
 solved from the shapes by majority, so that one wrong tensor stands out against the rest.
+
+A checkpoint may hold several models, copies of them and the state of a training. `recognise_all` says of
+each tensor what it is: of a part, of a known kind that no pipeline has (`leftovers`), or a stranger.
 """
 
 from __future__ import annotations
@@ -9,9 +12,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from kcv2diffusers.errors import Error, PlanError, SourceError
 from kcv2diffusers.hub.address import shown
+from kcv2diffusers.leftovers import EMA, described, is_average, kind_of
+from kcv2diffusers.pieces import pieces_of
 from kcv2diffusers.sources.source import KEYS, Source, StoredLayer, Style
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import REPEAT, Slot, Spec, specs
@@ -30,6 +36,9 @@ NAMES = {
 class Match:
     """A source fitted to a part: tensors by slot, the sizes solved, and what does not fit.
 
+    `leftovers` are the tensors of the whole checkpoint that are of no part, by kind, and `strangers` those of
+    no known kind; every match of a checkpoint has the same.
+
     `dims` holds the table's symbols; `known` says that they are those of Stable Diffusion itself;
     `keras` is False where the tensors lie as diffusers lays them out.
     """
@@ -42,6 +51,8 @@ class Match:
     unexpected: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
     keras: bool = True
+    leftovers: dict[str, list[Tensor]] = field(default_factory=dict)
+    strangers: list[str] = field(default_factory=list)
 
     @property
     def part(self) -> str:
@@ -61,6 +72,12 @@ class Match:
         return len(self.missing) + len(self.unexpected) + len(self.mismatched)
 
     @property
+    def place(self) -> str:
+        """The path of the source, and where in it the model is."""
+        inside = self.source.inside
+        return f"{shown(self.source.path)}{f' ({inside})' if inside else ''}"
+
+    @property
     def dtypes(self) -> list[str]:
         return sorted({tensor.dtype.name for tensor in self.found.values()})
 
@@ -70,11 +87,15 @@ class Match:
 
     def report(self) -> str:
         """One grouped report of everything that does not fit."""
-        lines = [f"{self.source.path}: not a complete KerasCV {NAMES[self.part]}:"]
+        if not self.problems:
+            lines = [f"{self.place}: has tensors that belong to no part of Stable Diffusion:"]
+        else:
+            lines = [f"{self.place}: not a complete KerasCV {NAMES[self.part]}:"]
         for title, entries in (
             ("missing", self.missing),
             ("unexpected", self.unexpected),
             ("mismatched", self.mismatched),
+            ("belong to no part", self.strangers),
         ):
             if entries:
                 lines.append(f"  {title} ({len(entries)}):")
@@ -86,7 +107,9 @@ class Match:
     def require_complete(self) -> Match:
         """Itself, or PlanError with the report."""
         if self.problems:
-            raise PlanError(f"{self.report()}\nGive all weights of one unchanged KerasCV model in each file.")
+            raise PlanError(f"{self.report()}\nGive all weights of unchanged KerasCV models in each file.")
+        if self.strangers:
+            raise PlanError(f"{self.report()}\nSave the models of Stable Diffusion without them.")
         return self
 
 
@@ -95,15 +118,88 @@ def recognise(source: Source) -> Match:
 
     Raises SourceError if no part explains half of it.
     """
+    best = _best(source)
+    if best is None:
+        raise _unknown(source.path, len(source.tensors))
+    return best
+
+
+def _best(source: Source) -> Match | None:
     matches = [fit(source, spec) for spec in specs()]
     best = max(matches, key=lambda m: (len(m.found) - m.problems, m.known))
-    if len(best.found) <= best.problems:
-        raise SourceError(
-            source.path,
-            f"its {len(source.tensors)} tensors are not those of a KerasCV Stable Diffusion model.",
-            "UNets, text encoders, VAE decoders and VAE encoders of SD1 and SD2 are known.",
-        )
-    return best
+    return best if len(best.found) > best.problems else None
+
+
+def _unknown(path: Path, count: int) -> SourceError:
+    return SourceError(
+        path,
+        f"its {count} tensors are not those of a KerasCV Stable Diffusion model.",
+        "UNets, text encoders, VAE decoders and VAE encoders of SD1 and SD2 are known.",
+    )
+
+
+def recognise_all(sources: Iterable[Source]) -> list[Match]:
+    """The parts in the checkpoints that `sources` are of, problems included, with what else is in each.
+
+    Raises SourceError for a checkpoint that holds no part.
+    """
+    checkpoints: dict[Path, list[Source]] = {}
+    for source in sources:
+        checkpoints.setdefault(source.path, []).append(source)
+    return [match for path, models in checkpoints.items() for match in _checkpoint(path, models)]
+
+
+def _checkpoint(path: Path, models: list[Source]) -> list[Match]:
+    """The parts among the models of one checkpoint, and its other tensors told apart."""
+    matches = [match for model in models for match in _parts(model)]
+    if not matches:
+        raise _unknown(path, sum(len(model.tensors) for model in models))
+    kept = [match for match in matches if not _is_copy(match, matches)]
+    used = {id(tensor) for match in kept for tensor in match.found.values()}
+    stored = {(t.crc32c, t.shape) for match in kept for t in match.found.values() if t.crc32c is not None}
+    leftovers: dict[str, list[Tensor]] = {}
+    strangers: list[Tensor] = []
+    for model in models:
+        # What is in a model that is kept is not a copy for the name of the whole.
+        is_kept = any(id(tensor) in used for tensor in model.tensors)
+        above = model.inside if is_kept else ""
+        average = (
+            EMA if not is_kept and is_average(model.inside) else None
+        )  # SavedModels only count variables
+        inside = {id(tensor) for tensor in model.tensors}
+        for tensor in (*model.tensors, *model.others):
+            if id(tensor) in used:
+                continue
+            if kind := kind_of(tensor, above) or (average if id(tensor) in inside else None):
+                leftovers.setdefault(kind, []).append(tensor)
+            elif (tensor.crc32c, tensor.shape) not in stored:  # which Keras 3 exports twice
+                strangers.append(tensor)
+    return [_without(match, leftovers, strangers) for match in kept]
+
+
+def _parts(model: Source) -> list[Match]:
+    """The parts that a model is, or that lie one after the other in it."""
+    whole = _best(model)
+    if whole is not None and not whole.problems:
+        return [whole]
+    pieces = [match for piece in pieces_of(model) if (match := _best(piece)) and not match.problems]
+    if whole is not None and len(pieces) < 2 and not (whole.missing or whole.mismatched):
+        return [whole]
+    return pieces or ([whole] if whole else [])
+
+
+def _is_copy(match: Match, matches: list[Match]) -> bool:
+    """Whether it is the moving average of another model of the checkpoint, as its name says."""
+    others = [m for m in matches if m.part == match.part and m is not match]
+    return is_average(match.source.inside) and any(not is_average(m.source.inside) for m in others)
+
+
+def _without(match: Match, leftovers: dict[str, list[Tensor]], strangers: list[Tensor]) -> Match:
+    """The match, with its unexpected tensors only where they are of no known kind."""
+    known = {described(tensor) for tensors in leftovers.values() for tensor in tensors}
+    unexpected = [entry for entry in match.unexpected if entry not in known]
+    rest = [entry for t in strangers if (entry := described(t)) not in unexpected]
+    return replace(match, unexpected=unexpected, leftovers=leftovers, strangers=rest)
 
 
 def fit(source: Source, spec: Spec) -> Match:
@@ -125,7 +221,7 @@ def fit(source: Source, spec: Spec) -> Match:
     match = Match(spec, source, _dims(found, spec, repeat, keras=True), found)
     short = _short_layers(source, layers, expected, match)
     _check(match, [slot for slot in expected if slot.layer not in short])
-    match.unexpected.extend(f"{t.name} {list(t.shape)}" for t in source.tensors if id(t) not in used)
+    match.unexpected.extend(described(t) for t in source.tensors if id(t) not in used)
     return match
 
 
@@ -175,7 +271,7 @@ def _check(match: Match, expected: Iterable[Slot]) -> None:
                 name = slot.keras_name if match.keras else slot.target
                 match.missing.append(f"{name} {wanted}{other}")
         elif not slot.exists(dims):
-            match.unexpected.append(f"{tensor.name} {list(tensor.shape)}")
+            match.unexpected.append(described(tensor))
         elif tensor.shape != tuple(size.value(dims) for size in shape):
             match.mismatched.append(f"{tensor.name} {list(tensor.shape)}, expected {wanted}{other}")
 
@@ -250,6 +346,9 @@ def _could_be(slot: Slot, tensor: Tensor) -> bool:
 def add_part(parts: dict[str, Match], match: Match) -> None:
     """Put `match` among `parts`. Raises Error if there is another source for its part."""
     if match.part in parts:
-        one, other = (shown(m.source.path) for m in (parts[match.part], match))
-        raise Error(f"Two {NAMES[match.part]}s: {one} and {other}.\nGive only one of them.")
+        first = parts[match.part]
+        remedy = "Give only one of them."
+        if first.source.path == match.source.path:
+            remedy = "Save the one that is wanted in a file of its own (save_weights of that model)."
+        raise Error(f"Two {NAMES[match.part]}s: {first.place} and {match.place}.\n{remedy}")
     parts[match.part] = match

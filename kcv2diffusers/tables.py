@@ -324,6 +324,12 @@ def specs() -> tuple[Spec, ...]:
     )
 
 
+@cache
+def layer_classes() -> frozenset[str]:
+    """The classes of the layers that models are made of, in snake case."""
+    return frozenset(row.layer for spec in specs() for row in spec.rows)
+
+
 def table_of(part: str) -> Table:
     return next(table for table in tables().values() if part in table.parts)
 

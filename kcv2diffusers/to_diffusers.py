@@ -19,10 +19,11 @@ from kcv2diffusers.dreambooth.config import RUN_FILE
 from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import SCHEME, shown, snapshots
+from kcv2diffusers.leftovers import summary
 from kcv2diffusers.output import check_free, new_folder
 from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetensors
 from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE, record
-from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
+from kcv2diffusers.recognise import NAMES, Match, add_part, recognise_all
 from kcv2diffusers.sources import open_all
 from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.pipeline import (
@@ -137,6 +138,7 @@ def convert(
     notes: list[str] = []
     paths = [path for source in sources for path in locate_all(source)]
     parts = gather(paths, named)
+    notes += left_out(parts)
     if beside := _sibling([*sources, *named.values()], parts, with_sibling, notes):
         paths += beside
         parts |= gather(beside, {})
@@ -203,7 +205,7 @@ def convert(
         out=target,
         version=_version(parts),
         complete=complete,
-        parts={part: f"{shown(m.source.path)} ({m.source.container})" for part, m in parts.items()},
+        parts={part: f"{m.place} ({m.source.container})" for part, m in parts.items()},
         sources={part: match.source.path for part, match in parts.items() if match.keras},
         base=filler.paths[0] if filler.components else None,
         dtypes=dtypes,
@@ -218,13 +220,13 @@ def convert(
 def gather(paths: Sequence[Path], named: Mapping[str, Source | None]) -> dict[str, Match]:
     """One match a part, from positional sources and from those given for a part."""
     parts: dict[str, Match] = {}
-    for source in open_all(paths):
-        add_part(parts, recognise(source))
+    for match in recognise_all(open_all(paths)):
+        add_part(parts, match)
     for part, given in named.items():
         if given is None:
             continue
         located = locate_all(given, parts={part})
-        matches = [recognise(source) for source in open_all(located)]
+        matches = recognise_all(open_all(located))
         fitting = [match for match in matches if match.part == part]
         if not fitting:
             held = " and a ".join(NAMES[match.part] for match in matches)
@@ -235,6 +237,12 @@ def gather(paths: Sequence[Path], named: Mapping[str, Source | None]) -> dict[st
         for match in fitting:
             add_part(parts, match)
     return parts
+
+
+def left_out(parts: Mapping[str, Match]) -> list[str]:
+    """A line for each checkpoint with tensors that are of no part."""
+    found = {m.source.path: m.leftovers for m in parts.values() if m.leftovers}
+    return [f"Left out of {shown(path)}: {summary(leftovers)}." for path, leftovers in found.items()]
 
 
 def _sibling(

@@ -192,7 +192,7 @@ def test_hdf5_cut_anywhere(cli: Cli, legacy: Path, home: Path) -> None:
         (np.random.default_rng(1).bytes(5000), "not a Keras checkpoint"),
         (b"\x89HDF\r\n\x1a\n" + np.random.default_rng(2).bytes(5000), "a damaged HDF5 file."),
         (b"PK\x03\x04" + np.random.default_rng(3).bytes(5000), "damaged .keras archive"),
-        (b"<!DOCTYPE html><title>404</title>", "not a Keras checkpoint"),
+        (b"<!DOCTYPE html><title>404</title>", "a web page, not weights"),
     ],
     ids=["empty", "random", "random after HDF5's signature", "random after zip's", "a web page"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 from kcv2diffusers.errors import Error
 
 SCHEME = "hf://"
+_WEBSITE = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)"
+    r"(?:/(?:tree|blob|resolve|raw)/([^/?#]+)(?:/([^?#]*?))?)?/?(?:[?#].*)?"
+)
 _FORM = "Write hf://user/repo, hf://user/repo/path/in/repo.h5, and @revision behind either."
 
 
@@ -29,6 +34,14 @@ class Address:
         return replace(self, path=path)
 
 
+def website(source: str) -> Address | None:
+    """The address that a URL of the Hub's website is about, None for any other text."""
+    if not (match := _WEBSITE.fullmatch(source)):
+        return None
+    repository, revision, path = match.groups()
+    return Address(repository, path or "", None if revision in (None, "main") else revision)
+
+
 def parse(source: str) -> Address:
     """Raises Error if that is not an address of a model repository."""
     from huggingface_hub import parse_hf_uri
@@ -46,6 +59,16 @@ def parse(source: str) -> Address:
     if uri.type != "model":
         raise Error(f"{source}: a {uri.type}, not a model repository.\n{_FORM}")
     return Address(uri.id, uri.path_in_repo, uri.revision)
+
+
+def readings(address: Address) -> list[Address]:
+    """What an address may mean: in user/repo@feature/x the branch is "feature", or it is "feature/x"."""
+    names = address.path.split("/") if address.revision and address.path else []
+    longer = [
+        replace(address, path="/".join(names[at:]), revision="/".join([str(address.revision), *names[:at]]))
+        for at in range(1, len(names) + 1)
+    ]
+    return [address, *longer]
 
 
 def cached(path: Path) -> tuple[Address, Path] | None:

@@ -48,6 +48,10 @@ class NotThere(Error):
     """The repository, or the revision or file in it, does not exist (or nobody may see it)."""
 
 
+class NoRevision(NotThere):
+    """The repository has no such branch, tag or commit."""
+
+
 def require_hub() -> None:
     """Raise Error if huggingface_hub is not installed."""
     try:
@@ -127,7 +131,7 @@ def _explained(what: str, error: BaseException, token: str | None) -> Error:
             problem, remedy = _BY_STATUS[404]
             return NotThere(f"{what}: {problem}.\n{remedy}")
         case errors.RevisionNotFoundError():
-            return NotThere(f"{what}: there is no such revision.\nCheck the branch, tag or commit.")
+            return NoRevision(f"{what}: there is no such revision.\nCheck the branch, tag or commit.")
         case errors.LocalEntryNotFoundError() | errors.RevisionResolutionError():
             if isinstance(cause, errors.HfHubHTTPError):
                 return _explained(what, cause, token)

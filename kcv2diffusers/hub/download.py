@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from kcv2diffusers.errors import Error, MissingExtra, SourceError
 from kcv2diffusers.hub import layout
-from kcv2diffusers.hub.address import Address, parse
-from kcv2diffusers.hub.client import NotThere, Unreachable, asking, connect
+from kcv2diffusers.hub.address import Address, parse, readings
+from kcv2diffusers.hub.client import NoRevision, NotThere, Unreachable, asking, connect
 from kcv2diffusers.recognise import NAMES
 from kcv2diffusers.sources import NOT_KERAS
 
@@ -50,14 +50,26 @@ def _fetch(
 ) -> tuple[Path, ...]:
     api = connect()
     address = parse(source)
-    with asking(source):
-        commit, listing = _listing(api, address)
+    address, commit, listing = _found(api, source, address)
     if not pipelines and layout.is_pipeline(listing, address.path):
         raise SourceError(source, NOT_KERAS, "Give it with --base, or to to-keras.")
     names, found = _needed(address, listing, parts, variant)
     with asking(source):
         folder = _download(api, address.repository, commit, names)
     return tuple(folder / path for path in found)
+
+
+def _found(api: HfApi, source: str, address: Address) -> tuple[Address, str, layout.Listing]:
+    """The address with its commit and files. A branch may have slashes: user/repo@feature/x."""
+    first: NoRevision | None = None
+    for reading in readings(address):
+        try:
+            with asking(source):
+                return reading, *_listing(api, reading)
+        except NoRevision as error:
+            first = first or error
+    assert first is not None  # there is at least one reading
+    raise first
 
 
 def _needed(

@@ -155,6 +155,7 @@ def _checkpoints(listing: Listing) -> dict[str, list[str]]:
     """Path of a checkpoint, as the readers take it, to its files."""
     found: dict[str, list[str]] = {}
     inside = set()
+    listing = {name: size for name, size in listing.items() if not _foreign(name)}
     for name in listing:
         if PurePosixPath(name).parts[-2:] == ("variables", "variables.index"):
             root = name.removesuffix("variables/variables.index").rstrip("/")
@@ -167,11 +168,17 @@ def _checkpoints(listing: Listing) -> dict[str, list[str]]:
             found[name] = [name, *(n for n in listing if n.startswith(f"{stem}_") and _SHARD.search(n))]
         elif name.endswith(".index"):
             prefix = name.removesuffix(".index")
-            found[prefix] = [name, *(n for n in listing if n.startswith(f"{prefix}.data-"))]
+            if data := [n for n in listing if n.startswith(f"{prefix}.data-")]:
+                found[prefix] = [name, *data]
         elif _CHECKPOINT.search(name):
             found[name] = [name]
     shards = {n for name, files in found.items() if name.endswith(".weights.json") for n in files[1:]}
     return {path: sorted(files) for path, files in found.items() if path not in shards}
+
+
+def _foreign(name: str) -> bool:
+    """Whether a file is none that people put there: macOS's notes beside each file, and hidden ones."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def _part(path: str, repository: str, size: int, saved_model: bool) -> str | None:

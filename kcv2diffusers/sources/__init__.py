@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from kcv2diffusers.errors import SourceError, reading
+from kcv2diffusers.sources.foreign import reason, require_own
 from kcv2diffusers.sources.source import Source
+from kcv2diffusers.sources.tensor_bundle import is_table
 from kcv2diffusers.tables import specs
 
 _ENDINGS = (".h5", ".hdf5", ".keras", ".weights.json")
@@ -19,7 +22,7 @@ _KINDS = (
 
 
 def open_sources(path: Path) -> list[Source]:
-    """The checkpoints at `path`: one for a file, a SavedModel or a checkpoint prefix, all for a folder.
+    """The models at `path`: those of a file, a SavedModel or a checkpoint prefix, of all in a folder.
 
     Raises SourceError if there is none or one cannot be read.
     """
@@ -28,7 +31,7 @@ def open_sources(path: Path) -> list[Source]:
 
 
 def open_all(paths: Sequence[Path]) -> list[Source]:
-    """The checkpoints at all `paths`; what takes most of the time is done for several at once."""
+    """The models at all `paths`; what takes most of the time is done for several at once."""
     from kcv2diffusers.sources import hdf5
 
     with hdf5.ahead(paths):
@@ -41,22 +44,24 @@ def _open(path: Path) -> list[Source]:
     if not path.exists():
         index = path.with_name(path.name + ".index")
         if index.is_file():
-            return [_checkpoint(path)]
+            return _checkpoint(path)
         raise SourceError(path, "no such file or folder.", "Check the path.")
     if path.is_file():
-        return [_file(path)]
+        return _file(path)
     if not path.is_dir():
         raise SourceError(path, "neither a file nor a folder.", "Check the path.")
     if (path / "variables" / "variables.index").is_file():
+        require_own(path / "variables" / "variables.index")
         from kcv2diffusers.sources.tensorflow import read_saved_model
 
-        return [read_saved_model(path)]
+        return read_saved_model(path)
     return _folder(path)
 
 
-def _checkpoint(prefix: Path) -> Source:
+def _checkpoint(prefix: Path) -> list[Source]:
     from kcv2diffusers.sources.tensorflow import read_checkpoint
 
+    require_own(Path(f"{prefix}.index"))
     return read_checkpoint(prefix)
 
 
@@ -69,7 +74,7 @@ def _folder(path: Path) -> list[Source]:
         raise SourceError(
             path, "a SavedModel without its variables/ folder.", "Download that folder as well."
         )
-    entries = sorted(path.iterdir())
+    entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
     shards = {name for e in entries if e.name.endswith(".weights.json") for name in _shards(e)}
     found: list[Source] = []
     with hdf5.ahead(entries):
@@ -77,13 +82,23 @@ def _folder(path: Path) -> list[Source]:
             if entry.is_dir():
                 if (entry / "saved_model.pb").is_file() or (entry / "variables").is_dir():
                     found += _open(entry)
-            elif entry.suffix == ".index":
-                found.append(_checkpoint(entry.with_suffix("")))
+            elif entry.suffix == ".index" and _is_checkpoint(entry):
+                found += _checkpoint(entry.with_suffix(""))
             elif entry.name.endswith(_ENDINGS) and entry.name not in shards:
-                found.append(_file(entry))
+                found += _file(entry, others=True)
     if not found:
+        for entry in filter(Path.is_file, entries):
+            if known := reason(entry):
+                raise SourceError(entry, *known)
+            if entry.name.endswith(_ENDINGS):
+                _file(entry)  # which says what it is
         raise SourceError(path, "no checkpoint in this folder.", _KINDS)
     return found
+
+
+def _is_checkpoint(index: Path) -> bool:
+    """Whether an `.index` file in a folder is TensorFlow's, be it damaged: others use that name as well."""
+    return any(index.parent.glob(f"{glob.escape(index.stem)}.data-*")) or is_table(index)
 
 
 def _shards(index: Path) -> list[str]:
@@ -91,7 +106,9 @@ def _shards(index: Path) -> list[str]:
     return [p.name for p in index.parent.glob("*.weights.h5") if p.name.startswith(f"{stem}_")]
 
 
-def _file(path: Path) -> Source:
+def _file(path: Path, *, others: bool = False) -> list[Source]:
+    """The models in a file; with `others`, none in an HDF5 file that is not Keras'."""
+    require_own(path)
     from kcv2diffusers.sources import hdf5, keras3_h5, legacy_h5
 
     with path.open("rb") as file:
@@ -106,12 +123,13 @@ def _file(path: Path) -> Source:
     if head[:4] == b"PK\x03\x04":
         return keras3_h5.read_archive(path)
     if start is None:
-        raise SourceError(path, "not a Keras checkpoint (unknown kind of file).", _KINDS)
+        unknown = "not a Keras checkpoint (unknown kind of file).", _KINDS
+        raise SourceError(path, *(reason(path) or unknown))
     tree = hdf5.read_tree(path)
-    source = legacy_h5.read(tree) or keras3_h5.read(tree)
-    if source is None:
-        raise SourceError(path, "an HDF5 file, but not one that Keras saved weights in.", _KINDS)
-    return source
+    models = legacy_h5.read(tree) or keras3_h5.read(tree)
+    if not models and not others:
+        raise SourceError(path, "an HDF5 file, but not one that Keras saved layers in.", _KINDS)
+    return models
 
 
 def _at(file: BinaryIO, offset: int) -> bytes:

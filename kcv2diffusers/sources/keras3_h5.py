@@ -2,7 +2,8 @@
 
 A tensor's path is `layers/res_block_3/entry_flow/group_normalization/vars/0`: the class of the layer, its
 number among the layers of that class in model order, the path inside it and the variable's index.
-Keras 2 calls the top group `_layer_checkpoint_dependencies` and counts every layer twice.
+Keras 2 calls the group of layers `_layer_checkpoint_dependencies` and counts every layer twice. A model that
+is an attribute or a layer of another has its own group inside: `diffusion_model/layers/dense/vars/0`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ import re
 import shutil
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 from kcv2diffusers.errors import SourceError
+from kcv2diffusers.sources.foreign import reason
 from kcv2diffusers.sources.hdf5 import Tree, read_tree
 from kcv2diffusers.sources.legacy_h5 import split_number
 from kcv2diffusers.sources.source import Source, StoredLayer, Style
 from kcv2diffusers.sources.tensor import Tensor
 
-_PATH = re.compile(r"^(layers|_layer_checkpoint_dependencies)/([^/]+)/((?:.+/)?vars/\d+)$")
+# Greedy: the innermost group of layers is the model that a variable belongs to.
+_PATH = re.compile(r"^(.+/|)(layers|_layer_checkpoint_dependencies)/([^/]+)/((?:.+/)?vars/\d+)$")
 _WEIGHTS = "model.weights.h5"
 _MAX_INFLATED = 16 << 30
 _MAX_RATIO = 20
@@ -28,27 +32,38 @@ _MAX_JSON = 16 << 20
 _SAVE_AGAIN = "Save the weights again with Keras itself."
 
 
-def read(tree: Tree, container: str = ".weights.h5") -> Source | None:
-    """The layers of a `.weights.h5` tree, or None if it has no such paths."""
-    found: dict[str, dict[str, Tensor]] = {}
-    top = ""
+def read(tree: Tree, container: str = ".weights.h5") -> list[Source]:
+    """The models of a `.weights.h5` tree, none if it has no such paths."""
+    found: dict[tuple[str, str], dict[str, dict[str, Tensor]]] = {}
+    others = []
     for path, tensor in tree.tensors.items():
-        match = _PATH.match(path)
-        if match:
-            top = match[1]
-            found.setdefault(match[2], {})[match[3]] = tensor
-    if not found:
-        return None
-    keras2 = top != "layers"
-    layers = []
-    for name, tensors in found.items():
-        stem, number = split_number(name)
-        ordinal = (number or 0) // 2 if keras2 else number or 0
-        layers.append(StoredLayer(name, stem, ordinal, tensors))
+        if match := _PATH.match(path):
+            inside, kind, layer, variable = match.groups()
+            found.setdefault((inside.rstrip("/"), kind), {}).setdefault(layer, {})[variable] = tensor
+        else:
+            others.append(tensor)
     # Keras 3 leaves every layer's name beside its variables, tf-keras does not.
     named = any("name" in attributes for attributes in tree.attributes.values())
-    version = "2" if keras2 else "3" if named else None
-    return Source(tree.path, container, Style.PATH, layers, keras_version=version)
+    models: list[Source] = []
+    for (inside, kind), layers in found.items():
+        keras2 = kind != "layers"
+        models.append(
+            Source(
+                tree.path,
+                container,
+                Style.PATH,
+                [_layer(name, tensors, keras2) for name, tensors in layers.items()],
+                keras_version="2" if keras2 else "3" if named else None,
+                inside=inside,
+                others=[] if models else others,
+            )
+        )
+    return models
+
+
+def _layer(name: str, tensors: dict[str, Tensor], keras2: bool) -> StoredLayer:
+    stem, number = split_number(name)
+    return StoredLayer(name, stem, (number or 0) // 2 if keras2 else number or 0, tensors)
 
 
 def _json(path: Path, text: bytes) -> dict[str, object]:
@@ -61,7 +76,7 @@ def _json(path: Path, text: bytes) -> dict[str, object]:
     return data
 
 
-def read_sharded(path: Path) -> Source:
+def read_sharded(path: Path) -> list[Source]:
     """`NAME.weights.json` and the `.weights.h5` shards beside it, as Keras 3 writes with max_shard_size."""
     if path.stat().st_size > _MAX_JSON:
         raise SourceError(path, "too large for the index of a sharded checkpoint.")
@@ -82,13 +97,13 @@ def read_sharded(path: Path) -> Source:
         tree = read_tree(shard)
         merged.attributes |= tree.attributes
         merged.tensors |= {k: t for k, t in tree.tensors.items() if k.rpartition("/")[0] in groups}
-    source = read(merged, "sharded .weights.h5")
-    if source is None:
+    models = read(merged, "sharded .weights.h5")
+    if not models:
         raise SourceError(path, "its shards hold no Keras layers.", _SAVE_AGAIN)
-    return source
+    return models
 
 
-def read_archive(path: Path) -> Source:
+def read_archive(path: Path) -> list[Source]:
     """A `.keras` archive: its stored `model.weights.h5` read in place, a deflated one unpacked first."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -96,6 +111,8 @@ def read_archive(path: Path) -> Source:
                 if name.startswith(("/", "\\")) or ".." in Path(name.replace("\\", "/")).parts:
                     raise SourceError(path, f"has a member outside the archive: {name!r}; not read.")
             if _WEIGHTS not in archive.namelist():
+                if known := reason(path):
+                    raise SourceError(path, *known)
                 raise SourceError(path, f"no {_WEIGHTS} in the archive; not a .keras file.", _SAVE_AGAIN)
             member = archive.getinfo(_WEIGHTS)
             version = None
@@ -109,17 +126,13 @@ def read_archive(path: Path) -> Source:
         raise
     except Exception as error:  # zipfile and zlib have many types for what a damaged archive does
         raise SourceError(path, f"damaged .keras archive ({error}).") from error
-    source = read(tree, ".keras archive")
-    if source is None:
+    models = read(tree, ".keras archive")
+    if not models:
         raise SourceError(path, f"its {_WEIGHTS} holds no Keras layers.", _SAVE_AGAIN)
-    return Source(
-        path,
-        source.container,
-        source.style,
-        source.layers,
-        keras_version=str(version) if version else source.keras_version,
-        spool=spool,
-    )
+    return [
+        replace(model, path=path, keras_version=str(version) if version else model.keras_version, spool=spool)
+        for model in models
+    ]
 
 
 def _extent(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[int, int]:

@@ -2,18 +2,21 @@
 
 Attribute `layer_names` lists the layers in model order, `weight_names` the weights of each. The names
 are auto-numbered by the session that saved them (`padded_conv2d_83/conv2d_86/kernel:0`): stems and order
-carry meaning, the numbers only their order.
+carry meaning, the numbers only their order. A model that is a layer of another or an attribute of a trainer
+is one entry of `layer_names`; the names of its weights tell its own layers.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.hdf5 import Tree
-from kcv2diffusers.sources.source import Source, StoredLayer, Style
+from kcv2diffusers.sources.source import Source, StoredLayer, Style, counted
 from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.tables import layer_classes
 
 _NUMBER = re.compile(r"^(.+?)(?:_([0-9]{1,9}))?$", re.DOTALL)
 
@@ -25,29 +28,61 @@ def split_number(name: str) -> tuple[str, int | None]:
     return stem, None if number is None else int(number)
 
 
-def read(tree: Tree) -> Source | None:
-    """The layers of a legacy file, or None if the file has no `layer_names`."""
+def read(tree: Tree) -> list[Source]:
+    """The models of a legacy file, none if the file has no `layer_names`."""
     root = "model_weights" if "model_weights" in tree.attributes else ""
     container = "whole-model .h5" if root else "legacy .h5 weights"
     attributes = tree.attributes.get(root, {})
     names = _strings(attributes, "layer_names")
     if names is None:
-        return None
+        return []
     if len(set(names)) < len(names):
         raise SourceError(tree.path, "lists a layer twice.")
-    counts: dict[str, int] = {}
-    layers = []
+    layers: dict[str, list[StoredLayer]] = {"": []}  # of each model; "" are those of the file itself
     for name in names:
         path = f"{root}/{name}".lstrip("/")
         weights = _strings(tree.attributes.get(path, {}), "weight_names") or []
-        if not weights:
-            continue
-        stem, _ = split_number(name)
-        ordinal = counts.get(stem, 0)
-        counts[stem] = ordinal + 1
-        layers.append(StoredLayer(name, stem, ordinal, _tensors(tree, path, name, weights)))
+        for (inside, layer), inner in _by_layer(name, weights).items():
+            mine = layers.setdefault(inside, [])
+            stem, number = split_number(layer)
+            mine.append(StoredLayer(layer, stem, number, _tensors(tree, path, layer, inner)))
+    listed = {id(t) for mine in layers.values() for layer in mine for t in layer.tensors.values()}
     version = attributes.get("keras_version") or tree.attributes.get("", {}).get("keras_version")
-    return Source(tree.path, container, Style.ORDER, layers, keras_version=version[0] if version else None)
+    models = [
+        Source(
+            tree.path,
+            container,
+            Style.ORDER,
+            counted(mine) if inside else _in_order(mine),
+            keras_version=version[0] if version else None,
+            inside=inside,
+        )
+        for inside, mine in layers.items()
+        if mine
+    ]
+    others = [tensor for tensor in tree.tensors.values() if id(tensor) not in listed]
+    return [replace(model, others=[] if index else others) for index, model in enumerate(models)]
+
+
+def _in_order(layers: list[StoredLayer]) -> list[StoredLayer]:
+    """Counted in the order of the list, which is the order of the model, whatever their numbers are."""
+    return counted([replace(layer, ordinal=index) for index, layer in enumerate(layers)])
+
+
+def _by_layer(name: str, weights: list[str]) -> dict[tuple[str, str], list[str]]:
+    """The weights of entry `name` by model and layer: the entry itself, or layers of a model that it is."""
+    if split_number(name)[0] in layer_classes():
+        return {("", name): weights} if weights else {}
+    found: dict[tuple[str, str], list[str]] = {}
+    for weight in weights:
+        *where, _ = weight.split("/")
+        at = next((i for i, word in enumerate(where) if split_number(word)[0] in layer_classes()), None)
+        if at is None:
+            found.setdefault(("", name), []).append(weight)
+        else:
+            above = where[:at] if where[:1] == [name] else [name, *where[:at]]
+            found.setdefault(("/".join(above), where[at]), []).append(weight)
+    return found
 
 
 def _strings(attributes: dict[str, list[str]], name: str) -> list[str] | None:

@@ -4,15 +4,17 @@ the package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from importlib import resources
 from os import PathLike
 from pathlib import Path
 
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.hub.address import SCHEME
+from kcv2diffusers.hub.address import SCHEME, website
 
 TINY = "tiny://"
+_URL = re.compile(r"https?://|(www\.)?(huggingface|hf)\.co/", re.I)
 
 
 def locate(source: str | PathLike[str], *, base: bool = False, parts: Collection[str] | None = None) -> Path:
@@ -44,6 +46,8 @@ def locate_all(
         from kcv2diffusers.hub.download import fetch
 
         return fetch(source, parts, variant, pipelines=base or pipelines)
+    if isinstance(source, str) and _URL.match(source) and not Path(source).exists():
+        raise _web_address(source)
     if source != TINY and not (base and source == "tiny"):
         return [Path(source)]
     if source != TINY and Path(source).exists():
@@ -55,3 +59,9 @@ def locate_all(
     if not folder.is_dir():
         raise SourceError(folder, "this installation lacks the tiny base.", "Install kcv2diffusers again.")
     return [folder]
+
+
+def _web_address(source: str) -> Error:
+    address = website(source)
+    remedy = f"Write {address} for it." if address else "Download it and give the file or folder."
+    return Error(f"{source}: a web address, which is not read.\n{remedy}")

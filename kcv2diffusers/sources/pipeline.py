@@ -14,12 +14,34 @@ from safetensors import SafetensorError, safe_open
 from kcv2diffusers.dtypes import SAFETENSORS
 from kcv2diffusers.errors import SourceError, reading
 from kcv2diffusers.recognise import Match, fit_diffusers
+from kcv2diffusers.sources.foreign import require_own
 from kcv2diffusers.sources.source import Source, Style
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import Table, specs, tables
 
 _MAX_HEADER = 100 << 20
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+_FAMILIES_READ = "The pipelines of Stable Diffusion 1 and 2 that draw from text are read."
+_MERGE = (
+    "Merge it first: pipe.fuse_lora(), pipe.unload_lora_weights(), then save_pretrained into another folder."
+)
+# Entries of config.json that other families have, and what those are called.
+_FAMILIES = (
+    ("in_channels", 9, "an inpainting model (9 input channels)"),
+    ("in_channels", 8, "an InstructPix2Pix model (8 input channels)"),
+    ("in_channels", 7, "an upscaling model (7 input channels)"),
+    ("in_channels", 5, "a depth model (5 input channels)"),
+    ("addition_embed_type", "text_time", "Stable Diffusion XL"),
+    ("addition_embed_type", "image", "Kandinsky"),
+    ("_class_name", "SD3Transformer2DModel", "Stable Diffusion 3"),
+    ("_class_name", "UNetSpatioTemporalConditionModel", "Stable Video Diffusion"),
+    ("_class_name", "UNet3DConditionModel", "a video model"),
+    ("_class_name", "UNetMotionModel", "AnimateDiff"),
+    ("_class_name", "ControlNetModel", "ControlNet"),
+    ("model_type", "t5", "a model with a T5 text encoder"),
+    ("latent_channels", 16, "a model with 16 latent channels (Stable Diffusion 3, Flux)"),
+    ("time_cond_proj_dim", 256, "a latent consistency model"),
+)
 _RESAVE = "Save the pipeline again with diffusers' save_pretrained."
 
 
@@ -57,12 +79,20 @@ def read_pipeline(
             if component.is_dir() and (wanted is None or table.folder in wanted):
                 found[table.folder] = _component(component, table, variant, strict)
     if not found and wanted is None:
+        _refuse_family(folder)
         raise SourceError(
             folder,
             "not a diffusers pipeline folder (no unet/, text_encoder/ or vae/ inside).",
             "Check the path.",
         )
     return found
+
+
+def _refuse_family(folder: Path) -> None:
+    """Raise SourceError for a pipeline without any component that Stable Diffusion has."""
+    if (folder / "model_index.json").is_file():
+        name = read_json(folder / "model_index.json").get("_class_name")
+        raise SourceError(folder, f"a pipeline of another family ({name}).", _FAMILIES_READ)
 
 
 def prediction_of(folder: Path) -> str:
@@ -90,10 +120,23 @@ def _component(folder: Path, table: Table, variant: str | None, strict: bool) ->
             parts[part] = best
     claimed = {id(t) for match in parts.values() for t in match.found.values()}
     stray = [t for t in source.flat if id(t) not in claimed and table.rename(t.name)]
+    config = read_json(folder / "config.json")
+    if strict and any(match.problems for match in parts.values()) and (family := _family(config)):
+        raise SourceError(weights, f"of {family}, which is not read here.", _FAMILIES_READ)
+    if strict and any(".base_layer." in t.name for t in source.flat):
+        raise SourceError(weights, "holds a LoRA that is not merged (base_layer).", _MERGE)
     if not parts or (strict and stray):
         detail = f" ({stray[0].name}, ...)" if stray else ""
         raise SourceError(weights, f"tensors that no Stable Diffusion {table.folder} has{detail}.", _RESAVE)
-    return Component(folder, read_json(folder / "config.json"), parts, stray)
+    return Component(folder, config, parts, stray)
+
+
+def _family(config: dict[str, Any]) -> str | None:
+    """The family that a component's config.json is of, where it is not Stable Diffusion's own."""
+    for name, value, family in _FAMILIES:
+        if config.get(name) == value:
+            return family
+    return None
 
 
 def _weights(folder: Path, name: str, variant: str | None) -> Path:
@@ -125,6 +168,7 @@ def read_json(path: Path, if_absent: str = "Copy or download it again.") -> dict
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
+        require_own(path)
         raise SourceError(path, "not a JSON object, the file is damaged.")
     return data
 
@@ -148,5 +192,6 @@ def read_safetensors(path: Path) -> list[Tensor]:
                 raise SourceError(path, f"{name}: size and shape disagree, the file is damaged.")
             tensors.append(Tensor(name, shape, dtype, path, 8 + length + start))
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        require_own(path)
         raise SourceError(path, f"damaged .safetensors file ({error}).") from error
     return tensors

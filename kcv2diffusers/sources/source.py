@@ -1,4 +1,7 @@
-"""What every reader returns: the layers of a Keras model with their tensors, named as the container can.
+"""What every reader returns: the layers of Keras models with their tensors, named as the container can.
+
+A checkpoint may hold several models, or hold them inside of a trainer or of another model. Readers return one
+`Source` for each group of layers, wherever it lies, and the tensors outside of all groups beside the first.
 
 Containers differ in what they know of a tensor's place. Each `Style` is one way to spell it, as a key
 that a table's slot can form by itself:
@@ -12,7 +15,7 @@ that a table's slot can form by itself:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,9 +48,25 @@ class StoredLayer:
     tensors: dict[str, Tensor]
 
 
+def counted(layers: list[StoredLayer]) -> list[StoredLayer]:
+    """The layers in the order given, numbered from 0 within each class by the numbers that they have."""
+    numbers: dict[str | None, list[int]] = {}
+    for layer in layers:
+        numbers.setdefault(layer.layer, []).append(-1 if layer.ordinal is None else layer.ordinal)
+    ranks = {name: {n: rank for rank, n in enumerate(sorted(found))} for name, found in numbers.items()}
+    return [
+        replace(layer, ordinal=ranks[layer.layer][-1 if layer.ordinal is None else layer.ordinal])
+        for layer in layers
+    ]
+
+
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint as it lies in a file or folder: its container and its layers, nothing interpreted."""
+    """A model as it lies in a file or folder: its container and its layers, nothing interpreted.
+
+    `inside` is where in the checkpoint the model is ("" for the root), as the container names it. `others`
+    are the tensors of the checkpoint that belong to no model; the first model of a checkpoint has them.
+    """
 
     path: Path
     container: str
@@ -55,6 +74,8 @@ class Source:
     layers: list[StoredLayer] = field(default_factory=list)
     flat: list[Tensor] = field(default_factory=list)
     keras_version: str | None = None
+    inside: str = ""
+    others: list[Tensor] = field(default_factory=list)
     spool: TemporaryDirectory[str] | None = None  # keeps unpacked weights alive as long as the source
 
     @property

@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from kcv2diffusers.errors import SourceError
+from kcv2diffusers.sources.foreign import require_own
 from kcv2diffusers.sources.tensor import Tensor
 
 # Far above any checkpoint of these models (about 3,000 entries and 1 MB with an optimizer), and low
@@ -128,6 +129,13 @@ def read_object_graph(prefix: Path) -> list[Node]:
         return _graph(_scalar_string(stored, _unmask(entry.crc32c)))
 
 
+def is_table(path: Path) -> bool:
+    """Whether a file ends as the index of a checkpoint does."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_MAGIC)))
+        return file.read() == _MAGIC
+
+
 class _Malformed(Exception):
     """What `_in_file` turns into a `SourceError`, so that the decoders need not know of files."""
 
@@ -196,6 +204,7 @@ class _Bundle:
             if entry.shard not in self._shard_sizes:
                 self._shard_sizes[entry.shard] = _file_size(path)
             if entry.offset + entry.size > self._shard_sizes[entry.shard]:
+                require_own(path)
                 raise _Malformed(f"it ends before the end of tensor {name!r}")
         return path
 

@@ -1,7 +1,8 @@
 """SavedModel folders and TensorFlow checkpoints, read without TensorFlow.
 
-Keras 2 saves an object graph: the root's children `layer_with_weights-<n>` are the layers in model order
-and their attributes lead to the variables, wherever their bytes were filed. Keras 3's `export` keeps only
+Keras 2 saves an object graph: a model's children `layer_with_weights-<n>` are its layers in order and their
+attributes lead to the variables, wherever their bytes were filed. The model is the root, or anywhere below it
+where something holds it: a tf.train.Checkpoint, a trainer, another model. Keras 3's `export` keeps only
 the flat list `variables` of the model. A `tf.train.Checkpoint` of a Keras 3 model leaves out whatever a
 layer holds in a Python list (half of a UNet): that data is not in the file.
 """
@@ -9,6 +10,7 @@ layer holds in a Python list (half of a UNet): that data is not in the file.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from kcv2diffusers.errors import SourceError
@@ -17,8 +19,11 @@ from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.sources.tensor_bundle import Child, Node, read_bundle, read_object_graph
 
 _LAYER = re.compile(r"^layer_with_weights-([0-9]{1,9})$")
+_LISTED = re.compile(r"^_?(layer-|layer_with_weights-|layers|operations|keras_api)")
+_INNER = "_functional"
 _INDEX = re.compile(r"^([0-9]{1,9})$")
 _MAX_DEPTH = 12
+_MAX_NAME = 100
 _MAX_VISITS = 2_000_000
 # What Keras 2 hangs on every layer beside its own attributes.
 _NOT_ATTRIBUTES = frozenset(
@@ -38,35 +43,37 @@ _NOT_ATTRIBUTES = frozenset(
 )
 
 
-def read_saved_model(folder: Path) -> Source:
+def read_saved_model(folder: Path) -> list[Source]:
     """A SavedModel folder, by its `variables/variables.index`."""
     return _read(folder, folder / "variables" / "variables", "SavedModel")
 
 
-def read_checkpoint(prefix: Path) -> Source:
+def read_checkpoint(prefix: Path) -> list[Source]:
     """A TensorFlow checkpoint, by its path without `.index`."""
     return _read(prefix, prefix, "TensorFlow checkpoint")
 
 
-def _read(path: Path, prefix: Path, container: str) -> Source:
+def _read(path: Path, prefix: Path, container: str) -> list[Source]:
     nodes = read_object_graph(prefix)
     if not nodes:
         problem = "a checkpoint without an object graph (TensorFlow 1)."
         raise SourceError(path, problem, "Give one that KerasCV saved.")
     graph = _Graph(path, nodes, read_bundle(prefix))
-    root = nodes[0]
-    layers = graph.layers(root)
-    if not layers:  # tf.train.Checkpoint(model=...) puts the model one level down
-        inner = [graph.layers(nodes[c.node_id]) for c in root.children]
-        layers = max(inner, key=len, default=[])
-    if layers:
-        version = "3" if layers[0].name.isdigit() else "2"
-        return Source(path, container, Style.ATTRIBUTE, layers, keras_version=version)
-    variables = next((nodes[c.node_id] for c in root.children if c.local_name == "variables"), None)
-    if variables is not None:
-        flat = [t for c in _numbered(variables, _INDEX) if (t := graph.variable(c.node_id)) is not None]
-        return Source(path, container, Style.FLAT, flat=flat, keras_version="3")
-    raise SourceError(path, "holds no Keras model.", "Give the SavedModel or checkpoint of one model.")
+    models = [
+        Source(path, container, Style.ATTRIBUTE, layers, keras_version=_keras(layers), inside=inside)
+        for inside, layers in graph.models().items()
+    ]
+    if not models and (flat := graph.variables()):
+        models = [Source(path, container, Style.FLAT, flat=flat, keras_version="3")]
+    if not models:
+        raise SourceError(path, "holds no Keras model.", "Give the SavedModel or checkpoint of a model.")
+    inside_models = {id(tensor) for model in models for tensor in model.tensors}
+    others = [tensor for tensor in graph.tensors.values() if id(tensor) not in inside_models]
+    return [replace(models[0], others=others), *models[1:]]
+
+
+def _keras(layers: list[StoredLayer]) -> str:
+    return "3" if layers[0].name.isdigit() else "2"
 
 
 def _numbered(node: Node, pattern: re.Pattern[str]) -> list[Child]:
@@ -75,12 +82,23 @@ def _numbered(node: Node, pattern: re.Pattern[str]) -> list[Child]:
     return [child for _, child in sorted(found.items())]
 
 
+def _way(at: int, above: dict[int, tuple[int, str]]) -> str:
+    """The names that lead from the root to a node; those of Keras' own wrapping say nothing."""
+    names: list[str] = []
+    while at and len(names) < _MAX_DEPTH:
+        at, name = above[at]
+        names[:0] = [name[:_MAX_NAME]] if name != _INNER else []
+    return "/".join(names)
+
+
 class _Graph:
     """The object graph with the tensors its variables name."""
 
     def __init__(self, path: Path, nodes: list[Node], tensors: dict[str, Tensor]) -> None:
         self.path, self.nodes, self.tensors = path, nodes, tensors
         self.visits = 0
+        self.layers_of: dict[int, list[Child]] = {}
+        self.met: set[int] = set()  # layers
 
     def variable(self, at: int) -> Tensor | None:
         for attribute in self.nodes[at].attributes:
@@ -88,20 +106,55 @@ class _Graph:
                 return self.tensors.get(attribute.checkpoint_key)
         return None
 
-    def layers(self, node: Node) -> list[StoredLayer]:
+    def variables(self) -> list[Tensor]:
+        """The root's list of variables."""
+        found = self.child(0, "variables")
+        children = [] if found is None else _numbered(self.nodes[found], _INDEX)
+        return [tensor for c in children if (tensor := self.variable(c.node_id)) is not None]
+
+    def child(self, at: int, name: str) -> int | None:
+        return next((c.node_id for c in self.nodes[at].children if c.local_name == name), None)
+
+    def models(self) -> dict[str, list[StoredLayer]]:
+        """The layers of each model, by the way from the root to it; each layer belongs to one model."""
+        found: dict[str, list[StoredLayer]] = {}
+        above: dict[int, tuple[int, str]] = {0: (0, "")}
+        reached = [0]
+        for at in reached:  # which grows: the nearest nodes come first
+            mine = [c for c in self.layers(at) if not self.is_model(c.node_id)]
+            if mine and (layers := self.stored(mine)):
+                found[_way(at, above)] = layers
+            # An attribute that people named says more than Keras' own lists of layers.
+            for child in sorted(self.nodes[at].children, key=lambda c: bool(_LISTED.match(c.local_name))):
+                if child.node_id not in above:
+                    above[child.node_id] = (at, child.local_name)
+                    reached.append(child.node_id)
+        return found
+
+    def layers(self, at: int) -> list[Child]:
         """The model's layers in order: Keras 2 numbers those with weights, Keras 3 all its operations."""
-        numbered = _numbered(node, _LAYER)
-        if not numbered:
-            operations = next((c for c in node.children if c.local_name == "_operations"), None)
-            if operations is not None:
-                numbered = _numbered(self.nodes[operations.node_id], _INDEX)
-        layers = []
-        for child in numbered:
+        if at not in self.layers_of:
+            operations = self.child(at, "_operations")
+            self.layers_of[at] = _numbered(self.nodes[at], _LAYER) or (
+                [] if operations is None else _numbered(self.nodes[operations], _INDEX)
+            )
+        return self.layers_of[at]
+
+    def is_model(self, at: int) -> bool:
+        inner = self.child(at, _INNER)  # of a Sequential in Keras 3
+        return bool(self.layers(at)) or (inner is not None and bool(self.layers(inner)))
+
+    def stored(self, layers: list[Child]) -> list[StoredLayer]:
+        """The layers with their variables; a layer that was met before is not met again."""
+        found = []
+        for child in layers:
             inside: dict[str, Tensor] = {}
-            self.walk(child.node_id, "", inside, {child.node_id})
+            if child.node_id not in self.met:
+                self.met.add(child.node_id)
+                self.walk(child.node_id, "", inside, {child.node_id})
             if inside:
-                layers.append(StoredLayer(child.local_name, None, None, inside))
-        return layers
+                found.append(StoredLayer(child.local_name, None, None, inside))
+        return found
 
     def walk(self, at: int, path: str, found: dict[str, Tensor], seen: set[int]) -> None:
         """Every variable that the attributes of node `at` lead to, by attribute path, each once."""

@@ -1,0 +1,52 @@
+"""Tensors of a checkpoint that are in no model: optimizer state and the like, known by name."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from kcv2diffusers.sources.tensor import Tensor
+
+EMA = "EMA copies"
+_COUNTERS = "counters"
+# Each pattern is for one step of a tensor's path. The first kind that fits any step counts.
+_KINDS = {
+    "optimizer state": r"_?(\w+_)?optimi[sz]ers?(_weights|_state|_\d+)?|\.OPTIMIZER_SLOT|opt|adam\w*|sgd"
+    r"|rmsprop|\w*loss_scale\w*|_?learning_rate",
+    EMA: r"_?(\w+_)?(ema|averages?|averaged|moving_average|shadow|polyak)(_\w+)?",
+    "metrics": r"_?(\w+_)?(metrics?|tracker)(_\d+)?|keras_api",
+    "random seeds": r"_?(\w+_)?(seed|random)(_generators?)?(_\w+)?|rng|seed_generator_\d+",
+    _COUNTERS: r"_?(\w+_)?(counter|step|steps|epoch|epochs|iter|iterations?)",
+}
+_PATTERNS = {kind: re.compile(f"(?:{pattern})", re.I) for kind, pattern in _KINDS.items()}
+
+
+def kind_of(tensor: Tensor, above: str = "") -> str | None:
+    """The kind of a tensor that is of no part, None for a stranger; what its name has in common with `above`
+    says nothing.
+    """
+    words = tensor.name.removeprefix(above).split("/")
+    for kind, pattern in _PATTERNS.items():
+        if any(pattern.fullmatch(word.removesuffix(":0")) for word in words):
+            return kind
+    if tensor.dtype.kind in "iub" and math.prod(tensor.shape) <= 4:  # no weights; the state of a generator
+        return _COUNTERS
+    return None
+
+
+def is_average(inside: str) -> bool:
+    """Whether a place in a checkpoint is that of a moving average."""
+    return any(_PATTERNS[EMA].fullmatch(word) for word in inside.split("/"))
+
+
+def described(tensor: Tensor) -> str:
+    return f"{tensor.name} {list(tensor.shape)}"
+
+
+def summary(leftovers: dict[str, list[Tensor]]) -> str:
+    """The kinds with numbers and sizes, for a person."""
+    return ", ".join(
+        f"{kind} ({len(tensors)} tensor{'s' if len(tensors) > 1 else ''}, "
+        f"{sum(tensor.nbytes for tensor in tensors) / 1e6:.2f} MB)"
+        for kind, tensors in leftovers.items()
+    )
