@@ -81,7 +81,11 @@ def config_of(
 
 def untold(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a component's config.json that its weights do not tell."""
-    names = {"norm_num_groups", *(name for version in table.versions.values() for name in version.config)}
+    names = {
+        "norm_num_groups",
+        "sample_size",
+        *(name for version in table.versions.values() for name in version.config),
+    }
     return {name: value for name, value in config.items() if name in names}
 
 

@@ -24,6 +24,7 @@ from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetens
 from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE, record
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
 from kcv2diffusers.scheduler import SCHEDULER
+from kcv2diffusers.shapes import same_shape, stated_beside
 from kcv2diffusers.sources import open_all
 from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.pipeline import PREDICTION_TYPES, Component, is_pipeline, read_pipeline
@@ -398,7 +399,7 @@ def config_for(
     if not match.keras:  # the base's own component, with the base's own config
         kept = _base_config(match, filler.components[table.folder])
         return kept if "_class_name" in kept else kept | pipeline.LOADED
-    overrides = _same_shape(match, filler) | pipeline.user_config(match.source.path, table)
+    overrides = stated_beside(match, _of_base(match, filler))
     if gelu and match.version == "sd2" and "hidden_act" in table.versions["sd2"].config:
         overrides["hidden_act"] = _GELU[gelu]
     if image_size is not None:
@@ -425,16 +426,14 @@ def _base_config(match: Match, component: Component) -> dict[str, Any]:
     return {k: v for k, v in component.config.items() if k not in pipeline.NOT_KEPT}
 
 
-def _same_shape(match: Match, filler: Filler) -> dict[str, Any]:
+def _of_base(match: Match, filler: Filler) -> dict[str, Any]:
     """What a base of the same shape says of a model of unusual widths."""
-    table, known = match.spec.table, {} if match.known else match.dims
+    table = match.spec.table
     component = filler.components.get(table.folder)
-    others = list(component.parts.values()) if component else [filler.parts.get(match.part)]
-    base = next((other for other in others if other), None)
-    if not known or base is None or any(base.dims.get(k) != v for k, v in known.items() if k != "vocabulary"):
+    base = next(iter(component.parts.values())) if component else filler.parts.get(match.part)
+    if match.known or base is None or not same_shape(match, base):
         return {}
-    stated = component.config if component else pipeline.user_config(base.source.path, table)
-    return pipeline.untold(table, stated)
+    return pipeline.untold(table, component.config) if component else stated_beside(base)
 
 
 def _embeddings(

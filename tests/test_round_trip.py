@@ -351,3 +351,37 @@ def test_a_variant_of_another_dtype_is_refused(tmp_path: Path) -> None:
         convert(TINY, out=tmp_path / "out", variant="fp16", dtype="float32")
     assert not (tmp_path / "out").exists()
     convert(TINY, out=tmp_path / "out", variant="ema", dtype="float32")
+
+
+# What weights do not tell
+
+
+def only_unet(folder: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(locate(TINY) / "unet.weights.h5", folder)
+    return folder
+
+
+@pytest.mark.parametrize("base", ["tiny", TINY, "folder", "pipeline", "several"])
+def test_every_spelling_of_a_base_of_the_same_shape(
+    base: str, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kcv2diffusers.shapes.shipped", dict)  # as for widths that no model here has
+    spelt: dict[str, Any] = {
+        "folder": shutil.copytree(locate(TINY), tmp_path / "folder"),
+        "pipeline": pipeline,
+        "several": sorted((tmp_path / "folder").glob("*.h5")),
+    }
+    convert(only_unet(tmp_path / "alone"), out=tmp_path / "out", base=spelt.get(base, base))
+    assert_same(pipeline, tmp_path / "out")
+    with pytest.raises(Error, match="number of heads"):
+        convert(tmp_path / "alone", out=tmp_path / "none", base="none")
+
+
+def test_a_file_parted_from_its_config(pipeline: Path, tmp_path: Path) -> None:
+    """Where its widths are those of the base that ships with the package."""
+    convert(only_unet(tmp_path / "alone"), out=tmp_path / "out", base="none")
+    assert (tmp_path / "out/unet/config.json").read_text() == (pipeline / "unet/config.json").read_text()
+    apart = shutil.copytree(locate(TINY), tmp_path / "apart", ignore=shutil.ignore_patterns("kcv*.json"))
+    convert(apart, out=tmp_path / "whole")
+    assert_same(pipeline, tmp_path / "whole")

@@ -37,6 +37,7 @@ from kcv2diffusers.models.vae import build_decoder, build_image_encoder
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
 from kcv2diffusers.schedule import SD, Schedule
 from kcv2diffusers.scheduler import deviations, prediction_in, schedule_of
+from kcv2diffusers.shapes import stated_beside
 from kcv2diffusers.sources import open_all
 from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.pipeline import is_pipeline, read_pipeline
@@ -218,15 +219,15 @@ def _stated(match: Match, stated: Mapping[str, Any], name: str) -> Any:
 
 def _beside(match: Match) -> dict[str, Any]:
     """Entries of the `kcv2diffusers.json` beside a checkpoint, which must state heads that are unusual."""
-    stated = pipeline.user_config(match.source.path, match.spec.table)
+    stated = stated_beside(match)
     pipeline.require_heads(match, stated)
     return stated
 
 
 def _stateable(match: Match, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config that a kcv2diffusers.json may state."""
-    names = {**pipeline.untold(match.spec.table, config), "sample_size": config.get("sample_size")}
-    return {name: value for name, value in names.items() if value is not None}
+    stated = pipeline.untold(match.spec.table, config)
+    return {name: value for name, value in stated.items() if value is not None}
 
 
 def _read(tensor: Tensor) -> np.ndarray[Any, Any]:
