@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
+from kcv2diffusers.backend import choose_backend
 from kcv2diffusers.errors import Error, MissingExtra
 
 
@@ -31,6 +32,7 @@ def generate(
     """
     if not prompts or images_per_prompt < 1:
         raise Error("Nothing to generate: give a prompt, and at least one image per prompt.")
+    choose_backend()
     try:
         from PIL import Image
 

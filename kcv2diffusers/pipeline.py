@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.recognise import NAMES, Match
+from kcv2diffusers.scheduler import SCHEDULER, SCHEDULER_FILE, read_scheduler, scheduler_of
 from kcv2diffusers.tables import Size, Table
 
 CONFIG_FILE = "kcv2diffusers.json"
@@ -19,28 +21,21 @@ IMAGE_SIZE = 512  # height and width in pixels where nobody states another
 # What cannot be read off the shapes of a model of unusual widths, by component folder.
 HEADS = {"unet": "attention_head_dim", "text_encoder": "num_attention_heads"}
 
-# KerasCV's sampler visits integer timesteps of its own choosing. This scheduler, given those as
-# `timesteps=`, replays it; DDIM cannot, because it derives the previous timestep by itself. Without
-# `timesteps=` the offset counts, and diffusers warns of any but 1.
-SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "trained_betas": None,
-    "use_karras_sigmas": False,
-}
+# Entries of a config.json that say nothing about the model.
+NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}
+# Sizes in the tables that no shape of a tensor follows from.
+FREE_SIZES = {"sample_size", "bos_token_id", "eos_token_id"}
+_STRUCTURE = {"down_block_types", "up_block_types", "layers_per_block", "use_linear_projection"}
+_SAVE_AGAIN = "Correct it, or save the pipeline again with diffusers' save_pretrained."
+# Sections of kcv2diffusers.json beside those of the components, as `to_keras` writes them: entries of
+# config.json files that no table has, by component; the scheduler's config; the dtypes of a pipeline.
+_OTHERS, _SCHEDULER, _DTYPES = "others", "scheduler", "dtypes"
 _MODEL_INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",
     "feature_extractor": [None, None],
     "image_encoder": [None, None],
     "requires_safety_checker": False,
     "safety_checker": [None, None],
-    "scheduler": ["diffusers", SCHEDULER["_class_name"]],
     "tokenizer": ["transformers", "CLIPTokenizer"],
 }
 
@@ -50,9 +45,10 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def model_index(tables: Mapping[str, Table]) -> dict[str, Any]:
-    """model_index.json of a pipeline of these components."""
-    return _MODEL_INDEX | {name: table.diffusers.split(".") for name, table in tables.items()}
+def model_index(tables: Mapping[str, Table], scheduler: str = SCHEDULER["_class_name"]) -> dict[str, Any]:
+    """model_index.json of a pipeline of these components and a scheduler of this class."""
+    components = {name: table.diffusers.split(".") for name, table in tables.items()}
+    return _MODEL_INDEX | components | {"scheduler": ["diffusers", scheduler]}
 
 
 def config_of(
@@ -65,7 +61,8 @@ def config_of(
 ) -> dict[str, Any]:
     """config.json of a component from its table's entries, sizes filled in.
 
-    `dims` are the table's symbols; "words" among them is the vocabulary without placeholder tokens.
+    `dims` are the table's symbols; "words" among them is the vocabulary without placeholder tokens, "bos" and
+    "eos" the ids of its special tokens (default: its last two).
     `image_size` is in pixels; `overrides` replace entries.
     """
     words = dims.get("words", dims.get("vocabulary", 0))
@@ -73,8 +70,8 @@ def config_of(
         **dims,
         "image_size": image_size,
         "sample_size": image_size // 8,
-        "bos": words - 2,
-        "eos": words - 1,
+        "bos": dims.get("bos", words - 2),
+        "eos": dims.get("eos", words - 1),
     }
     module, name = table.diffusers.split(".")
     own = {"_class_name": name} if module == "diffusers" else LOADED
@@ -84,8 +81,28 @@ def config_of(
 
 def untold(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a component's config.json that its weights do not tell."""
-    names = {"norm_num_groups", *(name for version in table.versions.values() for name in version.config)}
+    names = {
+        "norm_num_groups",
+        "sample_size",
+        *(name for version in table.versions.values() for name in version.config),
+    }
     return {name: value for name, value in config.items() if name in names}
+
+
+def check_sizes(path: Path, match: Match, config: Mapping[str, Any], remedy: str = _SAVE_AGAIN) -> None:
+    """Raise SourceError unless a model built from the config at `path` has the tensors that are there.
+
+    What the shapes of a model follow from are its entries that have sizes in the table, and `_STRUCTURE`;
+    an entry that is left out has Stable Diffusion's own value.
+    """
+    table = match.spec.table
+    wanted = config_of(table, match.version, match.dims, image_size=IMAGE_SIZE)
+    for name in {**table.config, **table.versions[match.version].config}:
+        shapes = _follows(table, name)
+        if not (shapes or name in _STRUCTURE) or (name not in config and (match.known or not shapes)):
+            continue
+        if (has := config.get(name)) != wanted[name]:
+            raise SourceError(path, f"{name} is {has}, the weights have {wanted[name]}.", remedy)
 
 
 def require_heads(match: Match, overrides: Mapping[str, Any]) -> None:
@@ -130,20 +147,90 @@ def user_config(path: Path, table: Table) -> dict[str, Any]:
 
     The file maps a component folder to entries of its config.json. Raises SourceError for anything else.
     """
+    file, entries = _section(path, table.folder)
+    known = {*table.config, *(k for v in table.versions.values() for k in v.config)}
+    if unknown := sorted(entries.keys() - known):
+        problem = f"{table.folder}: unknown entries {', '.join(unknown)}."
+        raise SourceError(file, problem, f"Known are {', '.join(sorted(known))}.")
+    others = _section(path, _OTHERS)[1].get(table.folder, {})
+    if not isinstance(others, dict):
+        raise SourceError(file, f"{_OTHERS}: {table.folder} is not a JSON object.", "Correct it.")
+    return {k: v for k, v in others.items() if _is_entry(k) and k not in known} | entries
+
+
+def user_scheduler(path: Path) -> dict[str, Any]:
+    """The scheduler's config that goes with a checkpoint: as the `kcv2diffusers.json` beside it states it,
+    where that has no class with Stable Diffusion's own entries for the rest. Raises SourceError for a config
+    that makes no sense.
+    """
+    file, stated = _section(path, _SCHEDULER)
+    config = stated if "_class_name" in stated else SCHEDULER | stated
+    scheduler_of(config, file)
+    return config
+
+
+def scheduler_with(unet: Match) -> tuple[dict[str, Any], Path]:
+    """The config of the scheduler to write beside a UNet, which was trained with its noise schedule, and the
+    file that states it: beside a checkpoint, or in the pipeline that it is from.
+    """
+    if unet.keras:
+        return user_scheduler(unet.source.path), _beside(unet.source.path) / CONFIG_FILE
+    file = unet.source.path.parent.parent / SCHEDULER_FILE
+    return scheduler_of(read_scheduler(file.parent.parent), file), file
+
+
+def user_dtype(path: Path, table: Table) -> str | None:
+    """The dtype of this component in the pipeline that `to_keras` made a checkpoint of, where it says so."""
+    file, stated = _section(path, _DTYPES)
+    name = stated.get(table.folder)
+    if name is not None and (not isinstance(name, str) or name not in DTYPES):
+        problem = f"{_DTYPES}: {str(name)[:40]!r} is none of {', '.join(DTYPES)}."
+        raise SourceError(file, problem, "Correct it.")
+    return name
+
+
+def carried(
+    components: Mapping[str, tuple[Match, Mapping[str, Any]]], scheduler: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `kcv2diffusers.json` with which `convert` finds back: what it would not write by itself into the
+    config.json of each component, given with one of its parts, and into the scheduler's.
+    """
+    stated: dict[str, dict[str, Any]] = {_OTHERS: {}}
+    for folder, (match, config) in components.items():
+        table = match.spec.table
+        written = config_of(table, match.version, match.dims, image_size=IMAGE_SIZE)
+        kept = {name: value for name, value in config.items() if _is_entry(name)}
+        own = {k: v for k, v in kept.items() if k in written and v != written[k] and not _follows(table, k)}
+        stated[folder] = ({} if match.known else untold(table, config)) | own
+        stated[_OTHERS][folder] = {k: v for k, v in kept.items() if k not in written}
+    stated[_OTHERS] = {folder: entries for folder, entries in stated[_OTHERS].items() if entries}
+    kept = {name: value for name, value in scheduler.items() if name not in NOT_KEPT}
+    stated[_SCHEDULER] = {} if kept == SCHEDULER else kept
+    return {name: entries for name, entries in stated.items() if entries}
+
+
+def _is_entry(name: str) -> bool:
+    return not name.startswith("_") and name not in NOT_KEPT
+
+
+def _follows(table: Table, name: str) -> bool:
+    """Whether an entry of config.json follows from the shapes of the weights."""
+    return "$" in str(table.config.get(name)) and name not in FREE_SIZES
+
+
+def _section(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The `kcv2diffusers.json` beside a checkpoint and one of its sections, empty where there is none."""
     folder = _beside(path)
     file = next((f for f in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE) if f.is_file()), None)
     if file is None or (file.parent != folder and not path.is_dir()):
-        return {}
+        return folder / CONFIG_FILE, {}
     try:
         data = json.loads(file.read_bytes()[: 1 << 20])
-        entries = data.get(table.folder, {})
-        known = {*table.config, *(k for v in table.versions.values() for k in v.config)}
-        unknown = sorted(entries.keys() - known)
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
+        data = None
+    section = data.get(name, {}) if isinstance(data, dict) else None
+    if not isinstance(section, dict):
         example = '{"text_encoder": {"num_attention_heads": 12}}'
         problem = "not a JSON object of component names and their config entries."
-        raise SourceError(file, problem, f"Correct it; for example: {example}") from None
-    if unknown:
-        problem = f"{table.folder}: unknown entries {', '.join(unknown)}."
-        raise SourceError(file, problem, f"Known are {', '.join(sorted(known))}.")
-    return dict(entries)
+        raise SourceError(file, problem, f"Correct it; for example: {example}")
+    return file, section

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kcv2diffusers.errors import MissingExtra
-from kcv2diffusers.schedule import Array, sampling_timesteps
+from kcv2diffusers.schedule import Array
+from kcv2diffusers.scheduler import SCHEDULER, schedule_of
 
 KERASCV_EPSILON = 1e-5  # of every group normalisation; diffusers has 1e-6 in transformer blocks and the VAE
 
@@ -44,7 +46,7 @@ def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
     """
     try:
         import torch  # noqa: F401  (without it diffusers has only a dummy)
-        from diffusers import StableDiffusionPipeline
+        from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "diffusers") from error
 
@@ -61,6 +63,9 @@ def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.unet, pipe.vae, pipe.text_encoder):
         in_float32(model)
+    if type(pipe.scheduler) is not EulerDiscreteScheduler:  # no other visits given timesteps as KerasCV does
+        scheduler: Any = EulerDiscreteScheduler
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
     return pipe
 
 
@@ -98,11 +103,16 @@ def draw(
             observe((values["latents"] / (sigma**2 + 1) ** 0.5).permute(0, 2, 3, 1).numpy())
         return values
 
+    schedule = schedule_of(pipe.scheduler.config, Path(SCHEDULER["_class_name"]))
+    timesteps = schedule.timesteps(steps)[::-1].tolist()
+    pipe.scheduler.set_timesteps(timesteps=timesteps)
+    # KerasCV starts from variance 1. Euler starts from that of noise and picture, or, by spacing, of noise.
+    unit = (pipe.scheduler.sigmas.max() ** 2 + 1) ** 0.5 / pipe.scheduler.init_noise_sigma
     images = pipe(
         prompt=list(prompts),
         negative_prompt=[negative_prompt] * len(prompts),
-        latents=torch.from_numpy(np.ascontiguousarray(noise.transpose(0, 3, 1, 2))),
-        timesteps=sampling_timesteps(steps)[::-1].tolist(),
+        latents=torch.from_numpy(np.ascontiguousarray(noise.transpose(0, 3, 1, 2))) * unit,
+        timesteps=timesteps,
         guidance_scale=guidance_scale,
         output_type="np",
         callback_on_step_end=step_end,

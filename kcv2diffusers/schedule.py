@@ -1,8 +1,10 @@
-"""The noise schedule of Stable Diffusion and the timesteps at which KerasCV 0.9.0 samples (NumPy only)."""
+"""The noise schedule that a UNet was trained with, and the timesteps at which it is sampled (NumPy only)."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,22 +14,116 @@ from kcv2diffusers.errors import Error
 Array = np.ndarray[Any, Any]
 
 TRAIN_STEPS = 1000
+SPACINGS = ("leading", "linspace", "trailing")
+_MOST_STEPS = 100_000
+
+
+def _linear(start: float, end: float, count: int) -> Array:
+    return np.linspace(start, end, count, dtype="float64")
+
+
+def _scaled_linear(start: float, end: float, count: int) -> Array:
+    return np.square(_linear(start**0.5, end**0.5, count))
+
+
+def _cosine(start: float, end: float, count: int) -> Array:
+    """Nichol and Dhariwal 2021, arXiv:2102.09672, as diffusers has it; start and end play no role."""
+    left = np.square(np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2))
+    return np.minimum(1 - left[1:] / left[:-1], 0.999)
+
+
+BETAS: Mapping[str, Callable[[float, float, int], Array]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "squaredcos_cap_v2": _cosine,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much noise a timestep means, in the words of diffusers' scheduler configs.
+
+    The defaults are Stable Diffusion's own, which KerasCV has too. `timestep_spacing` and `steps_offset` only
+    say at which timesteps diffusers samples. Raises ValueError for what no schedule can be.
+    """
+
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    trained_betas: tuple[float, ...] | None = None
+    num_train_timesteps: int = TRAIN_STEPS
+    rescale_betas_zero_snr: bool = False
+    timestep_spacing: str = "leading"
+    steps_offset: int = 1
+
+    def __post_init__(self) -> None:
+        count, betas = self.num_train_timesteps, self.trained_betas
+        given = (self.beta_start, self.beta_end) if betas is None else betas
+        for name, right in (
+            ("num_train_timesteps", type(count) is int and 2 <= count <= _MOST_STEPS),
+            ("trained_betas", betas is None or (isinstance(betas, tuple) and len(betas) == count)),
+            ("beta_schedule", isinstance(self.beta_schedule, str) and self.beta_schedule in BETAS),
+            ("timestep_spacing", self.timestep_spacing in SPACINGS),
+            ("steps_offset", type(self.steps_offset) is int and 0 <= self.steps_offset < _MOST_STEPS),
+            ("rescale_betas_zero_snr", isinstance(self.rescale_betas_zero_snr, bool)),
+        ):
+            if not right:
+                raise ValueError(f"{name} {str(getattr(self, name))[:40]!r}")
+        if not all(type(beta) in (int, float) and 0 < beta < 1 for beta in given):
+            raise ValueError("betas that are not between 0 and 1")
+
+    @property
+    def alphas_cumprod(self) -> Array:
+        """How much of a picture's variance is left at each timestep, descending, float32.
+
+        The last one is 0 where `rescale_betas_zero_snr` (Lin et al. 2023, arXiv:2305.08891).
+        """
+        if self.trained_betas is None:
+            betas = BETAS[self.beta_schedule](self.beta_start, self.beta_end, self.num_train_timesteps)
+        else:
+            betas = np.array(self.trained_betas, dtype="float64")
+        signal = np.cumprod(1 - betas)
+        if self.rescale_betas_zero_snr:
+            root = np.sqrt(signal)
+            signal = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        return signal.astype("float32")
+
+    def timesteps(self, steps: int) -> Array:
+        """The timesteps of a run of `steps` steps, ascending.
+
+        They are KerasCV's, from the first to the last as KerasCV rounds them; diffusers' where the spacing is
+        "trailing", from which few-step models are trained.
+        """
+        count = self.num_train_timesteps
+        if steps < 1:
+            raise Error(f"{steps} steps: at least 1 is needed")
+        if self.timestep_spacing == "trailing":
+            return np.arange(count, 0, -count / steps).round().astype("int64")[steps - 1 :: -1] - 1
+        ratio = (count - 1) / (steps - 1) if steps > 1 else count
+        return (np.arange(steps) * ratio).round().astype("int64")
+
+    def check(self, prediction_type: str) -> None:
+        """Raise Error for a UNet that cannot be sampled: noise says nothing where there is nothing else."""
+        if self.rescale_betas_zero_snr and prediction_type == "epsilon":
+            raise Error(
+                "The base predicts noise (epsilon), and its noise schedule (rescale_betas_zero_snr) ends in "
+                "noise alone, of which nothing can be predicted.\n"
+                "Correct the base's scheduler_config.json: such models predict v (v_prediction)."
+            )
+
+
+SD = Schedule()
+"""Stable Diffusion's own."""
 
 
 def alphas_cumprod() -> Array:
-    """How much of a picture's variance is left at each of the 1000 timesteps, float32, from 0.9991 down to
-    0.0047.
-    """
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, TRAIN_STEPS, dtype="float64") ** 2
-    return np.cumprod(1 - betas).astype("float32")
+    """`Schedule.alphas_cumprod` of Stable Diffusion: 1000 of them from 0.9991 down to 0.0047."""
+    return SD.alphas_cumprod
 
 
 def sampling_timesteps(steps: int) -> Array:
-    """The timesteps of a run of `steps` steps, ascending, from 0 to 999, as KerasCV rounds them."""
-    if steps < 1:
-        raise Error(f"{steps} steps: at least 1 is needed")
-    ratio = (TRAIN_STEPS - 1) / (steps - 1) if steps > 1 else TRAIN_STEPS
-    return (np.arange(steps) * ratio).round().astype("int64")
+    """`Schedule.timesteps` of Stable Diffusion, from 0 to 999: KerasCV's own."""
+    return SD.timesteps(steps)
 
 
 def timestep_embedding(timesteps: Array, width: int) -> Array:

@@ -24,25 +24,21 @@ from kcv2diffusers.output import check_free, new_folder
 from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetensors
 from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE, record
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise_all
+from kcv2diffusers.scheduler import SCHEDULER
+from kcv2diffusers.shapes import same_shape, stated_beside
 from kcv2diffusers.sources import open_all
 from kcv2diffusers.sources.locate import locate, locate_all
-from kcv2diffusers.sources.pipeline import (
-    PREDICTION_TYPES,
-    Component,
-    is_pipeline,
-    prediction_of,
-    read_pipeline,
-)
+from kcv2diffusers.sources.pipeline import PREDICTION_TYPES, Component, is_pipeline, read_pipeline
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.stream import Progress, run_finite
 from kcv2diffusers.tables import Table, spec, table_of, tables
-from kcv2diffusers.tokenizer import TokenizerFiles, find_tokenizer, write_tokenizer
+from kcv2diffusers.tokenizer import BOS, EOS, TokenizerFiles, find_tokenizer, write_tokenizer
 from kcv2diffusers.transfer import Job
+from kcv2diffusers.vocabulary import CLIP_VOCABULARY, check_ids, check_rows, check_tokenizer, homes
 
 Source = str | PathLike[str]
 PARTS = tuple(NAMES)
 _SLACK = 32 << 20  # bytes for everything that is not weights
-_CLIP_VOCABULARY = 49408
 _OUTPUT = {"model_index.json", "unet", "text_encoder", "vae", "tokenizer", "scheduler"}
 _OUTPUT_FILES = (
     CONVERSION_FILE,
@@ -52,8 +48,9 @@ _OUTPUT_FILES = (
     VERIFICATION_FILE,
     "samples.png",
 )
-_NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}
 _GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
+# What people name the files of a dtype.
+VARIANTS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def convert(
     with_sibling: bool = False,
     placeholder_tokens: Sequence[str] = (),
     image_size: int | None = None,
-    gelu: Literal["exact", "tanh"] = "exact",
+    gelu: Literal["exact", "tanh"] | None = None,
     prediction_type: str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -116,17 +113,19 @@ def convert(
     arguments say which part a source is for. `base` fills in what is not given: a diffusers pipeline folder,
     KerasCV parts, or "none" to write only the given parts, or "tiny" (default: for SD1 the parts that are
     missing, from the Hub). `with_sibling` adds the text encoder from the repository beside one that has none.
-    `dtype` is float32, float16 or bfloat16 (default: as
-    stored). `image_size` is the pipeline's default (512, unless a checkpoint's config states another).
-    `gelu` is the text encoder's activation for SD2 (see the README). `prediction_type` is the scheduler's,
-    "epsilon" or "v_prediction" (default: the pipeline's that the UNet is from, epsilon for KerasCV's).
-    `progress` is told bytes done and
-    in total. Raises Error with a message for the user; `out` is then as it was.
+    `dtype` is float32, float16 or bfloat16 (default: that of a `variant` fp16, bf16 or fp32, else as stored).
+    `image_size` is the pipeline's default (default: 512), `gelu` the text encoder's activation for SD2 (see
+    the README; default: exact), `prediction_type` the scheduler's, "epsilon" or "v_prediction" (default: the
+    pipeline's that the UNet is from, epsilon for KerasCV's). Where they are not given, the kcv2diffusers.json
+    beside a checkpoint counts before these defaults. The noise schedule comes with the UNet.
+    `progress` is told bytes done and in total. Raises Error with a message for the user; `out` is then as it
+    was.
     """
     started = time.monotonic()
     target = Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise Error(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
+    dtype = _dtype(dtype, variant)
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise Error(f"--prediction-type {prediction_type}: choose one of {', '.join(PREDICTION_TYPES)}.")
     if image_size is not None and (image_size < 64 or image_size % 64):
@@ -150,25 +149,32 @@ def convert(
     complete = not missing and not only_given
     parts = check_together({part: parts[part].require_complete() for part in PARTS if part in parts})
     given = [*paths, *filler.paths, *snapshots(paths)]
-    files = _tokenizer(parts.get("text_encoder"), tokenizer, given, placeholder_tokens, only_given)
-
-    unet_of = parts.get("unet")
-    if prediction_type is None and unet_of is not None and not unet_of.keras:
-        prediction_type = prediction_of(filler.paths[0])
-    scheduler = pipeline.SCHEDULER | {"prediction_type": prediction_type or PREDICTION_TYPES[0]}
+    text = parts.get("text_encoder")
+    files = _tokenizer(text, tokenizer, given, placeholder_tokens, only_given)
+    scheduler = _scheduler(parts.get("unet"), prediction_type)
 
     plans: list[tuple[Table, list[Entry], np.dtype]] = []
-    configs, dtypes = {}, {}
+    configs, dtypes, halved = {}, {}, dict[str, str]()
     for table in tables().values():
         mine = [parts[part] for part in table.parts if part in parts]
         if not mine:
             continue
         entries = [entry for match in mine for entry in to_diffusers(match)]
-        kind = DTYPES[dtype] if dtype else common_dtype(entry.tensor for entry in entries)
+        stated = _stated_dtype(mine)
+        kept = dtype or stated
+        kind = DTYPES[kept] if kept else common_dtype(entry.tensor for entry in entries)
         plans.append((table, entries, kind))
         dtypes[table.folder] = kind.name
+        if stated and not dtype:
+            halved[table.folder] = stated
         configs[table.folder] = config_for(mine[0], filler, image_size, gelu, files)
-    embeddings = _embeddings(parts.get("text_encoder"), placeholder_tokens, dtypes.get("text_encoder"))
+    earlier = files.placeholder_tokens if files and text and text.keras else ()
+    if halved:
+        notes.append(
+            f"As in the pipeline before to-keras: {', '.join(f'{f} {n}' for f, n in halved.items())}; "
+            "--dtype float32 keeps every bit."
+        )
+    embeddings = _embeddings(text, [*earlier, *placeholder_tokens], dtypes.get("text_encoder"))
 
     for match in parts.values():
         if match.source.path.resolve().is_relative_to(target.resolve()):
@@ -189,13 +195,12 @@ def convert(
             with safe_open(path, framework="numpy"):  # the library's own check of the header
                 pass
         if files is not None:
-            length = parts["text_encoder"].dims["length"] if "text_encoder" in parts else 77
+            length = text.dims["length"] if text else 77
             write_tokenizer(files, folder / "tokenizer", placeholder_tokens, length)
         if complete:
             pipeline.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-            pipeline.write_json(
-                folder / "model_index.json", pipeline.model_index({t.folder: t for t, _, _ in plans})
-            )
+            index = pipeline.model_index({t.folder: t for t, _, _ in plans}, scheduler["_class_name"])
+            pipeline.write_json(folder / "model_index.json", index)
             pipeline.write_json(
                 folder / CONVERSION_FILE,
                 record(parts, used, dtypes, Path(os.path.abspath(target))),  # noqa: PTH100
@@ -356,68 +361,87 @@ def _tokenizer(
     only_given: bool,
 ) -> TokenizerFiles | None:
     """The tokenizer to write, checked against the rows of the token embedding."""
-    if text is None or (only_given and tokenizer is None and not placeholder_tokens):
-        _check_rows(text, _CLIP_VOCABULARY, placeholder_tokens)
-        return None
-    named = None if tokenizer is None else locate(tokenizer, base=True, parts=())
-    files = find_tokenizer(named, given)
-    _check_rows(text, len(files.vocab) + len(files.placeholder_tokens), placeholder_tokens)
-    return files
-
-
-def _check_rows(text: Match | None, vocabulary: int, placeholder_tokens: Sequence[str]) -> None:
     if text is None:
         if placeholder_tokens:
             raise Error("--placeholder-token names rows of a text encoder, and none is given.")
-        return
-    rows = text.dims["vocabulary"]
-    extra = rows - vocabulary
-    if extra < 0 and text.known:
-        raise Error(f"{text.source.path}: {rows} token embeddings, fewer than the tokenizer's {vocabulary}.")
-    if extra < 0 and placeholder_tokens:
-        raise Error("--placeholder-token for a text encoder of unusual vocabulary needs its --tokenizer.")
-    if extra > 0 and not placeholder_tokens and (text.known or vocabulary != _CLIP_VOCABULARY):
+        return None
+    if only_given and tokenizer is None and not placeholder_tokens:
+        if text.known:
+            check_rows(text, CLIP_VOCABULARY, ())
+        return None
+    named = None if tokenizer is None else locate(tokenizer, base=True, parts=())
+    files = find_tokenizer(named, [*homes(text), *given])
+    check_tokenizer(text, files, placeholder_tokens)
+    return files
+
+
+def _scheduler(unet: Match | None, prediction_type: str | None) -> dict[str, Any]:
+    """The scheduler's config: what the UNet was trained with, and what it predicts if that is given."""
+    config = pipeline.scheduler_with(unet)[0] if unet else SCHEDULER
+    return config | ({"prediction_type": prediction_type} if prediction_type else {})
+
+
+def _dtype(dtype: str | None, variant: str | None) -> str | None:
+    """The dtype asked for, by its own name or by that of a variant."""
+    implied = VARIANTS.get(variant or "")
+    if dtype and implied and dtype != implied:
         raise Error(
-            f"{text.source.path}: {extra} token embedding{'s' if extra > 1 else ''} beyond the vocabulary's "
-            f"{vocabulary} (textual inversion).\nName {'them' if extra > 1 else 'it'} with "
-            f"{extra} time{'s' if extra > 1 else ''} --placeholder-token TOKEN, in order."
+            f"--variant {variant} names files of {implied}, and --dtype is {dtype}.\n"
+            "Leave one of the two away, or name the variant otherwise."
         )
-    if placeholder_tokens and len(placeholder_tokens) != extra:
-        raise Error(
-            f"{text.source.path}: {max(extra, 0)} extra token embeddings and {len(placeholder_tokens)} "
-            f"--placeholder-token.\nGive {max(extra, 0)} of them."
-        )
+    return dtype or implied
+
+
+def _stated_dtype(matches: Sequence[Match]) -> str | None:
+    """The dtype of the pipeline that `to_keras` made these checkpoints of, if it made them."""
+    table = matches[0].spec.table
+    stated = {pipeline.user_dtype(match.source.path, table) if match.keras else None for match in matches}
+    return stated.pop() if len(stated) == 1 else None
 
 
 def config_for(
-    match: Match, filler: Filler, image_size: int | None, gelu: str, files: TokenizerFiles | None
+    match: Match, filler: Filler, image_size: int | None, gelu: str | None, files: TokenizerFiles | None
 ) -> dict[str, Any]:
     """The config.json of a part's component: from the table, and from `filler` what weights do not tell."""
     table = match.spec.table
-    component = filler.components.get(table.folder)
     if not match.keras:  # the base's own component, with the base's own config
-        assert component is not None
-        kept = {k: v for k, v in component.config.items() if k not in _NOT_KEPT}
+        kept = _base_config(match, filler.components[table.folder])
         return kept if "_class_name" in kept else kept | pipeline.LOADED
-    overrides: dict[str, Any] = {}
-    if match.version == "sd2" and "hidden_act" in table.versions["sd2"].config:
+    overrides = stated_beside(match, _of_base(match, filler))
+    if gelu and match.version == "sd2" and "hidden_act" in table.versions["sd2"].config:
         overrides["hidden_act"] = _GELU[gelu]
-    if component is not None and not match.known:
-        base = next(iter(component.parts.values()))
-        if all(base.dims.get(k) == v for k, v in match.dims.items() if k != "vocabulary"):
-            overrides |= pipeline.untold(table, component.config)
-    overrides |= pipeline.user_config(match.source.path, table)
     if image_size is not None:
         overrides.pop("sample_size", None)
     pipeline.require_heads(match, overrides)
-    words = len(files.vocab) if files else min(_CLIP_VOCABULARY, match.dims.get("vocabulary", 0))
-    return pipeline.config_of(
+    sizes = {"words": min(CLIP_VOCABULARY, match.dims.get("vocabulary", 0))}
+    if files:
+        sizes = {"words": len(files.vocab), "bos": files.vocab[BOS], "eos": files.vocab[EOS]}
+    config = pipeline.config_of(
         table,
         match.version,
-        match.dims | {"words": words},
+        match.dims | sizes,
         image_size=image_size or pipeline.IMAGE_SIZE,
         overrides=overrides,
     )
+    check_ids(match.source.path, config, match.dims.get("vocabulary", 0))
+    return config
+
+
+def _base_config(match: Match, component: Component) -> dict[str, Any]:
+    path = component.path / "config.json"
+    pipeline.check_sizes(path, match, component.config)
+    check_ids(path, component.config, match.dims.get("vocabulary", 0))
+    return {k: v for k, v in component.config.items() if k not in pipeline.NOT_KEPT}
+
+
+def _of_base(match: Match, filler: Filler) -> dict[str, Any]:
+    """What a base of the same shape says of a model of unusual widths."""
+    table = match.spec.table
+    component = filler.components.get(table.folder)
+    base = next(iter(component.parts.values())) if component else filler.parts.get(match.part)
+    if match.known or base is None or not same_shape(match, base):
+        return {}
+    return pipeline.untold(table, component.config) if component else stated_beside(base)
 
 
 def _embeddings(

@@ -30,6 +30,7 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -43,6 +44,14 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49152 - 256 - 2  # CLIP's file lists 262,144 merges; CLIP, and so KerasCV, uses the first of them.
 LIMIT = 16 << 20  # The largest genuine file is about 4 MB; a small gz can unpack to any size.
+TOKENIZER_FILES = (
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,9 @@ class TokenizerFiles:
 
 
 def find_tokenizer(source: Path | None = None, folders: Iterable[Path] = ()) -> TokenizerFiles:
-    """Read the tokenizer at `source`, else in `tokenizer/` of a folder, else one found on this machine."""
+    """Read the tokenizer at `source`, else in `tokenizer/` of a folder or beside a file, else one found on
+    this machine.
+    """
     if source is not None:
         return _open(source)
     for path in _candidates(folders):
@@ -114,10 +125,21 @@ def write_tokenizer(
         raise TargetError(f"{folder}: cannot be written: {error.strerror or error}") from error
 
 
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer folder as they are, as far as there are any."""
+    found = [path for name in TOKENIZER_FILES if (path := source / name).is_file()]
+    if found:
+        folder.mkdir()
+    for path in found:
+        if path.stat().st_size > LIMIT:
+            raise SourceError(path, "is too large for a CLIP vocabulary (over 16 MiB)")
+        shutil.copyfile(path, folder / path.name)
+
+
 def _candidates(folders: Iterable[Path]) -> Iterator[Path]:
     """Where a tokenizer may be when none is named, best first."""
     for folder in folders:
-        yield folder / "tokenizer"
+        yield (folder.parent if folder.is_file() else folder) / "tokenizer"
     if home := os.environ.get("KERAS_HOME"):
         yield Path(home, "datasets", BPE_NAME)
     with suppress(RuntimeError):  # A user without a home folder.

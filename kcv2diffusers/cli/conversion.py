@@ -67,9 +67,13 @@ def convert(
             "Default: the base's, then KerasCV's cached copy, then an installed open_clip or clip.",
         ),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the weights (default: as stored).")] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Dtype of the weights (default: the variant's, else as stored)."),
+    ] = None,
     variant: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Variant in the file names, such as fp16.")
+        str | None,
+        typer.Option(metavar="NAME", help="Variant in the file names; fp16 and bf16 mean that dtype too."),
     ] = None,
     with_sibling: Annotated[
         bool,
@@ -83,9 +87,12 @@ def convert(
         int | None, typer.Option(help="The pipeline's default image size in pixels (512).")
     ] = None,
     gelu: Annotated[
-        Gelu,
-        typer.Option(help="Activation of an SD2 text encoder; tanh if trained on keras-cv 0.6.4 or newer."),
-    ] = Gelu.exact,
+        Gelu | None,
+        typer.Option(
+            help="Activation of an SD2 text encoder (default: exact); tanh if trained on keras-cv 0.6.4 or "
+            "newer."
+        ),
+    ] = None,
     prediction_type: PredictionTypeOption = None,
     allow_nonfinite: AllowNonfinite = False,
     push_to_hub: Annotated[
@@ -125,7 +132,7 @@ def convert(
             with_sibling=with_sibling,
             placeholder_tokens=placeholder_token or (),
             image_size=image_size,
-            gelu=gelu.value,
+            gelu=gelu.value if gelu else None,
             prediction_type=prediction_type and prediction_type.value,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
@@ -139,7 +146,7 @@ def convert(
             **{part: str(path) for part, path in result.sources.items()},
             base=[str(result.base)] if result.base else [],
             variant=variant,
-            gelu=gelu.value,
+            gelu=gelu.value if gelu else None,
             prediction_type=prediction_type and prediction_type.value,
             level="images" if result.complete else "modules",
         )

@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from kcv2diffusers.backend import choose_backend
 from kcv2diffusers.cli.app import print_json, progress_bar, stages
 from kcv2diffusers.cli.hub import log_in, publish
 from kcv2diffusers.cli.options import Json
@@ -45,6 +46,7 @@ def generate(
     """Generate pictures with Keras; KERAS_BACKEND chooses TensorFlow, JAX or PyTorch."""
     from kcv2diffusers.generate import generate as run
 
+    choose_backend(_say)
     with progress_bar("Generating", steps=True) as progress:
         paths = run(
             *base,
@@ -63,6 +65,10 @@ def generate(
     print("\n".join(map(str, paths)))
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def dreambooth(**given: Any) -> None:
     """Fine-tune on photos of a subject (DreamBooth), and export the result as a diffusers pipeline."""
     from kcv2diffusers.errors import MissingExtra
@@ -73,6 +79,7 @@ def dreambooth(**given: Any) -> None:
         name: str(v) if isinstance(v, StrEnum) else v for name, v in given.items() if v not in (None, [])
     }
     config = make_config(values, file)
+    choose_backend(_say)
     try:
         from kcv2diffusers.dreambooth.train import train
     except ModuleNotFoundError as error:

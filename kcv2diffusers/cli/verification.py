@@ -61,8 +61,8 @@ def verify(
         int | None, typer.Option(help="Height and width in pixels (default: the pipeline's own, 512).")
     ] = None,
     gelu: Annotated[
-        Gelu, typer.Option(help="Activation of an SD2 text encoder, as in convert.")
-    ] = Gelu.exact,
+        Gelu | None, typer.Option(help="Activation of an SD2 text encoder, as in convert.")
+    ] = None,
     unet_gelu: Annotated[
         Gelu, typer.Option(help="Of the Keras UNet: KerasCV's tanh, or exact, as dreambooth trains.")
     ] = Gelu.tanh,
@@ -88,7 +88,7 @@ def verify(
         guidance=guidance,
         seeds=seeds,
         size=size,
-        gelu=gelu.value,
+        gelu=gelu.value if gelu else None,
         unet_gelu=unet_gelu.value,
         prediction_type=prediction_type and prediction_type.value,
     )

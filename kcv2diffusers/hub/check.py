@@ -15,7 +15,7 @@ from kcv2diffusers.dreambooth.config import RUN_FILE
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE
 from kcv2diffusers.recognise import NAMES, Match
-from kcv2diffusers.sources.pipeline import Component, read_json, read_pipeline, read_safetensors
+from kcv2diffusers.sources.pipeline import read_json, read_pipeline, read_safetensors
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import tables
 from kcv2diffusers.tokenizer import find_tokenizer
@@ -36,8 +36,6 @@ _ROOT = (
     RUN_FILE,
     "*.png",
 )
-_STRUCTURE = {"down_block_types", "up_block_types", "layers_per_block", "use_linear_projection"}
-_NOT_SHAPES = {"sample_size", "bos_token_id", "eos_token_id"}
 _COMPONENT = ("*.json", "*.txt", "*.safetensors")
 
 
@@ -83,14 +81,17 @@ def check(folder: Path, progress: Progress = lambda done, total: None) -> Checke
         {variant_of(name) for name in files if name.endswith(".safetensors")}, reverse=True
     ):
         for name, component in read_pipeline(folder, variant=variant or None).items():
-            _fits(folder / name, component)
+            for match in component.parts.values():
+                match.require_complete()
+                pipeline.check_sizes(folder / name / "config.json", match, component.config)
             parts |= component.parts
     if missing := [NAMES[part] for part in NAMES if part not in parts]:
         raise Error(f"{folder}: no {', '.join(missing)}; not a whole pipeline.\n{_AGAIN}")
     words = len((tokenizer := find_tokenizer(folder / "tokenizer")).vocab) + len(tokenizer.placeholder_tokens)
     if words > (rows := parts["text_encoder"].dims["vocabulary"]):
         raise Error(
-            f"{folder}: the tokenizer has {words} tokens and the text encoder {rows}.\nConvert it again."
+            f"{folder}: the tokenizer has {words} tokens and the text encoder {rows}.\n"
+            f"Put the text encoder's own into {folder / 'tokenizer'}, or convert again with --tokenizer."
         )
     read_json(folder / "scheduler" / "scheduler_config.json", _AGAIN)
     _finite([t for f in files if f.endswith(".safetensors") for t in read_safetensors(folder / f)], progress)
@@ -119,27 +120,6 @@ def _published(folder: Path, components: Sequence[str]) -> tuple[list[str], list
 def variant_of(name: str) -> str:
     """What stands between the name of a weight file and .safetensors: "fp16", or nothing."""
     return name.rsplit("/")[-1].removesuffix(".safetensors").partition(".")[2]
-
-
-def _fits(folder: Path, component: Component) -> None:
-    """Raise Error unless a model built from the config has the tensors that are there.
-
-    What the shapes of a model follow from are its entries that have sizes in the table, and `_STRUCTURE`;
-    an entry that is left out has Stable Diffusion's own value.
-    """
-    for match in component.parts.values():
-        match.require_complete()
-        table, config = match.spec.table, component.config
-        told = {**table.config, **table.versions[match.version].config}
-        wanted = pipeline.config_of(table, match.version, match.dims, image_size=pipeline.IMAGE_SIZE)
-        for name in told:
-            shapes = "$" in str(told[name]) and name not in _NOT_SHAPES
-            if not (shapes or name in _STRUCTURE) or (name not in config and (match.known or not shapes)):
-                continue
-            if (has := config.get(name)) != wanted[name]:
-                raise Error(
-                    f"{folder / 'config.json'}: {name} is {has}, the weights have {wanted[name]}.\n{_AGAIN}"
-                )
 
 
 def _finite(tensors: Sequence[Tensor], progress: Progress) -> None:

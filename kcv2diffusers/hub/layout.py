@@ -19,6 +19,7 @@ from kcv2diffusers.maps import existing, nominal
 from kcv2diffusers.pipeline import CONFIG_FILE
 from kcv2diffusers.recognise import NAMES
 from kcv2diffusers.tables import specs, table_of, tables
+from kcv2diffusers.tokenizer import TOKENIZER_FILES
 
 Listing = Mapping[str, int]
 """Path in the repository to size in bytes."""
@@ -34,14 +35,6 @@ _HINTS = (
 _BYTES = (4, 2, 8, 12)
 _TOLERANCE = 0.02
 _SMALL = ("model_index.json", CONFIG_FILE, "README.md")
-_TOKENIZER = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 _CHECKPOINT = re.compile(r"\.(h5|hdf5|keras)$")
 _SHARD = re.compile(r"_\d{5}\.weights\.h5$")
 
@@ -142,7 +135,7 @@ def small_files(listing: Listing, below: str) -> list[str]:
 
 def tokenizer_files(listing: Listing, folder: str) -> list[str]:
     """The files of a tokenizer in a folder of the repository."""
-    return [name for file in _TOKENIZER if (name := _join(folder, file)) in listing]
+    return [name for file in TOKENIZER_FILES if (name := _join(folder, file)) in listing]
 
 
 def unsafe(path: str) -> bool:

@@ -35,12 +35,16 @@ from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.models.unet import build_unet
 from kcv2diffusers.models.vae import build_decoder, build_image_encoder
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
+from kcv2diffusers.schedule import SD, Schedule
+from kcv2diffusers.scheduler import deviations, prediction_in, schedule_of
+from kcv2diffusers.shapes import stated_beside
 from kcv2diffusers.sources import open_all
 from kcv2diffusers.sources.locate import locate, locate_all
-from kcv2diffusers.sources.pipeline import PREDICTION_TYPES, is_pipeline, prediction_of, read_pipeline
+from kcv2diffusers.sources.pipeline import is_pipeline, read_pipeline
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.tables import spec
 from kcv2diffusers.tokenizer import find_tokenizer
+from kcv2diffusers.vocabulary import check_enough_rows, homes
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact", "gelu_pytorch_tanh": "tanh"}
 
@@ -51,8 +55,8 @@ class Base:
 
     `version` is "sd1" or "sd2"; `image_size` the height and width in pixels that it was trained for;
     `prediction_type` what its UNet predicts, "epsilon" (KerasCV) or "v_prediction"; `stated`
-    the kcv2diffusers.json that its checkpoints need, empty for the usual widths; `names` what diffusers calls
-    a variable, by its `id`.
+    the kcv2diffusers.json that its checkpoints need, empty for the usual widths and noise; `names` what
+    diffusers calls a variable, by its `id`; `schedule` the noise that its UNet was trained with.
     """
 
     version: str
@@ -66,10 +70,19 @@ class Base:
     decoder: keras.Model
     image_encoder: keras.Model
     tokenizer: Tokenizer
+    schedule: Schedule = SD
 
     def sampler(self) -> TextToImage:
         """Text to picture with these models."""
-        return TextToImage(self.text_encoder, self.unet, self.decoder, self.tokenizer, self.prediction_type)
+        return TextToImage(
+            self.text_encoder,
+            self.unet,
+            self.decoder,
+            self.tokenizer,
+            self.prediction_type,
+            self.schedule,
+            self.config.text_encoder.max_length,
+        )
 
 
 def load_base(
@@ -88,11 +101,10 @@ def load_base(
     user.
     """
     paths = [path for source in sources for path in locate_all(source, base=True)]
-    prediction_type = PREDICTION_TYPES[0]
     if len(paths) == 1 and is_pipeline(paths[0]):
         components = read_pipeline(paths[0])
         configs = {part: (m, c.config) for c in components.values() for part, m in c.parts.items()}
-        gelu, prediction_type = gelu or "exact", prediction_of(paths[0])
+        gelu = gelu or "exact"
     else:
         matches: dict[str, Match] = {}
         for source in open_all(paths):
@@ -113,14 +125,20 @@ def load_base(
         vae_config(*configs["vae_decoder"]),
     )
     named = None if tokenizer is None else locate(tokenizer, base=True, parts=())
-    files = find_tokenizer(named, [*paths, *snapshots(paths)])
+    files = find_tokenizer(named, [*homes(text), *paths, *snapshots(paths)])
+    check_enough_rows(text, files)
+    scheduler, stating = pipeline.scheduler_with(unet)
+    prediction_type, schedule = prediction_in(scheduler, stating), schedule_of(scheduler, stating)
+    stated = {m.spec.table.folder: _stateable(m, entries) for m, entries in configs.values() if not m.known}
+    if noise := deviations(prediction_type, schedule):
+        stated |= {"scheduler": noise}
     with zeros():
         base = Base(
             unet.version,
             PIXELS_PER_LATENT
             * configs["unet"][1].get("sample_size", pipeline.IMAGE_SIZE // PIXELS_PER_LATENT),
             prediction_type,
-            {m.spec.table.folder: _stateable(m, stated) for m, stated in configs.values() if not m.known},
+            stated,
             {},
             config,
             build_unet(config.unet, dtype),
@@ -128,6 +146,7 @@ def load_base(
             build_decoder(config.vae, dtype),
             build_image_encoder(config.vae, moments, dtype),
             Tokenizer.of_files(files),
+            schedule,
         )
     for part, model in zip(
         NAMES, (base.unet, base.text_encoder, base.decoder, base.image_encoder), strict=True
@@ -200,15 +219,15 @@ def _stated(match: Match, stated: Mapping[str, Any], name: str) -> Any:
 
 def _beside(match: Match) -> dict[str, Any]:
     """Entries of the `kcv2diffusers.json` beside a checkpoint, which must state heads that are unusual."""
-    stated = pipeline.user_config(match.source.path, match.spec.table)
+    stated = stated_beside(match)
     pipeline.require_heads(match, stated)
     return stated
 
 
 def _stateable(match: Match, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config that a kcv2diffusers.json may state."""
-    names = {**pipeline.untold(match.spec.table, config), "sample_size": config.get("sample_size")}
-    return {name: value for name, value in names.items() if value is not None}
+    stated = pipeline.untold(match.spec.table, config)
+    return {name: value for name, value in stated.items() if value is not None}
 
 
 def _read(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -16,12 +16,12 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.models.config import LATENT_CHANNELS, PIXELS_PER_LATENT
 from kcv2diffusers.models.layers import Tensor
 from kcv2diffusers.models.tokenizer import Tokenizer
-from kcv2diffusers.schedule import alphas_cumprod, sampling_timesteps, timestep_embedding
+from kcv2diffusers.schedule import SD, Schedule, timestep_embedding
 
 Array = np.ndarray[Any, Any]
 
 PROMPT_LENGTH = 77
-"""Prompts are padded to this many tokens, with the end token."""
+"""Prompts of Stable Diffusion and KerasCV are padded to this many tokens, with the end token."""
 GRANULARITY = 64
 """Heights and widths are multiples of this: 8 pixels a latent, halved three times in the UNet."""
 
@@ -46,10 +46,13 @@ class GuidedStep(keras.Model):  # type: ignore[misc]
         unconditional, conditional = ops.split(ops.cast(predicted, "float32"), 2)
         # One row of numbers per picture: predict_on_batch has batched inputs only.
         scale, signal, signal_before = (inputs["numbers"][:, i, None, None, None] for i in range(3))
-        noise = unconditional + scale * (conditional - unconditional)
+        guided = unconditional + scale * (conditional - unconditional)
         if self.prediction_type == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
-            noise = ops.sqrt(signal) * noise + ops.sqrt(1 - signal) * latents
-        picture = (latents - ops.sqrt(1 - signal) * noise) / ops.sqrt(signal)
+            noise = ops.sqrt(signal) * guided + ops.sqrt(1 - signal) * latents
+            picture = ops.sqrt(signal) * latents - ops.sqrt(1 - signal) * guided
+        else:
+            noise = guided
+            picture = (latents - ops.sqrt(1 - signal) * noise) / ops.sqrt(signal)
         return ops.sqrt(1 - signal_before) * noise + ops.sqrt(signal_before) * picture
 
 
@@ -57,7 +60,9 @@ class GuidedStep(keras.Model):  # type: ignore[misc]
 class TextToImage:
     """The three models and the tokenizer of a Stable Diffusion, and the loop around them.
 
-    `prediction_type` is what the UNet predicts, "epsilon" or "v_prediction".
+    `prediction_type` is what the UNet predicts, "epsilon" or "v_prediction", `schedule` the noise that it was
+    trained with, `length` the number of tokens that the text encoder takes. Raises Error for a UNet that
+    cannot be sampled.
     """
 
     text_encoder: keras.Model
@@ -65,23 +70,26 @@ class TextToImage:
     decoder: keras.Model
     tokenizer: Tokenizer
     prediction_type: str = "epsilon"
+    schedule: Schedule = SD
+    length: int = PROMPT_LENGTH
 
     def __post_init__(self) -> None:
+        self.schedule.check(self.prediction_type)
         self._step = GuidedStep(self.unet, self.prediction_type)
 
     def tokens(self, prompts: Sequence[str]) -> Array:
-        """Token ids of each prompt, padded with the end token: (prompts, 77) int32."""
+        """Token ids of each prompt, padded with the end token: (prompts, length) int32."""
         tokens = [self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, tokens, strict=True):
-            if len(ids) > PROMPT_LENGTH:
-                raise Error(f"the prompt has {len(ids)} tokens, at most {PROMPT_LENGTH} fit: {prompt!r}")
-        padded = [ids + [self.tokenizer.end] * (PROMPT_LENGTH - len(ids)) for ids in tokens]
+            if len(ids) > self.length:
+                raise Error(f"the prompt has {len(ids)} tokens, at most {self.length} fit: {prompt!r}")
+        padded = [ids + [self.tokenizer.end] * (self.length - len(ids)) for ids in tokens]
         return np.array(padded, dtype="int32")
 
     def encode_prompts(self, prompts: Sequence[str]) -> Array:
-        """The text encoder's output for each prompt: (prompts, 77, width)."""
+        """The text encoder's output for each prompt: (prompts, length, width)."""
         tokens = self.tokens(prompts)
-        positions = np.broadcast_to(np.arange(PROMPT_LENGTH, dtype="int32"), tokens.shape)
+        positions = np.broadcast_to(np.arange(self.length, dtype="int32"), tokens.shape)
         inputs = {"tokens": tokens, "positions": np.ascontiguousarray(positions)}
         return np.asarray(self.text_encoder.predict_on_batch(inputs))
 
@@ -115,7 +123,7 @@ class TextToImage:
         """`sample` with encoded prompts: `context` is of those to keep away from, then of those to follow.
         `observe` is given the latents after each step.
         """
-        timesteps, signal = sampling_timesteps(steps), alphas_cumprod()
+        timesteps, signal = self.schedule.timesteps(steps), self.schedule.alphas_cumprod
         latents = np.asarray(noise, dtype="float32")
         width = self.unet.input_shape[1][-1]
         for done, timestep in enumerate(reversed(timesteps), start=1):

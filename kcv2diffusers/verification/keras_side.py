@@ -24,7 +24,7 @@ from kcv2diffusers.verification.blocks import modules_of
 from kcv2diffusers.verification.exchange import Arrays, Progress, side_main
 from kcv2diffusers.verification.inputs import Inputs, batches, block_inputs
 from kcv2diffusers.verification.request import Request
-from kcv2diffusers.verification.sides import Side, open_sides, prediction_type
+from kcv2diffusers.verification.sides import Side, noise_of, open_sides
 
 Draw = Callable[[Sequence[str], Array, Callable[[Array], None]], Array]
 """Prompts and noise to pictures (prompts, height, width, 3) uint8; told the latents after each step."""
@@ -67,7 +67,7 @@ def _build(side: Side, request: Request, size: int) -> keras.Model:
         if request.reference == "keras-cv":
             from kcv2diffusers.verification.kerascv import build
 
-            model = build(side, size, request.gelu)
+            model = build(side, size)
         elif side.part == "unet":
             model = build_unet(unet_config(source, config, side.unet_gelu(request)))  # type: ignore[arg-type]
         elif side.part == "text_encoder":
@@ -123,7 +123,8 @@ def _images(
         models["unet"],
         models["vae_decoder"],
         tokenizer,
-        prediction_type(request, sides),
+        *noise_of(request, sides),
+        sides["text_encoder"].source.dims["length"],
     )
     pictures: Draw
     if request.reference == "keras-cv":

@@ -31,10 +31,10 @@ def _get(module: str, name: str) -> Any:
     return getattr(import_module(f"{_HOME}.{module}"), name)
 
 
-def build(side: Side, size: int, gelu: str) -> Any:
+def build(side: Side, size: int) -> Any:
     """KerasCV's model of a part with random weights, for pictures of `size` pixels.
 
-    With `gelu` "exact" an SD2 text encoder has the activation it had up to keras-cv 0.6.0.
+    An SD2 text encoder whose config says "gelu" has the activation it had up to keras-cv 0.6.0.
     """
     name = side.source.spec.keras_class
     cls = _get(_FILES[name], name)
@@ -45,7 +45,7 @@ def build(side: Side, size: int, gelu: str) -> Any:
     if side.part == "vae_encoder":
         return cls(download_weights=False)
     model = cls(77, side.source.dims["vocabulary"], download_weights=False)
-    if side.source.version == "sd2" and gelu == "exact":
+    if side.source.version == "sd2" and side.config.get("hidden_act", "gelu") == "gelu":
         from kcv2diffusers.models.layers import ACTIVATIONS
 
         for layer in model.layers:

@@ -20,9 +20,9 @@ _FILE = "request.json"
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """A verification. `sources` and `named` (by part) are the checkpoints that `pipeline` was made of,
-    `base` what the conversion took the other parts from. `gelu` is the activation of an SD2 text encoder,
-    `unet_gelu` that of the Keras UNet, as in training; `prediction_type` what it predicts (None: as in
-    `sides.prediction_type`). `size` is in pixels; None is the pipeline's own.
+    `base` what the conversion took the other parts from. `gelu` is the activation of an SD2 text encoder
+    (None: as the conversion finds it), `unet_gelu` that of the Keras UNet, as in training; `prediction_type`
+    what it predicts (None: as in `sides.scheduler`). `size` is in pixels; None is the pipeline's own.
     """
 
     pipeline: str
@@ -30,7 +30,7 @@ class Request:
     named: dict[str, str] = field(default_factory=dict)
     base: list[str] = field(default_factory=list)
     variant: str | None = None
-    gelu: str = "exact"
+    gelu: str | None = None
     unet_gelu: str = "tanh"
     prediction_type: str | None = None
     reference: str = "builtin"
@@ -49,7 +49,7 @@ class Request:
             ("gelu", self.gelu, GELUS),
             ("unet-gelu", self.unet_gelu, GELUS),
         ):
-            if value not in choices:
+            if value not in choices and not (option == "gelu" and value is None):
                 raise Error(f"--{option} {value}: choose one of {', '.join(choices)}.")
         for option, number in (("steps", self.steps), ("seeds", self.seeds)):
             if number < 1:

@@ -17,8 +17,8 @@ from typing import Any
 
 from kcv2diffusers.errors import Error
 from kcv2diffusers.recognise import NAMES
+from kcv2diffusers.scheduler import deviations
 from kcv2diffusers.sources.locate import locate_all
-from kcv2diffusers.sources.pipeline import PREDICTION_TYPES
 from kcv2diffusers.verification import weights
 from kcv2diffusers.verification.bars import BARS
 from kcv2diffusers.verification.exchange import Arrays, Progress, require, run_side
@@ -26,7 +26,7 @@ from kcv2diffusers.verification.inputs import initial_noise, module_inputs
 from kcv2diffusers.verification.request import MULTIPLE, Request
 from kcv2diffusers.verification.result import Input, Verified
 from kcv2diffusers.verification.settings import check_settings
-from kcv2diffusers.verification.sides import Side, open_sides, prediction_type, source_paths
+from kcv2diffusers.verification.sides import Side, noise_of, open_sides, scheduler, source_paths
 
 _IMAGE_SIZE = 512  # pixels, where a pipeline does not state its own
 _STATED = (".json", ".txt", ".safetensors")  # files of a pipeline that the report lists
@@ -58,8 +58,8 @@ def verify(
         sides = open_sides(request)
         _check_reference(request, sides)
         compared = weights.compare(sides, _megabytes(progress))
-        predicts = prediction_type(request, sides)
-        settings = check_settings(Path(request.pipeline), sides, source_paths(request), predicts)
+        wanted = scheduler(request, sides)
+        settings = check_settings(Path(request.pipeline), sides, source_paths(request), wanted)
     result = Verified(
         request=request,
         sources={part: str(side.source.source.path) for part, side in sides.items() if side.given},
@@ -102,9 +102,13 @@ def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
     if (
         request.reaches("images")
         and request.reference == "keras-cv"
-        and prediction_type(request, sides) != PREDICTION_TYPES[0]
+        and (stated := deviations(*noise_of(request, sides)))
     ):
-        raise Error(f"{request.pipeline}: predicts v, KerasCV's sampler does not.\nUse --reference builtin.")
+        entries = ", ".join(f"{name} {value}" for name, value in stated.items())
+        raise Error(
+            f"{request.pipeline}: {entries}, which KerasCV's sampler knows nothing of.\n"
+            "Use --reference builtin."
+        )
     unusual = [side.name for side in sides.values() if not side.source.known]
     if request.reaches("modules") and request.reference == "keras-cv" and unusual:
         raise Error(

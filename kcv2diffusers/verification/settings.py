@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.pipeline import SCHEDULER, model_index
+from kcv2diffusers.pipeline import model_index
 from kcv2diffusers.sources.pipeline import read_json
 from kcv2diffusers.tables import tables
 from kcv2diffusers.tokenizer import EOS, TokenizerFiles, find_tokenizer
@@ -28,22 +29,23 @@ _FREE = {
     "torch_dtype",
 }
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-# Of SCHEDULER; the offset counts only where nobody gives timesteps.
-_FREE_SCHEDULER = {"steps_offset"}
-# What diffusers takes where an entry is missing, as far as it is what SCHEDULER has.
+# The offset counts only where nobody gives timesteps, the others only for classes derived from this one.
+_FREE_SCHEDULER = {"clip_sample", "set_alpha_to_one", "skip_prk_steps", "steps_offset"}
+# What diffusers takes where an entry is missing, as far as it is what a conversion writes.
 _SCHEDULER_DEFAULTS = {
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
     "trained_betas": None,
     "use_karras_sigmas": False,
 }
 
 
 def check_settings(
-    pipeline: Path, sides: Mapping[str, Side], sources: Sequence[Path], prediction_type: str
+    pipeline: Path, sides: Mapping[str, Side], sources: Sequence[Path], scheduler: Mapping[str, Any]
 ) -> list[str]:
     """Everything that is not as the conversion writes it, one line each. `sources` are checkpoints, beside
-    which a tokenizer may lie; `prediction_type` is the UNet's.
+    which a tokenizer may lie; `scheduler` is the config of the UNet's.
     """
     problems = []
     for side in sides.values():
@@ -51,8 +53,8 @@ def check_settings(
             problems += _config(side)
     problems = list(dict.fromkeys(problems))  # the halves of a VAE share a config
     if (pipeline / "model_index.json").is_file():
-        problems += _index(pipeline / "model_index.json")
-        problems += _scheduler(pipeline / "scheduler" / "scheduler_config.json", prediction_type)
+        problems += _index(pipeline / "model_index.json", str(scheduler["_class_name"]))
+        problems += _scheduler(pipeline / "scheduler" / "scheduler_config.json", scheduler)
     if (pipeline / "tokenizer").is_dir():
         problems += _tokenizer(pipeline / "tokenizer", sides, sources)
     return problems
@@ -68,9 +70,9 @@ def _config(side: Side) -> list[str]:
     ]
 
 
-def _index(path: Path) -> list[str]:
+def _index(path: Path, scheduler: str) -> list[str]:
     """Components of another class. diffusers imports whatever library an entry names."""
-    wanted = model_index({table.folder: table for table in tables().values()})
+    wanted = model_index({table.folder: table for table in tables().values()}, scheduler)
     try:
         actual = read_json(path)
     except SourceError:
@@ -82,14 +84,13 @@ def _index(path: Path) -> list[str]:
     ]
 
 
-def _scheduler(path: Path, prediction_type: str) -> list[str]:
+def _scheduler(path: Path, wanted: Mapping[str, Any]) -> list[str]:
     if not path.exists():
         return ["scheduler/scheduler_config.json: missing"]
     try:
         actual = _SCHEDULER_DEFAULTS | read_json(path)
     except SourceError:
         return ["scheduler/scheduler_config.json: not a JSON object"]
-    wanted = SCHEDULER | {"prediction_type": prediction_type}
     wrong = {name: value for name, value in wanted.items() if actual.get(name) != value}
     if "_class_name" in wrong:  # another class has other entries
         wrong = {"_class_name": wrong["_class_name"]}
@@ -134,7 +135,10 @@ def _vocabulary(files: TokenizerFiles, sides: Mapping[str, Side], sources: Seque
     if (text := sides.get("text_encoder")) is not None:
         tokens, rows = len(files.vocab) + len(files.placeholder_tokens), text.source.dims["vocabulary"]
         if tokens != rows and (tokens > rows or text.source.known):
-            problems.append(f"tokenizer: {tokens} tokens for {rows} embeddings")
+            problems.append(
+                f"tokenizer: {tokens} tokens for {rows} embeddings; convert with the text encoder's own, by "
+                "--tokenizer"
+            )
     for source in sources:
         if not (source / "tokenizer").is_dir():
             continue

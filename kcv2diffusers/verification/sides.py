@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from kcv2diffusers.errors import Error
-from kcv2diffusers.pipeline import HEADS
+from kcv2diffusers.pipeline import HEADS, scheduler_with
 from kcv2diffusers.recognise import NAMES, Match
+from kcv2diffusers.schedule import Schedule
+from kcv2diffusers.scheduler import SCHEDULER_FILE, prediction_in, read_scheduler, schedule_of, scheduler_of
 from kcv2diffusers.sources.locate import locate_all
-from kcv2diffusers.sources.pipeline import PREDICTION_TYPES, Component, prediction_of, read_pipeline
+from kcv2diffusers.sources.pipeline import Component, read_pipeline
 from kcv2diffusers.tables import table_of
 from kcv2diffusers.to_diffusers import Filler, check_together, config_for, find_base, gather
 from kcv2diffusers.verification.request import Request
@@ -109,13 +111,20 @@ def source_paths(request: Request) -> list[Path]:
     return [path for source in given for path in locate_all(source)] + bases
 
 
-def prediction_type(request: Request, sides: Mapping[str, Side]) -> str:
-    """What the UNet predicts: as `request` says, else noise for a KerasCV checkpoint, else as the pipeline
-    that it is from says.
+def scheduler(request: Request, sides: Mapping[str, Side]) -> dict[str, Any]:
+    """The scheduler's config as the conversion writes it: what the UNet was trained with, predicting what
+    `request` says. A UNet that is not among the sources has the pipeline's.
     """
     unet = sides.get("unet")
-    if request.prediction_type is not None:
-        return request.prediction_type
-    if unet is not None and unet.given and not unet.source.keras:
-        return prediction_of(unet.source.source.path.parent.parent)
-    return PREDICTION_TYPES[0] if unet is None or unet.given else prediction_of(Path(request.pipeline))
+    if unet is not None and unet.given:
+        config, _ = scheduler_with(unet.source)
+    else:
+        file = Path(request.pipeline) / SCHEDULER_FILE
+        config = scheduler_of(read_scheduler(Path(request.pipeline)), file)
+    return config | ({"prediction_type": request.prediction_type} if request.prediction_type else {})
+
+
+def noise_of(request: Request, sides: Mapping[str, Side]) -> tuple[str, Schedule]:
+    """What the UNet predicts, and the noise schedule that it was trained with."""
+    config, file = scheduler(request, sides), Path(request.pipeline) / SCHEDULER_FILE
+    return prediction_in(config, file), schedule_of(config, file)

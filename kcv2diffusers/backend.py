@@ -1,0 +1,66 @@
+"""Keras' backend: the one that is asked for, else the best one that is installed."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+from kcv2diffusers.errors import Error
+
+VARIABLE = "KERAS_BACKEND"
+BACKENDS = ("tensorflow", "jax", "torch")
+"""Best first: Keras' own default, which is also the fastest on a CPU."""
+
+
+def choose_backend(say: Callable[[str], None] = lambda line: None) -> None:
+    """Set KERAS_BACKEND, before Keras is imported, to a backend that is installed.
+
+    One that the user has set is taken, then one in Keras' own config file, then the first of `BACKENDS`;
+    `say` is given a line where nobody has set one. Raises Error if none is there, or not the one that is set.
+    """
+    if "keras" in sys.modules or not _installed("keras"):
+        return
+    found = [name for name in BACKENDS if _installed(name)]
+    if name := os.environ.get(VARIABLE):
+        _check(name, found)
+    elif not found:
+        raise Error(f"No backend of Keras is installed.\nInstall one: {', '.join(BACKENDS)}.")
+    else:
+        configured = _configured()
+        name = configured if configured in found[1:] else found[0]
+        os.environ[VARIABLE] = name
+        say(f"Keras runs on {name}; {VARIABLE} sets another ({', '.join(found)} installed).")
+
+
+def _check(name: str, found: list[str]) -> None:
+    if name in found:
+        return
+    if name in BACKENDS:
+        others = f", or set {VARIABLE} to {' or '.join(found)}" if found else ""
+        raise Error(f"{VARIABLE}={name}: {name} is not installed.\nInstall it{others}.")
+    near = difflib.get_close_matches(name.lower(), BACKENDS, 1, 0.5)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    raise Error(
+        f"{VARIABLE}={name}: no backend that is known here.\nSet one of {', '.join(BACKENDS)}.{meant}"
+    )
+
+
+def _configured() -> str | None:
+    """What Keras' config file names, which Keras itself writes with its default."""
+    home = os.environ.get("KERAS_HOME") or "~/.keras"
+    with suppress(OSError, ValueError, RuntimeError, AttributeError):
+        name = json.loads((Path(home).expanduser() / "keras.json").read_text()).get("backend")
+        return name if isinstance(name, str) else None
+    return None
+
+
+def _installed(package: str) -> bool:
+    with suppress(ValueError, ImportError):  # a half-imported module without a spec
+        return find_spec(package) is not None
+    return False

@@ -1,0 +1,94 @@
+"""Which backend Keras gets where the user sets one, and where not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kcv2diffusers import backend
+from kcv2diffusers.errors import Error
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Choose with some packages installed and the environment's variable set; the backend, what was said."""
+
+    def run(installed: str, variable: str | None = None) -> tuple[str | None, list[str]]:
+        packages = {"keras", *installed.split()}
+        monkeypatch.delitem(sys.modules, "keras", raising=False)
+        monkeypatch.setattr(backend, "_installed", packages.__contains__)
+        monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+        monkeypatch.setenv(backend.VARIABLE, variable or "")
+        said: list[str] = []
+        backend.choose_backend(said.append)
+        return os.environ.get(backend.VARIABLE), said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("installed", "chosen"),
+    [("torch jax tensorflow", "tensorflow"), ("torch jax", "jax"), ("torch", "torch")],
+)
+def test_the_best_that_is_installed(installed: str, chosen: str, choose: Any) -> None:
+    name, said = choose(installed)
+    assert name == chosen
+    assert len(said) == 1 and chosen in said[0] and "\n" not in said[0]
+
+
+def test_what_is_set_is_taken_and_nothing_said(choose: Any) -> None:
+    assert choose("torch jax tensorflow", "torch") == ("torch", [])
+
+
+def test_keras_own_config(choose: Any, tmp_path: Path) -> None:
+    (tmp_path / "keras.json").write_text(json.dumps({"backend": "torch"}))
+    assert choose("tensorflow torch")[0] == "torch"
+    assert choose("tensorflow")[0] == "tensorflow"  # it is not installed
+    for text in ("{", "[]", '{"backend": 3}'):
+        (tmp_path / "keras.json").write_text(text)
+        assert choose("tensorflow torch")[0] == "tensorflow"
+
+
+@pytest.mark.parametrize(
+    ("installed", "variable", "message"),
+    [
+        ("torch", "jax", r"jax is not installed\.\n.*set KERAS_BACKEND to torch"),
+        ("torch", "pytorch", r"no backend that is known here\.\n.*Did you mean torch\?"),
+        ("torch", "tensorfow", r"Did you mean tensorflow\?"),
+        ("", None, "No backend of Keras is installed"),
+    ],
+)
+def test_refused(installed: str, variable: str | None, message: str, choose: Any) -> None:
+    with pytest.raises(Error, match=message) as refused:
+        choose(installed, variable)
+    assert len(str(refused.value).split("\n")) == 2
+
+
+@pytest.mark.parametrize(
+    "command", ["generate --prompt cat", "dreambooth --instance-images missing --instance-prompt cat"]
+)
+def test_a_typo_on_the_command_line(command: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "kcv2diffusers.cli",
+            *command.split(),
+            "--base",
+            "tiny",
+            "--out",
+            tmp_path / "o",
+        ],
+        env={**os.environ, "KERAS_BACKEND": "tensorfow"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "KERAS_BACKEND=tensorfow" in done.stderr and len(done.stderr.splitlines()) == 2
