@@ -116,7 +116,7 @@ def kerascv(arguments: argparse.Namespace) -> Step:
     return lambda: float(step())
 
 
-def diffusers(arguments: argparse.Namespace) -> Step:
+def diffusers(arguments: argparse.Namespace, reads_loss: bool = True) -> Step:
     """As diffusers' DreamBooth scripts: VAE and text encoder in every step, clipping, AdamW."""
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -154,6 +154,8 @@ def diffusers(arguments: argparse.Namespace) -> Step:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     unet.train()
+    if getattr(arguments, "compiled", False):
+        unet.compile()
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -174,7 +176,7 @@ def diffusers(arguments: argparse.Namespace) -> Step:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss)
+        return float(loss) if reads_loss else 0.0
 
     return step
 
