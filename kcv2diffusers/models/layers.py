@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import keras
 from keras import ops
@@ -98,6 +98,12 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
     def call(self, inputs: Tensor) -> Tensor:
         # What is padded on one side only has a large picture anyway.
         symmetric = self.padding == "valid" or self.strides == (1, 1)
+        if symmetric and _on_torch_gpu(inputs):
+            from kcv2diffusers.models import torch_layers
+
+            pixels = self.kernel_size[0] // 2 if self.padding == "same" else 0
+            kernel, bias = self.kernel, None if self.bias is None else ops.convert_to_tensor(self.bias)
+            return torch_layers.convolve(inputs, ops.convert_to_tensor(kernel), bias, self.strides[0], pixels)
         known = all(isinstance(length, int) for length in inputs.shape)  # not while a model is built
         if symmetric and known and _turns_kernels(inputs):
             pixels = math.prod(inputs.shape[:3]) // math.prod(self.strides)
@@ -115,6 +121,10 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
         ]
         x = ops.concatenate(shifted, -1) if size > 1 else inputs
         return product(x, ops.reshape(self.kernel, (-1, self.filters)), self.bias)
+
+
+def _on_torch_gpu(inputs: Tensor) -> bool:
+    return keras.backend.backend() == "torch" and inputs.device.type not in ("cpu", "meta")
 
 
 def _turns_kernels(inputs: Tensor) -> bool:
@@ -197,7 +207,11 @@ class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
 
     def call(self, inputs: Tensor) -> Tensor:
         if keras.backend.backend() == "torch":
-            return _torch_group_norm(inputs, self)
+            from kcv2diffusers.models import torch_layers
+
+            gamma, beta = self.gamma.value, self.beta.value
+            x = torch_layers.group_norm(inputs, self.groups, gamma, beta, self.epsilon)
+            return ops.cast(x, self.compute_dtype)
         batch, channels = ops.shape(inputs)[0], inputs.shape[-1]
         x = ops.cast(inputs, "float32")
         grouped = ops.reshape(x, (-1, *ops.shape(inputs)[1:3], self.groups, channels // self.groups))
@@ -208,16 +222,6 @@ class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
         shift = beta - mean * scale
         x = x * ops.reshape(scale, (batch, 1, 1, channels)) + ops.reshape(shift, (batch, 1, 1, channels))
         return ops.cast(x, self.compute_dtype)
-
-
-def _torch_group_norm(inputs: Tensor, layer: keras.layers.Layer) -> Tensor:
-    """PyTorch wants channels first; a permuted view is its channels-last format, so nothing is copied."""
-    from torch.nn.functional import group_norm
-
-    x = inputs.permute(0, 3, 1, 2).float()
-    gamma, beta = layer.gamma.value.float(), layer.beta.value.float()
-    x = group_norm(x, layer.groups, gamma, beta, layer.epsilon)
-    return ops.cast(x.permute(0, 2, 3, 1), layer.compute_dtype)
 
 
 def group_norm(groups: int) -> keras.layers.Layer:
@@ -249,35 +253,23 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: boo
 
     Flash attention where the backend has it; the softmax is computed in float32 under every policy.
     """
+    backend = keras.backend.backend()
+    if backend == "torch":
+        from kcv2diffusers.models import torch_layers
+
+        return torch_layers.attention(query, key, value, heads, causal)
 
     def split(x: Tensor) -> Tensor:
         return ops.reshape(x, (-1, ops.shape(x)[1], heads, x.shape[-1] // heads))
 
-    attend = _scores_not_kept(partial(ops.dot_product_attention, is_causal=causal))
-    mixed = attend(split(query), split(key), split(value))
+    q, k, v = split(query), split(key), split(value)
+    if backend == "jax":
+        from kcv2diffusers.models import jax_layers
+
+        mixed = jax_layers.attention(q, k, v, causal)
+    else:  # TensorFlow's scores are computed again for the backward pass
+        mixed = keras.remat(partial(ops.dot_product_attention, is_causal=causal))(q, k, v)
     return ops.reshape(mixed, (-1, ops.shape(query)[1], query.shape[-1]))
-
-
-def _scores_not_kept(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`attend`, which keeps no (heads, query length, key length) scores for the backward pass: at 512 px they
-    are half a gigabyte in each of the five finest layers of a UNet.
-    """
-    if keras.backend.backend() == "tensorflow":
-        return cast("Callable[..., Tensor]", keras.remat(attend))
-    if not _on_jax_cpu():
-        return attend
-    import jax
-
-    @jax.custom_gradient  # type: ignore[untyped-decorator]
-    def attending(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        def backward(gradient: Tensor) -> Any:
-            # XLA starts on a CPU whatever it can, so that `jax.checkpoint` would have all scores early:
-            # these wait for the gradient.
-            return jax.vjp(attend, query + 0 * gradient, key, value)[1](gradient)
-
-        return attend(query, key, value), backward
-
-    return cast("Callable[..., Tensor]", attending)
 
 
 def to_sequence(x: Tensor) -> Tensor:

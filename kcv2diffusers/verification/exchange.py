@@ -56,6 +56,9 @@ def run_side(name: str, title: str, folder: Path, progress: Progress, backend: s
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment.setdefault("KERAS_BACKEND", backend)
+    # On the CPU: a GPU's float32 convolutions are rounded to 10 bits (TF32), ten times the tolerance, and its
+    # memory may still be held by what trained.
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "KERAS_TORCH_DEVICE": "cpu"}
     # -P keeps the working folder off the path: a file there may be called as a library is.
     package = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])

@@ -1,0 +1,58 @@
+"""Attention on JAX: by cuDNN's fused kernel where there is one, otherwise with scores computed twice."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+from keras import backend, ops
+
+Tensor = Any
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """Attention of (batch, length, heads, width) tensors.
+
+    No (heads, query length, key length) scores are kept for the backward pass: at 512 pixels they are half a
+    gigabyte in each of the five finest layers of a UNet.
+    """
+    device = jax.devices()[0]
+    if has_kernel(query, key, device):
+        return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
+    attend = partial(ops.dot_product_attention, is_causal=causal, flash_attention=False)
+    if device.platform == "cpu":
+        return _after_the_gradient(attend)(query, key, value)
+    return jax.checkpoint(attend)(query, key, value)
+
+
+def has_kernel(query: Tensor, key: Tensor, device: Any) -> bool:
+    """Whether cuDNN has a fused kernel for the forward and the backward pass on `device`.
+
+    Keras asks for the forward pass only. In the backward pass of an odd length JAX then raises, and Keras
+    logs that for each layer (seen with JAX 0.11 at SD1's 77 tokens).
+    """
+    return bool(
+        "cuda" in str(device.client.platform_version)
+        and float(device.compute_capability) >= 8.0
+        and backend.standardize_dtype(query.dtype) in ("bfloat16", "float16")
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 128
+        and query.shape[1] % 2 == key.shape[1] % 2 == 0
+    )
+
+
+def _after_the_gradient(attend: Any) -> Any:
+    """`attend`, whose scores are computed again when the gradient is there.
+
+    XLA starts on a CPU whatever it can, so that `jax.checkpoint` would have all scores early.
+    """
+
+    @jax.custom_gradient  # type: ignore[untyped-decorator]
+    def attending(query: Tensor, key: Tensor, value: Tensor) -> Any:
+        def backward(gradient: Tensor) -> Any:
+            return jax.vjp(attend, query + 0 * gradient, key, value)[1](gradient)
+
+        return attend(query, key, value), backward
+
+    return attending
