@@ -121,6 +121,17 @@ def alphas_cumprod() -> Array:
     return SD.alphas_cumprod
 
 
+def min_snr_weights(signal: Array, gamma: float, prediction_type: str) -> Array:
+    """Weights of the loss at each timestep by min-SNR (Hang et al. 2023, arXiv:2303.09556), float32 of the
+    shape of `signal`, the `alphas_cumprod`; ones for a `gamma` of 0.
+    """
+    if not gamma:
+        return np.ones_like(signal)
+    ratio = signal.astype("float64") / (1 - signal.astype("float64"))
+    weights = np.minimum(ratio, gamma) / (ratio + 1 if prediction_type == "v_prediction" else ratio)
+    return np.asarray(weights, "float32")
+
+
 def sampling_timesteps(steps: int) -> Array:
     """`Schedule.timesteps` of Stable Diffusion, from 0 to 999: KerasCV's own."""
     return SD.timesteps(steps)

@@ -75,9 +75,10 @@ class Config:
         "exact", "The UNet's GELU; exact is what diffusers computes.", choices=("exact", "tanh")
     )
     precision: str = _option(
-        "float32",
-        "Of the computation; weights stay float32.",
-        choices=("float32", "mixed_bfloat16", "mixed_float16"),
+        "auto",
+        "Of the computation; weights stay float32. auto: bfloat16 on a GPU that has it, float16 on another, "
+        "float32 on a CPU.",
+        choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
     )
     devices: int = _option(1, "Devices to divide each step among (JAX).", least=1)
     rematerialise: bool = _option(False, "Compute activations twice: slower, less memory.")

@@ -1,14 +1,66 @@
-"""Each step split over several devices of one host."""
+"""What a run computes on: its precision, several devices of one host, and what to do when memory is short."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import keras
 
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.errors import Error
+
+
+def best_precision() -> str:
+    """The dtype policy for the device that Keras computes on: "mixed_bfloat16" on a GPU that has bfloat16,
+    "mixed_float16" on another, "float32" on a CPU.
+    """
+    backend = keras.backend.backend()
+    if backend == "torch":
+        import torch
+
+        if not torch.cuda.is_available():
+            return "float32"
+        return _half(torch.cuda.get_device_capability())
+    if backend == "jax":
+        import jax
+
+        device = jax.devices()[0]
+        if device.platform == "tpu":
+            return "mixed_bfloat16"
+        return _half(getattr(device, "compute_capability", None))
+    import tensorflow as tf
+
+    devices = tf.config.list_physical_devices("GPU")
+    return _half(devices and tf.config.experimental.get_device_details(devices[0])["compute_capability"])
+
+
+def _half(capability: Any) -> str:
+    """The policy for a CUDA compute capability, such as "8.0" or (8, 0); none of a CPU."""
+    if not capability:
+        return "float32"
+    major = int(capability.split(".")[0] if isinstance(capability, str) else capability[0])
+    return "mixed_bfloat16" if major >= 8 else "mixed_float16"  # since Ampere
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Within it, an error of any backend for lack of memory is an Error that says what helps."""
+    try:
+        yield
+    except Exception as error:
+        lacks = isinstance(error, MemoryError) or type(error).__name__ in (
+            "OutOfMemoryError",  # PyTorch
+            "ResourceExhaustedError",  # TensorFlow
+        )
+        if not lacks and "RESOURCE_EXHAUSTED" not in str(error):  # JAX
+            raise
+        raise Error(
+            "The device has too little memory for this run; the last checkpoint is kept.\n"
+            "What helps most first: --lora-rank 4, --optimizer adam_mini, --rematerialise, "
+            "a smaller --batch-size (with --accumulate) or --resolution."
+        ) from error
 
 
 @contextmanager

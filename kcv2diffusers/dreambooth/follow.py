@@ -18,6 +18,8 @@ from kcv2diffusers.dreambooth.drawings import Drawings
 from kcv2diffusers.dreambooth.examples import Progress
 from kcv2diffusers.dreambooth.loggers import open_loggers
 
+_SECONDS_BETWEEN_READINGS = 1.0
+
 
 class Follow(keras.callbacks.Callback):  # type: ignore[misc]
     """Follows the steps: log, progress, checkpoints, drawings, and the reasons to stop."""
@@ -31,7 +33,8 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         self.loggers = open_loggers(config)
         self.log = Path(config.out) / "log.csv"
         self.rows = [row for row in _read_log(self.log) if row[0] <= start]
-        self.started = time.monotonic()
+        self.started = self.read_at = time.monotonic()
+        self.waiting: list[tuple[int, Any, float]] = []  # steps whose losses have not been read
 
     def stop(self) -> None:
         """Save after this step and end."""
@@ -49,31 +52,59 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         return [loss for _, loss, _ in self.rows]
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """`logs` has the step's loss, which may still be computed."""
         self.step += 1
-        loss = float((logs or {})["step_loss"])
-        if not math.isfinite(loss):
-            kept = self.checkpoints.steps()
-            where = f"The checkpoint of step {kept[-1]} is kept" if kept else "No checkpoint was written yet"
-            self.problem = (
-                f"The loss of step {self.step} is {loss}; training has diverged.\n"
-                f"{where}; try a lower --learning-rate, or --precision mixed_bfloat16 or float32."
-            )
+        self.waiting.append((self.step, (logs or {})["step_loss"], time.monotonic() - self.started))
+        every, last = self.config.checkpoint_every, self.step == self.config.steps
+        saves = last or self.stopped or bool(every and self.step % every == 0)
+        draws = bool(self.config.sample_every) and self.step % self.config.sample_every == 0 and not last
+        if not (saves or draws or time.monotonic() - self.read_at > _SECONDS_BETWEEN_READINGS):
+            return
+        self._read_losses()
+        if self.problem:
             self.model.stop_training = True
             return
-        self.rows.append((self.step, loss, time.monotonic() - self.started))
-        for log in self.loggers:
-            log(self.step, {"loss": loss})
-        rate = (self.step - self.start) / (time.monotonic() - self.started)
-        words = f"loss {loss:.4f}  {rate:.2f} steps/s"
-        self.progress("Training", self.step, self.config.steps, words)
-        every, last = self.config.checkpoint_every, self.step == self.config.steps
-        if last or self.stopped or (every and self.step % every == 0):
+        if saves:
             _write_log(self.log, self.rows)  # first: whoever resumes at a checkpoint needs the rows up to it
             self.checkpoints.save(self.step)
-        if self.config.sample_every and self.step % self.config.sample_every == 0 and not last:
+        if draws:
             self.draw()
         if self.stopped:
             self.model.stop_training = True
+
+    def _read_losses(self) -> None:
+        """Wait for the steps so far, and log their losses."""
+        for step, device_loss, seconds in self.waiting:
+            loss = float(device_loss)
+            if not math.isfinite(loss):
+                kept = self.checkpoints.steps()
+                where = (
+                    f"The checkpoint of step {kept[-1]} is kept" if kept else "No checkpoint was written yet"
+                )
+                self.problem = (
+                    f"The loss of step {step} is {loss}; training has diverged.\n"
+                    f"{where}; try a lower --learning-rate, or --precision mixed_bfloat16 or float32."
+                )
+                break
+            self.rows.append((step, loss, seconds))
+            for log in self.loggers:
+                log(step, {"loss": loss})
+        self.waiting.clear()
+        self.read_at = time.monotonic()
+        if self.rows and not self.problem:
+            rate = (self.step - self.start) / (time.monotonic() - self.started)
+            words = f"loss {self.rows[-1][1]:.4f}  {rate:.2f} steps/s"
+            self.progress("Training", self.step, self.config.steps, words)
+
+
+class Unread(keras.callbacks.CallbackList):  # type: ignore[misc]
+    """Callbacks that get a step's losses as they are on the device; Keras reads them first, which waits for
+    the step, so that the device would wait for the next.
+    """
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        for callback in self.callbacks:
+            callback.on_train_batch_end(batch, logs=logs)
 
 
 def _read_log(path: Path) -> list[tuple[int, float, float]]:

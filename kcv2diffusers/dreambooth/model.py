@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from kcv2diffusers.models.layers import Tensor
-from kcv2diffusers.schedule import alphas_cumprod
+from kcv2diffusers.schedule import Array, alphas_cumprod, min_snr_weights
 
 
 def _free_after_compiling() -> None:
@@ -39,7 +39,8 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
     `fit` takes the dictionaries of `Batches`. With `text_encoder` that is trained too, and `condition` are
     tokens; otherwise they are its outputs. `prediction_type` is "epsilon" or "v_prediction"; `snr_gamma`
     weighs timesteps by min-SNR (Hang et al. 2023, arXiv:2303.09556), 0 all alike. A timestep's weight is that
-    of the picture it belongs to, of the subject or of the class.
+    of the picture it belongs to, of the subject or of the class. `record_steps` is for PyTorch on a GPU: each
+    batch shape's step is recorded once and then replayed.
     """
 
     def __init__(
@@ -50,12 +51,17 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         prediction_type: str = "epsilon",
         prior_weight: float = 1.0,
         snr_gamma: float = 0.0,
+        record_steps: bool = True,
     ) -> None:
         super().__init__(name="dreambooth", autocast=False)
         self.unet, self.text_encoder = unet, text_encoder
-        self.prediction_type, self.prior_weight, self.snr_gamma = prediction_type, prior_weight, snr_gamma
-        self.signal = alphas_cumprod()
+        self.prediction_type, self.prior_weight = prediction_type, prior_weight
+        signal = alphas_cumprod()
+        self.signal = self._table("signal", signal)
+        self.weight = self._table("weight", min_snr_weights(signal, snr_gamma, prediction_type))
         self.step_loss = Last(name="step_loss")
+        self.record_steps = record_steps
+        self._torch_step: Any = None
         self.built = True
 
     def call(self, inputs: dict[str, Tensor], training: bool = False) -> Tensor:
@@ -71,11 +77,15 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         return ops.cast(self.unet(given, training=training), "float32")
 
     def train_step(self, *given: Any) -> Any:
-        """As Keras', but on PyTorch gradients are not kept through the next forward pass."""
-        result = super().train_step(*given)
-        if keras.backend.backend() == "torch":
-            self.zero_grad()
-        return result
+        """As Keras', but on PyTorch by `TorchStep`."""
+        if keras.backend.backend() != "torch":
+            return super().train_step(*given)
+        if self._torch_step is None:
+            from kcv2diffusers.dreambooth.torch_step import TorchStep
+
+            self._torch_step = TorchStep(self)
+        batch, _, _ = keras.utils.unpack_x_y_sample_weight(*given)
+        return {"step_loss": self._torch_step(batch)}
 
     def compute_loss(
         self,
@@ -89,22 +99,33 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         same of the class pictures.
         """
         assert x is not None
+        loss = self.loss_of(x, y_pred)
+        self.step_loss.update_state(loss)
+        return loss
+
+    def loss_of(self, x: dict[str, Tensor], y_pred: Tensor) -> Tensor:
+        """`compute_loss`, of which nothing is kept."""
         signal = self._signal(x["timesteps"])
         target = x["noise"]
         if self.prediction_type == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
             target = ops.sqrt(signal) * target - ops.sqrt(1 - signal) * x["latents"]
         error = ops.mean(ops.square(y_pred - target), axis=(1, 2, 3))
         weight = 1 - x["prior"] + self.prior_weight * x["prior"]
-        if self.snr_gamma:
-            snr = ops.reshape(signal / (1 - signal), (-1,))
-            least = ops.minimum(snr, self.snr_gamma)
-            weight *= least / (snr + 1 if self.prediction_type == "v_prediction" else snr)
-        loss = ops.sum(weight * error) / ops.sum(1 - x["prior"])
-        self.step_loss.update_state(loss)
-        return loss
+        weight = weight * ops.take(self.weight, x["timesteps"])
+        return ops.sum(weight * error) / ops.sum(1 - x["prior"])
+
+    def _table(self, name: str, values: Array) -> keras.Variable:
+        """A number for each timestep, on the device from the start."""
+        return self.add_weight(
+            shape=values.shape,
+            initializer=lambda *_, **__: ops.convert_to_tensor(values),
+            dtype="float32",
+            trainable=False,
+            name=name,
+        )
 
     def _signal(self, timesteps: Tensor) -> Tensor:
-        return ops.reshape(ops.take(ops.convert_to_tensor(self.signal), timesteps), (-1, 1, 1, 1))
+        return ops.reshape(ops.take(self.signal, timesteps), (-1, 1, 1, 1))
 
 
 class Last(keras.metrics.Metric):  # type: ignore[misc]

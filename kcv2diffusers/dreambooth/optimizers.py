@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from kcv2diffusers.dreambooth.config import Config
@@ -73,13 +74,16 @@ class Course(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[m
         self.kind, self.peak, self.warmup, self.steps = kind, peak, warmup, steps
 
     def __call__(self, step: Tensor) -> Tensor:
-        step = ops.cast(step, "float32")
-        rise = ops.minimum(1.0, (step + 1) / (self.warmup + 1))
-        left = 1 - ops.clip((step - self.warmup) / max(1, self.steps - self.warmup), 0.0, 1.0)
+        return self.at(ops.cast(step, "float32"), ops)
+
+    def at(self, step: Any, numeric: Any = np) -> Any:
+        """The rate of a step, by NumPy or by `keras.ops`."""
+        rise = numeric.minimum(1.0, (step + 1) / (self.warmup + 1))
+        left = 1 - numeric.clip((step - self.warmup) / max(1, self.steps - self.warmup), 0.0, 1.0)
         fall = {
-            "constant": lambda: ops.ones_like(left),
+            "constant": lambda: numeric.ones_like(left),
             "linear": lambda: left,
-            "cosine": lambda: (1 - ops.cos(math.pi * left)) / 2,
+            "cosine": lambda: (1 - numeric.cos(math.pi * left)) / 2,
         }[self.kind]()
         return self.peak * rise * fall
 
@@ -95,8 +99,8 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
     ids = {id(variable) for variable in slower}
 
     kind: Any = type(_CLASSES[config.optimizer]())  # on PyTorch, Keras makes one of a quicker class
-    backend = keras.backend.backend()
-    fused = _FUSED.get(backend) if config.optimizer == "adamw" else None
+    on_torch = keras.backend.backend() == "torch"
+    course = Course(config.lr_schedule, peak, config.warmup_steps, config.steps)
 
     class TwoRates(kind):  # type: ignore[misc]
         """Updates the text encoder's variables at `factor` times the rate, and not after its last step.
@@ -104,27 +108,42 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
         Weight decay is decoupled (Loshchilov and Hutter 2019) and follows each rate; Keras' knows only one.
         """
 
-        divisor: Tensor | None = None  # of the gradients that PyTorch's fused kernel gets
+        fused = _fused_kernel() if config.optimizer == "adamw" else None
+        divisor: Tensor | None = None  # on PyTorch: of the gradients that the fused kernel gets
+        counted: int | None = None  # on PyTorch: training steps so far, as the host knows them
 
-        def _clip_gradients(self, grads: list[Tensor]) -> list[Tensor]:
-            if backend != "torch" or not self.global_clipnorm:
-                return list(super()._clip_gradients(grads))
-            self.divisor = _excess(grads, self.global_clipnorm)
-            if not fused and self.divisor is not None:
-                for gradient in grads:
-                    gradient.div_(self.divisor)  # in place: Keras copies all gradients
-            return grads
+        def count(self) -> int:
+            """Training steps so far. Only the first call waits for the device."""
+            if self.counted is None:
+                self.counted = int(self._iterations)
+            return self.counted
+
+        def apply(self, grads: list[Tensor], trainable_variables: Any = None) -> None:
+            if not on_torch:
+                super().apply(grads, trainable_variables)
+                return
+            from kcv2diffusers.dreambooth import torch_updates
+
+            variables = list(trainable_variables or self._trainable_variables)
+            self.build(variables)
+            torch_updates.apply(self, grads, variables)
+
+        def _get_current_learning_rate(self) -> Any:
+            return float(course.at(self.count())) if on_torch else course(self._iterations)
 
         def _backend_update_step(self, grads: list[Tensor], variables: list[Any], rate: Tensor) -> None:
-            later = rate * factor * ops.cast(self.iterations < end, "float32")
+            if on_torch:
+                later = rate * factor if self.count() // config.accumulate < end else 0.0
+            else:
+                later = rate * factor * ops.cast(self.iterations < end, "float32")
             pairs = list(zip(grads, variables, strict=True))
-            together = len(pairs) if fused else _TOGETHER
+            together = len(pairs) if self.fused else _TOGETHER
             for slow, own_rate in ((False, rate), (True, later)):
                 group = [pair for pair in pairs if (id(pair[1]) in ids) is slow]
                 for first in range(0, len(group), together):
                     chunk = group[first : first + together]
-                    if fused:
-                        fused(self, chunk, own_rate, config.weight_decay)
+                    if self.fused:
+                        self.fused(self, chunk, own_rate, config.weight_decay)
                         continue
                     for _, variable in chunk:
                         kept = ops.cast(1 - own_rate * config.weight_decay, variable.dtype)
@@ -132,7 +151,7 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
                     super()._backend_update_step([g for g, _ in chunk], [v for _, v in chunk], own_rate)
 
     optimizer: keras.optimizers.Optimizer = TwoRates(
-        Course(config.lr_schedule, peak, config.warmup_steps, config.steps),
+        course,
         global_clipnorm=config.clip_norm or None,
         gradient_accumulation_steps=config.accumulate if config.accumulate > 1 else None,
         use_ema=config.ema > 0,
@@ -142,52 +161,21 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
     return optimizer
 
 
-def _excess(gradients: list[Tensor], limit: float) -> Tensor | None:
-    """What PyTorch's gradients are to be divided by so that their global norm is `limit`; None if it is less.
-    Not a number if one gradient is none.
-    """
-    import torch
+def _fused_kernel() -> Any:
+    """AdamW by one kernel, where the backend has one."""
+    backend = keras.backend.backend()
+    if backend == "torch":
+        from kcv2diffusers.dreambooth.torch_updates import fused_adamw
 
-    with torch.no_grad():
-        norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
-    return None if norm <= limit else norm / limit + (norm - norm)
-
-
-Pairs = list[tuple[Tensor, keras.Variable]]
-"""Gradients and what they are of."""
+        return staticmethod(fused_adamw)
+    return staticmethod(_fused_on_tensorflow) if backend == "tensorflow" else None
 
 
-def _fused_on_torch(optimizer: Any, pairs: Pairs, rate: Tensor, weight_decay: float) -> None:
-    """Keras' Adam in one pass of PyTorch's kernel over all weights; Keras' own makes a dozen, and copies."""
-    import torch
-    from torch.optim.adamw import adamw
-
-    places = [optimizer._get_variable_index(variable) for _, variable in pairs]
-    done = int(optimizer.iterations)
-    with torch.no_grad():
-        adamw(
-            [variable.value for _, variable in pairs],
-            [gradient for gradient, _ in pairs],
-            [optimizer._momentums[place].value for place in places],
-            [optimizer._velocities[place].value for place in places],
-            [],
-            list(torch.full((len(pairs),), float(done), device=pairs[0][0].device).unbind()),
-            fused=True,
-            grad_scale=optimizer.divisor,
-            amsgrad=False,
-            maximize=False,
-            beta1=optimizer.beta_1,
-            beta2=optimizer.beta_2,
-            lr=float(rate),
-            weight_decay=weight_decay,
-            # Keras adds epsilon before the second moment's bias is corrected, PyTorch after.
-            eps=optimizer.epsilon / math.sqrt(1 - optimizer.beta_2 ** (done + 1)),
-        )
-
-
-def _fused_on_tensorflow(optimizer: Any, pairs: Pairs, rate: Tensor, weight_decay: float) -> None:
-    """The same by TensorFlow's kernel, a weight at a time in place; Keras' own operations run when they can,
-    many weights' at once, and keep copies of them meanwhile.
+def _fused_on_tensorflow(
+    optimizer: Any, pairs: list[tuple[Tensor, keras.Variable]], rate: Tensor, weight_decay: float
+) -> None:
+    """Keras' Adam by TensorFlow's kernel, a weight at a time in place; Keras' own operations run when they
+    can, many weights' at once, and keep copies of them meanwhile.
     """
     import tensorflow as tf
 
@@ -209,6 +197,3 @@ def _fused_on_tensorflow(optimizer: Any, pairs: Pairs, rate: Tensor, weight_deca
             epsilon=optimizer.epsilon,
             grad=tf.convert_to_tensor(gradient),
         )
-
-
-_FUSED = {"torch": _fused_on_torch, "tensorflow": _fused_on_tensorflow}

@@ -6,7 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,10 +16,10 @@ import keras
 from kcv2diffusers.dreambooth.batches import Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints
 from kcv2diffusers.dreambooth.config import RUN_FILE, Config
-from kcv2diffusers.dreambooth.devices import spread
+from kcv2diffusers.dreambooth.devices import best_precision, memory_errors, spread
 from kcv2diffusers.dreambooth.drawings import Drawings
 from kcv2diffusers.dreambooth.examples import Progress, class_photos, encode, make_examples, usable_photos
-from kcv2diffusers.dreambooth.follow import Follow
+from kcv2diffusers.dreambooth.follow import Follow, Unread
 from kcv2diffusers.dreambooth.lora import LORA_FILE, add_lora
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
@@ -60,6 +60,8 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     out = Path(config.out)
     notes: list[str] = []
     _check_free(config)
+    if config.precision == "auto":
+        config = replace(config, precision=best_precision())
     photos = usable_photos(Path(config.instance_images), notes)
     with spread(config):
         base = load_base(
@@ -103,8 +105,9 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
         )
         run = Follow(config, checkpoints, drawings, start, progress)
         if start < config.steps:
-            with _signals(run.stop):
-                model.fit(_dataset(batches), epochs=1, shuffle=False, verbose=0, callbacks=[run])
+            with _signals(run.stop), memory_errors():
+                callbacks = Unread([run], add_history=True, model=model, epochs=1, steps=len(batches))
+                model.fit(_dataset(batches), epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
     if run.problem:
         raise Error(run.problem)
     result = Result(out, checkpoints.path(run.step), run.step, run.step >= config.steps, notes=notes)

@@ -1,0 +1,121 @@
+"""A training step on a CUDA device that is not there: fake tensors "on cuda:0", with shapes and no values.
+
+    LD_PRELOAD=libguard.so python step.py '{"precision": "mixed_bfloat16", ...}'
+
+Prints as JSON what waited for the device (`waits`), what was copied to it (`copies`), each with the line that
+did it, and the number of operations of each phase. The fake stands in for a GPU, which the tests do not have;
+what a kernel computes, and which one PyTorch chooses, it cannot show.
+"""
+
+import collections
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+os.environ |= {"KERAS_BACKEND": "torch", "KERAS_TORCH_DEVICE": "cuda:0"}
+sys.modules["jax"] = None
+
+import torch  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+VIEWS = {
+    "view", "permute", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze",
+    "_unsafe_view", "detach", "alias", "as_strided", "unbind", "empty", "empty_like", "split",
+    "empty_strided", "lift_fresh", "reshape", "_reshape_alias", "new_empty", "is_same_size",
+    "split_with_sizes", "chunk",
+}  # fmt: skip
+
+
+def line() -> str:
+    """The line of this package, or of Keras, that is running."""
+    frames = traceback.extract_stack()
+    ours = [frame for frame in frames if "kcv2diffusers/" in frame.filename]
+    frame = (ours or frames)[-1]
+    return f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
+
+
+class Watch(TorchDispatchMode):
+    """Counts operations, and notes each that waits for the device or copies to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.phase, self.counts = "", collections.Counter()
+        self.waits, self.copies = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func.overloadpacket).removeprefix("aten.")
+        if name == "_local_scalar_dense":
+            self.waits.append(f"{self.phase}: {line()}")
+            return {torch.bool: True, torch.int32: 1, torch.int64: 1}.get(args[0].dtype, 0.5)
+        result = func(*args, **(kwargs or {}))
+        if name not in VIEWS and not name.startswith("prim."):
+            self.counts[self.phase] += 1
+        if name in ("_to_copy", "copy_", "clone"):
+            source = args[1] if name == "copy_" else args[0]
+            if source.device.type == "cpu" and result.device.type == "cuda":
+                self.copies.append(f"{self.phase}: {line()}")
+        return result
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    # A CPU build cannot choose among CUDA's attention kernels: flash attention, as for 16 bits.
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+
+    def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if q.dtype == torch.float32:
+            return efficient(q, k, v, attn_mask, True, 0.0, is_causal, scale=scale)[0]
+        return flash(q, k, v, 0.0, is_causal, False, scale=scale)[0]
+
+    torch.nn.functional.scaled_dot_product_attention = attention
+    import numpy as np
+
+    from kcv2diffusers import models
+    from kcv2diffusers.dreambooth.config import Config
+    from kcv2diffusers.dreambooth.lora import add_lora
+    from kcv2diffusers.dreambooth.model import DreamBooth
+    from kcv2diffusers.dreambooth.optimizers import make_optimizer
+    from kcv2diffusers.dreambooth.torch_step import TorchStep
+    from kcv2diffusers.models.layers import dtype_policy, zeros
+
+    keras = __import__("keras")
+    keras.initializers.HeUniform.__call__ = lambda self, shape, dtype=None: keras.ops.zeros(shape, dtype)
+    plant = options.pop("plant", False)
+    lora, precision = options.pop("lora", 0), options.pop("precision", "mixed_bfloat16")
+    config = models.UNetConfig(widths=(32, 64), heads=(2, 2), context_width=48, gelu="exact", blocks=1)
+    with FakeTensorMode(allow_non_fake_inputs=True), zeros():
+        with dtype_policy(precision):
+            unet = models.build_unet(config)
+            if lora:
+                add_lora(unet, lora, lora)
+            model = DreamBooth(unet, snr_gamma=5.0)
+        model.compile(make_optimizer(Config(learning_rate=1e-6, **options), ()), jit_compile=False)
+        model.optimizer.build(model.trainable_variables)
+        step = TorchStep(model)
+        step.gradients = [torch.empty_like(variable.value) for variable in step.variables]
+        rng = np.random.default_rng(0)
+        batch = {
+            "latents": rng.standard_normal((2, 8, 8, 4), dtype="float32"),
+            "noise": rng.standard_normal((2, 8, 8, 4), dtype="float32"),
+            "timesteps": rng.integers(0, 1000, 2).astype("int32"),
+            "condition": rng.standard_normal((2, 77, 48), dtype="float32"),
+            "prior": np.zeros(2, "float32"),
+        }
+        on_device = {name: torch.from_numpy(value).to("cuda:0") for name, value in batch.items()}
+        model.optimizer.counted = 0  # to ask the device would wait for it, once before the first step
+        with Watch() as watch:
+            watch.phase = "gradients"
+            step.into_gradients(on_device)
+            if plant:  # what the test of this file looks for
+                float(step.gradients[0].sum())
+                torch.ones(3).to("cuda:0")
+            watch.phase = "update"
+            model.optimizer.apply(step.gradients, step.variables)
+    print(json.dumps({"waits": watch.waits, "copies": watch.copies, "operations": watch.counts}))
+
+
+main()
