@@ -78,10 +78,12 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         start: int = 0,
         seed: int = 0,
         offset_noise: float = 0.0,
+        timesteps: int = TRAIN_STEPS,
     ) -> None:
         super().__init__()
         self.instance, self.classes, self.batch_size = instance, classes, batch_size
         self.steps, self.start, self.seed, self.offset_noise = steps, start, seed, offset_noise
+        self.timesteps = timesteps
         self.by_size: dict[Size, list[int]] = {}
         for number, photo in enumerate(instance.photos):
             self.by_size.setdefault(bucket_of(photo.size, instance.resolution), []).append(number)
@@ -111,7 +113,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         return {
             "latents": latents,
             "noise": noise,
-            "timesteps": rng.integers(0, TRAIN_STEPS, len(latents), dtype="int32"),
+            "timesteps": rng.integers(0, self.timesteps, len(latents), dtype="int32"),
             "condition": np.stack([examples.condition for examples, numbers in groups for _ in numbers]),
             "prior": np.repeat(np.arange(len(groups), dtype="float32"), self.batch_size),
         }

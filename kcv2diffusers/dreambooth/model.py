@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from kcv2diffusers.models.layers import Tensor
-from kcv2diffusers.schedule import Array, alphas_cumprod, min_snr_weights
+from kcv2diffusers.schedule import SD, Array, Schedule, min_snr_weights
 
 
 def _free_after_compiling() -> None:
@@ -39,8 +39,9 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
     `fit` takes the dictionaries of `Batches`. With `text_encoder` that is trained too, and `condition` are
     tokens; otherwise they are its outputs. `prediction_type` is "epsilon" or "v_prediction"; `snr_gamma`
     weighs timesteps by min-SNR (Hang et al. 2023, arXiv:2303.09556), 0 all alike. A timestep's weight is that
-    of the picture it belongs to, of the subject or of the class. `record_steps` is for PyTorch on a GPU: each
-    batch shape's step is recorded once and then replayed.
+    of the picture it belongs to, of the subject or of the class. `schedule` is the noise that the UNet was
+    trained with. `record_steps` is for PyTorch on a GPU: the step of each batch shape is recorded once and
+    then replayed.
     """
 
     def __init__(
@@ -51,12 +52,13 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         prediction_type: str = "epsilon",
         prior_weight: float = 1.0,
         snr_gamma: float = 0.0,
+        schedule: Schedule = SD,
         record_steps: bool = True,
     ) -> None:
         super().__init__(name="dreambooth", autocast=False)
         self.unet, self.text_encoder = unet, text_encoder
         self.prediction_type, self.prior_weight = prediction_type, prior_weight
-        signal = alphas_cumprod()
+        signal = schedule.alphas_cumprod
         self.signal = self._table("signal", signal)
         self.weight = self._table("weight", min_snr_weights(signal, snr_gamma, prediction_type))
         self.step_loss = Last(name="step_loss")
@@ -110,8 +112,7 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         if self.prediction_type == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
             target = ops.sqrt(signal) * target - ops.sqrt(1 - signal) * x["latents"]
         error = ops.mean(ops.square(y_pred - target), axis=(1, 2, 3))
-        weight = 1 - x["prior"] + self.prior_weight * x["prior"]
-        weight = weight * ops.take(self.weight, x["timesteps"])
+        weight = ops.take(self.weight, x["timesteps"]) * (1 - x["prior"] + self.prior_weight * x["prior"])
         return ops.sum(weight * error) / ops.sum(1 - x["prior"])
 
     def _table(self, name: str, values: Array) -> keras.Variable:

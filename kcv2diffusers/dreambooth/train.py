@@ -102,6 +102,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
             start=start,
             seed=config.seed,
             offset_noise=config.offset_noise,
+            timesteps=base.schedule.num_train_timesteps,
         )
         run = Follow(config, checkpoints, drawings, start, progress)
         if start < config.steps:
@@ -159,6 +160,7 @@ def _trainer(config: Config, base: Base) -> DreamBooth:
             prediction_type=base.prediction_type,
             prior_weight=config.prior_weight,
             snr_gamma=config.snr_gamma,
+            schedule=base.schedule,
         )
     slower = base.text_encoder.trainable_variables if config.train_text_encoder else []
     # XLA's convolutions on a CPU are slower than TensorFlow's own; JAX has no others.

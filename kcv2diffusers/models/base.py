@@ -34,7 +34,7 @@ from kcv2diffusers.models.text_encoder import build_text_encoder
 from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.models.unet import build_unet
 from kcv2diffusers.models.vae import build_decoder, build_image_encoder
-from kcv2diffusers.recognise import NAMES, Match, add_part, recognise
+from kcv2diffusers.recognise import NAMES, Match, add_part, recognise_all
 from kcv2diffusers.schedule import SD, Schedule
 from kcv2diffusers.scheduler import deviations, prediction_in, schedule_of
 from kcv2diffusers.shapes import stated_beside
@@ -107,8 +107,8 @@ def load_base(
         gelu = gelu or "exact"
     else:
         matches: dict[str, Match] = {}
-        for source in open_all(paths):
-            add_part(matches, recognise(source))
+        for match in recognise_all(open_all(paths)):
+            add_part(matches, match)
         configs = {part: (m, _beside(m)) for part, m in matches.items()}
         gelu = gelu or "tanh"
     if missing := [NAMES[part] for part in NAMES if part not in configs]:

@@ -14,7 +14,7 @@ from kcv2diffusers import models
 from kcv2diffusers.dreambooth.lora import add_lora, attention_projections
 from kcv2diffusers.dreambooth.model import DreamBooth, embed
 from kcv2diffusers.models.layers import dense
-from kcv2diffusers.schedule import alphas_cumprod, timestep_embedding
+from kcv2diffusers.schedule import SD, Schedule, alphas_cumprod, timestep_embedding
 
 RNG = np.random.default_rng(0)
 OPTIONS: dict[str, Any] = {"prior_weight": 0.3, "snr_gamma": 2.0, "prediction_type": "v_prediction"}
@@ -45,9 +45,14 @@ def unet() -> keras.Model:
 
 
 def by_hand(
-    x: dict[str, Any], predicted: Any, prior_weight: float, snr_gamma: float, prediction_type: str
+    x: dict[str, Any],
+    predicted: Any,
+    prior_weight: float,
+    snr_gamma: float,
+    prediction_type: str,
+    schedule: Schedule = SD,
 ) -> float:
-    signal = alphas_cumprod().astype("float64")[x["timesteps"]]
+    signal = schedule.alphas_cumprod.astype("float64")[x["timesteps"]]
     losses = []
     for i in range(4):
         a = signal[i]
@@ -70,6 +75,24 @@ def test_loss(unet: keras.Model, chosen: tuple[str, ...]) -> None:
     predicted = keras.ops.convert_to_numpy(model(EMBEDDED))
     got = float(model.compute_loss(tensors(EMBEDDED), None, keras.ops.convert_to_tensor(predicted)))
     assert got == pytest.approx(by_hand(EMBEDDED, predicted, **options), rel=1e-5)
+
+
+def test_the_bases_schedule_is_trained_with(unet: keras.Model) -> None:
+    schedule = Schedule(0.0001, 0.02, "linear", rescale_betas_zero_snr=True)
+    options = {"prior_weight": 0.3, "snr_gamma": 2.0, "prediction_type": "v_prediction", "schedule": schedule}
+    model = DreamBooth(unet, **options)
+    signal = schedule.alphas_cumprod[EMBEDDED["timesteps"]][:, None, None, None]
+    assert signal[2] == 0  # timestep 999 is noise alone
+    noisy = np.sqrt(signal) * EMBEDDED["latents"] + np.sqrt(1 - signal) * EMBEDDED["noise"]
+    embedding = timestep_embedding(EMBEDDED["timesteps"], 32)
+    expected = unet({"latent": noisy, "timestep_embedding": embedding, "context": EMBEDDED["condition"]})
+    predicted = keras.ops.convert_to_numpy(model(EMBEDDED))
+    np.testing.assert_allclose(predicted, keras.ops.convert_to_numpy(expected), atol=2e-5)
+    got = float(model.compute_loss(EMBEDDED, None, keras.ops.convert_to_tensor(predicted)))
+    assert got == pytest.approx(by_hand(EMBEDDED, predicted, **options), rel=1e-5)
+    usual = DreamBooth(unet, **options | {"schedule": SD})
+    usual = float(usual.compute_loss(EMBEDDED, None, keras.ops.convert_to_tensor(predicted)))
+    assert usual != pytest.approx(got, rel=1e-2)
 
 
 def test_the_unet_sees_the_noised_latents(unet: keras.Model) -> None:
