@@ -1,13 +1,11 @@
 """Steps per second and peak memory of DreamBooth on SD1's sizes, ours beside diffusers and keras-cv.
 
     python benchmarks/dreambooth.py [--rounds 1] [--lora RANK] [--pixels 256] [--batch 1] [--small]
-        [--precision float32] [--gpu --peak-tflops T]
+        [--precision float32]
 
 A step is what each trainer does for a batch of photos: ours has encoded photos and prompts before; the others
 are written as the popular scripts are, which run the VAE's encoder and (diffusers) the text encoder in every
-step. Weights are random. On a GPU (`--gpu`: no TensorFlow, no keras-cv) memory is the device's, and the share
-of its peak arithmetic is reported that the UNet's forward and backward pass make up; there only keras, numpy,
-h5py and jax or torch are needed, and diffusers with transformers for its row.
+step. Weights are random. On a GPU: gpu.py.
 """
 
 from __future__ import annotations
@@ -116,13 +114,16 @@ def kerascv(arguments: argparse.Namespace) -> Step:
     return lambda: float(step())
 
 
-def diffusers(arguments: argparse.Namespace, reads_loss: bool = True) -> Step:
-    """As diffusers' DreamBooth scripts: VAE and text encoder in every step, clipping, AdamW."""
+def diffusers(
+    arguments: argparse.Namespace, device: str = "cpu", compiled: bool = False, reads_loss: bool = True
+) -> Step:
+    """As diffusers' DreamBooth scripts: VAE and text encoder in every step, clipping, AdamW. `compiled`: the
+    UNet by torch.compile. Steps that do not read their loss do not wait for a GPU.
+    """
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    device = "cuda" if arguments.gpu else "cpu"
     half = {"mixed_bfloat16": torch.bfloat16, "mixed_float16": torch.float16}.get(arguments.precision)
     unet = UNet2DConditionModel(**(SMALL if arguments.small else FULL)).to(device)
     widths = (32, 64, 96, 96) if arguments.small else (128, 256, 512, 512)
@@ -154,7 +155,7 @@ def diffusers(arguments: argparse.Namespace, reads_loss: bool = True) -> Step:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     unet.train()
-    if getattr(arguments, "compiled", False):
+    if compiled:
         unet.compile()
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
@@ -181,37 +182,9 @@ def diffusers(arguments: argparse.Namespace, reads_loss: bool = True) -> Step:
     return step
 
 
-def peak_memory(backend: str, gpu: bool) -> float:
-    """Gigabytes: of the process, or of the GPU."""
-    if not gpu:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    if backend == "jax":
-        import jax
-
-        return float(jax.devices()[0].memory_stats()["peak_bytes_in_use"]) / 1e9
-    import torch
-
-    return torch.cuda.max_memory_allocated() / 1e9
-
-
-def unet_flops(arguments: argparse.Namespace) -> float:
-    """Floating-point operations of a forward and a backward pass (taken as two forward passes)."""
-    import torch
-    from diffusers import UNet2DConditionModel
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**(SMALL if arguments.small else FULL))
-        side, width = arguments.pixels // 8, unet.config.cross_attention_dim
-        given = torch.empty(arguments.batch, 4, side, side), torch.zeros(arguments.batch)
-        with FlopCounterMode(display=False) as counter:
-            unet(*given, torch.empty(arguments.batch, 77, width))
-    return 3.0 * counter.get_total_flops()
-
-
 def measure(arguments: argparse.Namespace) -> interleaved.Figures:
     """One contender in this process."""
-    kind, backend = CONTENDERS[arguments.worker]
+    kind, _ = CONTENDERS[arguments.worker]
     step = {"ours": ours, "kerascv": kerascv, "diffusers": diffusers}[kind](arguments)
     started = time.perf_counter()
     step()
@@ -220,7 +193,8 @@ def measure(arguments: argparse.Namespace) -> interleaved.Figures:
         started = time.perf_counter()
         step()  # its loss comes back to the host, so it has ended
         times.append(time.perf_counter() - started)
-    return {"step": min(times), "first step": first, "memory": peak_memory(backend, arguments.gpu)}
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return {"step": min(times), "first step": first, "memory": memory}
 
 
 def main() -> None:
@@ -229,35 +203,27 @@ def main() -> None:
     parser.add_argument("--lora", type=int, default=0, help="rank; 0 trains all weights")
     parser.add_argument("--optimizer", default="adamw", help="ours only, as in kcv2diffusers dreambooth")
     parser.add_argument("--precision", default="float32")
-    parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--peak-tflops", type=float, help="of the GPU at this precision, from its data sheet")
     arguments = parser.parse_args()
     if arguments.worker:
         interleaved.alone()
         return interleaved.report(measure(arguments))
-    left_out = ["keras-cv, TensorFlow"] if arguments.lora or arguments.gpu else []
-    left_out += ["kcv2diffusers, TensorFlow"] if arguments.gpu else []
+    left_out = ["keras-cv, TensorFlow"] if arguments.lora else []
     contenders = {name: CONTENDERS[name][1] for name in arguments.only if name not in left_out}
     results = interleaved.rounds(__file__, contenders, arguments.rounds, sys.argv[1:])
     middle = {name: interleaved.medians(found) for name, found in results.items()}
     theirs = middle.get("diffusers, PyTorch", {}).get("step")
-    share = arguments.gpu and arguments.peak_tflops
-    flops = unet_flops(arguments) if share else 0.0
     what = f"LoRA of rank {arguments.lora}" if arguments.lora else "all weights"
     head = f"| {what}, {arguments.pixels} px, batch {arguments.batch} | steps/s | to diffusers | first step"
     lines = [
         f"{interleaved.machine()}; the best of {arguments.repeat} steps, rounds: {arguments.rounds}",
         "",
-        f"{head} | peak memory |" + (" of peak arithmetic |" if share else ""),
-        "|---|--:|--:|--:|--:|" + ("--:|" if share else ""),
+        f"{head} | peak memory |",
+        "|---|--:|--:|--:|--:|",
     ]
     for name, figures in middle.items():
         ratio = f"{theirs / figures['step']:.2f}" if theirs else ""
         line = f"| {name} | {1 / figures['step']:.3f} | {ratio} | {figures['first step']:.0f} s "
-        line += f"| {figures['memory']:.1f} GB |"
-        if share:
-            line += f" {flops / figures['step'] / arguments.peak_tflops / 1e12:.0%} |"
-        lines.append(line)
+        lines.append(f"{line}| {figures['memory']:.1f} GB |")
     print("\n".join(lines))
     kept = Path(interleaved.ROOT / ".cache" / f"dreambooth-{'lora' if arguments.lora else 'full'}.md")
     kept.parent.mkdir(exist_ok=True)

@@ -317,16 +317,15 @@ def diffusers(row: Row, arguments: argparse.Namespace) -> tuple[Step, Step]:
     import torch
 
     options = argparse.Namespace(
-        gpu=not arguments.cpu,
         precision="mixed_bfloat16",
         small=arguments.small,
         lora=row.lora,
         batch=row.batch,
         pixels=arguments.pixels,
-        compiled=row.mode == "compiled",
     )
-    with torch.device("cpu" if arguments.cpu else "cuda"):
-        step = dreambooth.diffusers(options, reads_loss=False)
+    device = "cpu" if arguments.cpu else "cuda"
+    with torch.device(device):  # random weights take 15 s on a CPU
+        step = dreambooth.diffusers(options, device, compiled=row.mode == "compiled", reads_loss=False)
     return step, (lambda: None) if arguments.cpu else torch.cuda.synchronize
 
 
@@ -530,28 +529,45 @@ def tiny(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(file: Path) -> str:
-    """The timed rows of a run in Markdown; what failed says so."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    card = next((each["found"] for each in rows if each["row"]["kind"] == "micro"), {})
+    """The timed rows of a run in Markdown; what failed says so. The share of peak arithmetic is of the UNet's
+    forward and backward pass, and of what the card reached in a large product.
+    """
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    card = next(each["found"] for each in found if each["row"]["kind"] == "micro")
     lines = [
-        f"{card.get('gpu', 'GPU')}, PyTorch {card.get('torch', '')}; 512 px, bfloat16; medians of four steps",
+        f"{card['gpu']}, PyTorch {card['torch']}; SD1, 512 px, bfloat16, AdamW; medians of four steps",
         "",
-        "| | weights | batch | steps/s | pictures/s | first step | peak memory |",
+        "| | weights | batch | steps/s | of peak | first step | peak memory |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
-    for each in rows:
-        row, found = each["row"], each["found"]
-        if row["kind"] in ("ours", "diffusers") and not each["warm"]:
-            what = f"LoRA of rank {row['lora']}" if row["lora"] else "all"
-            line = f"| {row['name']} | {what} | {row['batch']} "
-            if "steps/s" in found:
-                speed = found["steps/s"]
-                line += f"| {speed:.2f} | {speed * row['batch']:.1f} | {found['first']:.0f} s "
-                line += f"| {found.get('GB peak', 0):.1f} GB |"
-            else:
-                line += "| not measured | | | |"
-            lines.append(line)
+    for row, figures in ((each["row"], each["found"]) for each in found if not each["warm"]):
+        if row["kind"] not in ("ours", "diffusers"):
+            continue
+        what = f"LoRA of rank {row['lora']}" if row["lora"] else "all"
+        line = f"| {row['name']} | {what} | {row['batch']} "
+        if "steps/s" not in figures:
+            lines.append(f"{line}| not measured | | | |")
+            continue
+        share = unet_flops(row["batch"]) * figures["steps/s"] / card["bf16 TFLOP/s"] / 1e12
+        line += f"| {figures['steps/s']:.2f} | {'' if row['lora'] else f'{share:.0%}'} "
+        lines.append(f"{line}| {figures['first']:.0f} s | {figures['GB peak']:.1f} GB |")
     return "\n".join(lines)
+
+
+def unet_flops(batch: int, pixels: int = 512) -> float:
+    """Floating-point operations of a forward and a backward pass of SD1's UNet, the backward pass counted as
+    two forward passes.
+    """
+    import torch
+    from diffusers import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(attention_head_dim=8, cross_attention_dim=768)
+        given = torch.empty(batch, 4, pixels // 8, pixels // 8), torch.zeros(batch)
+        with FlopCounterMode(display=False) as counter:
+            unet(*given, torch.empty(batch, 77, 768))
+    return 3.0 * counter.get_total_flops()
 
 
 def wheels(folder: Path) -> None:
@@ -605,7 +621,10 @@ def main() -> None:
     if arguments.list:
         return print("\n".join(f"{row.name} {row.lora} {row.batch}" for row in rows()))
     if arguments.table:
-        return print(table(arguments.table))
+        kept = ROOT / ".cache" / "gpu.md"
+        kept.parent.mkdir(exist_ok=True)
+        kept.write_text(table(arguments.table) + "\n")
+        return print(kept.read_text())
     if arguments.worker:
         return print("RESULT", json.dumps(work(arguments)), flush=True)
     Run(arguments).all()

@@ -43,6 +43,7 @@ def main() -> None:
         ("verify", ROOT / ".cache" / "verify.md"),
         ("dreambooth-full", ROOT / ".cache" / "dreambooth-full.md"),
         ("dreambooth-lora", ROOT / ".cache" / "dreambooth-lora.md"),
+        ("gpu", ROOT / ".cache" / "gpu.md"),
         ("study", ROOT / ".cache" / "study.md"),
         ("tiny", ROOT / "kcv2diffusers" / "tiny" / "quality.txt"),
     ):
