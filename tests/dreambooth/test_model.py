@@ -88,10 +88,10 @@ def test_the_bases_schedule_is_trained_with(unet: keras.Model) -> None:
     expected = unet({"latent": noisy, "timestep_embedding": embedding, "context": EMBEDDED["condition"]})
     predicted = keras.ops.convert_to_numpy(model(EMBEDDED))
     np.testing.assert_allclose(predicted, keras.ops.convert_to_numpy(expected), atol=2e-5)
-    got = float(model.compute_loss(EMBEDDED, None, keras.ops.convert_to_tensor(predicted)))
+    got = float(model.compute_loss(tensors(EMBEDDED), None, keras.ops.convert_to_tensor(predicted)))
     assert got == pytest.approx(by_hand(EMBEDDED, predicted, **options), rel=1e-5)
     usual = DreamBooth(unet, **options | {"schedule": SD})
-    usual = float(usual.compute_loss(EMBEDDED, None, keras.ops.convert_to_tensor(predicted)))
+    usual = float(usual.compute_loss(tensors(EMBEDDED), None, keras.ops.convert_to_tensor(predicted)))
     assert usual != pytest.approx(got, rel=1e-2)
 
 
