@@ -34,7 +34,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("installed", "chosen"),
-    [("torch jax tensorflow", "tensorflow"), ("torch jax", "jax"), ("torch", "torch")],
+    [("torch jax tensorflow", "torch"), ("jax tensorflow", "jax"), ("tensorflow", "tensorflow")],
 )
 def test_the_best_that_is_installed(installed: str, chosen: str, choose: Any) -> None:
     name, said = choose(installed)
@@ -47,12 +47,14 @@ def test_what_is_set_is_taken_and_nothing_said(choose: Any) -> None:
 
 
 def test_keras_own_config(choose: Any, tmp_path: Path) -> None:
-    (tmp_path / "keras.json").write_text(json.dumps({"backend": "torch"}))
+    (tmp_path / "keras.json").write_text(json.dumps({"backend": "jax"}))
+    assert choose("torch jax")[0] == "jax"
+    assert choose("torch")[0] == "torch"  # it is not installed
+    (tmp_path / "keras.json").write_text(json.dumps({"backend": "tensorflow"}))  # as Keras writes it
     assert choose("tensorflow torch")[0] == "torch"
-    assert choose("tensorflow")[0] == "tensorflow"  # it is not installed
     for text in ("{", "[]", '{"backend": 3}'):
         (tmp_path / "keras.json").write_text(text)
-        assert choose("tensorflow torch")[0] == "tensorflow"
+        assert choose("tensorflow torch")[0] == "torch"
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,14 @@ def best_precision() -> str:
     return _half(devices and tf.config.experimental.get_device_details(devices[0])["compute_capability"])
 
 
+def allow_tf32() -> None:
+    """Let PyTorch multiply what stays float32 on a GPU with TF32, as JAX and TensorFlow do unasked."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
 def _half(capability: Any) -> str:
     """The policy for a CUDA compute capability, such as "8.0" or (8, 0); none of a CPU."""
     if not capability:

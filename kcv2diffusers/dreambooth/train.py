@@ -16,7 +16,7 @@ import keras
 from kcv2diffusers.dreambooth.batches import Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints
 from kcv2diffusers.dreambooth.config import RUN_FILE, Config
-from kcv2diffusers.dreambooth.devices import best_precision, memory_errors, spread
+from kcv2diffusers.dreambooth.devices import allow_tf32, best_precision, memory_errors, spread
 from kcv2diffusers.dreambooth.drawings import Drawings
 from kcv2diffusers.dreambooth.examples import Progress, class_photos, encode, make_examples, usable_photos
 from kcv2diffusers.dreambooth.follow import Follow, Unread
@@ -62,6 +62,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     _check_free(config)
     if config.precision == "auto":
         config = replace(config, precision=best_precision())
+    allow_tf32()
     photos = usable_photos(Path(config.instance_images), notes)
     with spread(config):
         base = load_base(
