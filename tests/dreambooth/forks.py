@@ -24,6 +24,7 @@ import transformers  # noqa: F401
 from kcv2diffusers import cli
 from kcv2diffusers.dreambooth import train  # noqa: F401
 from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.devices import best_precision
 from kcv2diffusers.models import base as loading
 
 NAMES = ("build_unet", "build_text_encoder", "build_decoder", "build_image_encoder")
@@ -51,7 +52,7 @@ def prepare(base: str) -> None:
     for name, build in BUILDERS.items():
         setattr(loading, name, noted(build))
     usual = Config()
-    loading.load_base(base, gelu=usual.gelu, moments=True, dtype=usual.precision)
+    loading.load_base(base, gelu=usual.gelu, moments=True, dtype=best_precision())
     for name, build in BUILDERS.items():
         setattr(loading, name, taken(build))
     built.update(made)
