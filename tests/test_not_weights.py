@@ -69,7 +69,9 @@ FILES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "data", "cause", "remedy"), FILES)
+@pytest.mark.parametrize(
+    ("name", "data", "cause", "remedy"), FILES, ids=[f"{name}, {cause}" for name, _, cause, _ in FILES]
+)
 def test_a_file_is_named_as_what_it_is(
     tmp_path: Path, name: str, data: bytes, cause: str, remedy: str
 ) -> None:
