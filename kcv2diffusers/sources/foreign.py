@@ -34,11 +34,6 @@ _SIGNATURES = (
     (rb"\0\x05\x16[\0\x07]", "what macOS notes beside a file (._), not the file.", "Give the file itself."),
     (rb"\0\0\0\x01Bud1", "a .DS_Store of macOS, not weights.", "Give the file itself."),
     (
-        rb".{6}\0\0\{",
-        "a .safetensors file, which holds no Keras model.",
-        "Give the folder of its pipeline with --base, or to to-keras.",
-    ),
-    (
         rb"\s*<(!doctype|html|head|\?xml)",
         "a web page, not weights: what a server sent instead of the file.",
         "Download it again; the Hub's links to files have /resolve/ in them, not /blob/.",
@@ -49,6 +44,7 @@ _SIGNATURES = (
         "Download it again; log in first where that is needed (hf auth login).",
     ),
 )
+_SAFETENSORS = re.compile(rb".{6}\0\0\{", re.S)
 _PATTERNS = [(re.compile(p, re.I | re.S), problem, remedy) for p, problem, remedy in _SIGNATURES]
 
 
@@ -69,6 +65,9 @@ def reason(path: Path) -> tuple[str, str] | None:
     """What a file is that is not weights, and the remedy; None where that is not known."""
     with path.open("rb") as file:
         head = file.read(HEAD)
+    if _SAFETENSORS.match(head):
+        problem = "a .safetensors file, which holds no Keras model."
+        return problem, "Give the folder of its pipeline with --base, or to to-keras."
     return _by_name(path) or _by_head(head) or _archive(path, head)
 
 
