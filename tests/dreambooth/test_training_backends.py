@@ -15,11 +15,12 @@ from conftest import small_base
 from PIL import Image
 from test_run import PROMPTS, environment, in_fork
 
+pytestmark = pytest.mark.slow
+
 RUN = """
 import sys
 from kcv2diffusers.cli import main
 
-pytestmark = pytest.mark.slow
 try:
     main()
 finally:
