@@ -48,7 +48,8 @@ class TorchStep:
         scaled = self.model.optimizer.scale_loss(loss)
         values = [variable.value for variable in self.variables]
         gradients = torch.autograd.grad(scaled, values, materialize_grads=True)
-        return loss.detach(), list(gradients)
+        # The fused kernel of AdamW reads gradients as if they were contiguous.
+        return loss.detach(), [gradient.contiguous() for gradient in gradients]
 
     def _recording(self, batch: Batch) -> _Recorded | None:
         """The recorded step for a batch of these shapes; None where steps are not recorded."""
