@@ -65,7 +65,7 @@ def memory_errors() -> Iterator[None]:
         if not lacks and "RESOURCE_EXHAUSTED" not in str(error):  # JAX
             raise
         raise Error(
-            "The device has too little memory for this run; the last checkpoint is kept.\n"
+            "The device has too little memory for this run; checkpoints that were written are kept.\n"
             "What helps most first: --lora-rank 4, --optimizer adam_mini, --rematerialise, "
             "a smaller --batch-size (with --accumulate) or --resolution."
         ) from error
