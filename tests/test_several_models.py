@@ -79,13 +79,16 @@ def check(folder: Path, name: str, networks: dict[str, str], out: Path) -> None:
     path = checkpoints_of(folder)[name]
     matches = recognise_all(open_sources(path))
     assert sorted(match.part for match in matches) == sorted(networks)
+    expected = {
+        part: json.loads((folder.parent / f"expected-{part}{suffix}.json").read_text())
+        for part, suffix in networks.items()
+    }
     for match in matches:
-        expected = folder.parent / f"expected-{match.part}{networks[match.part]}.json"
-        assert digests(match, out) == json.loads(expected.read_text()), (name, match.place)
+        assert digests(match, out) == expected[match.part], (name, match.place)
         trained = {"optimizer state"} if folder.name == "pair" else set()
         assert match.leftovers.keys() <= trained | ({"counters"} if name == "manager" else set())
         if trained and name in ("weights.weights.h5", "manager", "tf"):
-            assert len(match.leftovers["optimizer state"]) >= 2 * 160
+            assert len(match.leftovers["optimizer state"]) >= 2 * sum(map(len, expected.values()))
     if name == "manager":
         assert all(len(match.leftovers["counters"]) == 2 for match in matches)  # step and save_counter
 
@@ -121,8 +124,8 @@ def test_a_moving_average_is_left_out(stack: str, tmp_path: Path) -> None:
         if others:
             assert "ema" not in match.source.inside
             continue
-        assert len(match.leftovers["EMA copies"]) == 52
         expected = json.loads((folder.parent / "expected-text_encoder.json").read_text())
+        assert len(match.leftovers["EMA copies"]) == len(expected)
         assert digests(match, tmp_path / "out.safetensors") == expected
 
 
@@ -141,7 +144,7 @@ def test_two_of_a_part_are_refused(stack: str) -> None:
 def test_a_network_of_no_part_is_refused(stack: str) -> None:
     for path in checkpoints_of(wrapped(stack, "stranger")).values():
         (match,) = recognise_all(open_sources(path))
-        with pytest.raises(PlanError, match=r"belong to no part \(4\)"):
+        with pytest.raises(PlanError, match=r"(belong to no part|unexpected) \(4\)"):
             match.require_complete()
         (seen,) = inspect(path)
         assert seen.problems is not None and "[3, 5]" in seen.problems

@@ -96,13 +96,13 @@ def test_bfloat16_trains_alike(folder: Path, expected: list[float]) -> None:
     assert not np.allclose(found, expected, rtol=1e-6), "computed in float32"
 
 
-def test_float16_trains_alike(folder: Path, expected: list[float]) -> None:
-    """With this base no step is skipped for the scale of its loss; with larger gradients one would be."""
+def test_float16_trains(folder: Path) -> None:
+    """The first step is skipped: scaled by 2**15, some of this base's gradients are no float16 numbers."""
     found = losses("torch", folder, "float16", "--precision", "mixed_float16", forked=True)
-    assert found[0] == pytest.approx(expected[0], rel=1e-3)
-    np.testing.assert_allclose(found, expected, rtol=0.005)
-    assert not np.allclose(found, expected, rtol=1e-6), "computed in float32"
-    assert found[-1] < found[0]
+    untrained = losses("torch", folder, "untrained", "--learning-rate", "0", forked=True)
+    np.testing.assert_allclose(found[:2], untrained[:2], rtol=0.001)
+    assert not np.allclose(found[:2], untrained[:2], rtol=1e-6), "computed in float32"
+    assert (np.subtract(untrained[2:], found[2:]) > 0.1).all(), "untrained after the second step"
 
 
 def test_devices_that_are_not_there(folder: Path) -> None:

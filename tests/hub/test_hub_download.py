@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import Checkpoints
+from conftest import cached as make_once
 from hub import ALICE, BOB, Hub
 
 import kcv2diffusers
@@ -33,7 +34,11 @@ pytest_plugins = ["hub_fixtures"]
 @pytest.fixture(scope="module")
 def files(checkpoints: Checkpoints) -> dict[str, Path]:
     """Keras 2 files of each part: a folder with legacy.h5, saved_model, ..."""
-    return {part: checkpoints("sprint", part) for part in PARTS}
+    wanted = ["--parts", "text_encoder", "--versions", "1", "--vocabulary", "49408"]
+    text = make_once("sprint", "make_checkpoints.py", *wanted, "--containers", "legacy.h5", "saved_model")
+    return {part: checkpoints("sprint", part) for part in PARTS} | {
+        "text_encoder": text / "text_encoder-sd1-float32"
+    }
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
     python make_wrappers.py OUT [WRAPPING ...]
 
 Each checkpoint is OUT/<wrapping>/<container>; `expected-<part>.json` beside the folders has the digests of
-each network. Every wrapping is saved in all containers that this Keras can write it in.
+each network. Every wrapping is saved in all containers that this Keras can write it in. A SavedModel has its
+functions where a text encoder alone is in it; tracing a VAE or a UNet takes minutes.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import expected
 import numpy as np
 import stack
 import tensorflow as tf
+from make_checkpoints import export_variables
 
 K = stack.keras
 KERAS3 = not os.environ.get("TF_USE_LEGACY_KERAS") and hasattr(K, "ops")
@@ -77,7 +79,9 @@ made: dict[tuple[str, int], Any] = {}
 def network(part: str, seed: int = 0) -> Any:
     """A small network; the same one each time."""
     if (part, seed) not in made:
-        made[part, seed] = stack.build(part, 1, seed=seed or 1 + PARTS.index(part))
+        one_layer = {"depth": 1} if part == "text_encoder" else {}
+        made[part, seed] = stack.small(part, 1, **one_layer)
+        stack.randomise(made[part, seed], seed or 1 + PARTS.index(part))
     return made[part, seed]
 
 
@@ -130,27 +134,28 @@ def containers(name: str, model: Any, folder: Path) -> dict[str, Callable[[], An
         "weights.weights.h5": lambda: model.save_weights(path["weights.weights.h5"]),
         "manager": manager,
     }
-    heavy = name == "three"  # a UNet takes minutes to trace
-    if not heavy:
+    traces = name in ("one", "functional", "deep")
+    if name != "three":
         found["model.keras"] = lambda: model.save(path["model.keras"])
     if name.startswith("functional"):
         found["model.h5"] = lambda: model.save(path["model.h5"])
     if KERAS3:
-        if not heavy:
-            found["export"] = lambda: model.export(path["export"], verbose=False)
+        found["export"] = lambda: (
+            model.export(path["export"], verbose=False) if traces else export_variables(model, path["export"])
+        )
         return found
     found["legacy.h5"] = lambda: model.save_weights(path["legacy.h5"], save_format="h5")
     found["tf"] = lambda: model.save_weights(path["tf/ckpt"])
-    if not heavy:
-        found["saved_model"] = lambda: model.save(path["saved_model"], save_format="tf")
+    found["saved_model"] = lambda: model.save(path["saved_model"], save_format="tf", save_traces=traces)
     return found
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
+def main(arguments: list[str]) -> None:
+    out = Path(arguments[0])
     stack.CLIPEncoderLayer.get_config = lambda self: {"name": self.name}
+    made.clear()  # a session's names begin anew at each request
     out.mkdir(parents=True, exist_ok=True)
-    for name in sys.argv[2:] or [*WRAPPINGS, "side-by-side"]:
+    for name in arguments[1:] or [*WRAPPINGS, "side-by-side"]:
         (out / name).mkdir(exist_ok=True)
         if name == "side-by-side":  # networks without a model around them
             # In Keras 3 TensorFlow does not see what a layer of the UNet keeps in a list.
@@ -172,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -196,11 +196,13 @@ def full(part: str, version: int, size: int, vocabulary: int = 49408) -> Any:
     return _get("image_encoder", "ImageEncoder")(download_weights=False)
 
 
-def small(part: str, version: int, size: int = SIZE, vocabulary: int | None = None) -> Any:
+def small(
+    part: str, version: int, size: int = SIZE, vocabulary: int | None = None, depth: int = 3
+) -> Any:
     if part == "unet":
         return small_unet(version, size)
     if part == "text_encoder":
-        return small_text_encoder(version, vocabulary or SMALL_VOCABULARY)
+        return small_text_encoder(version, vocabulary or SMALL_VOCABULARY, depth=depth)
     return small_vae_decoder(size) if part == "vae_decoder" else small_vae_encoder(size)
 
 

@@ -219,7 +219,7 @@ from kcv2diffusers.verification.request import Request
 
 embedding = StableDiffusionBase._get_timestep_embedding
 StableDiffusionBase._get_timestep_embedding = partialmethod(embedding, dim=32)
-kerascv.build = lambda side, size, gelu: stack.build(side.part, 1, size=size, vocabulary=49408)
+kerascv.build = lambda side, size: stack.build(side.part, 1, size=size, vocabulary=49408)
 run._check_reference = lambda *_: None
 sides = {{"keras_side": keras_side, "diffusers_side": diffusers_side}}
 run.run_side = lambda name, _, folder, progress, __: sides[name].run(folder, Request.load(folder), progress)
