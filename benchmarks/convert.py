@@ -111,7 +111,7 @@ def main() -> None:
     keras3 = [folder / "weights.weights.h5" for folder in folders]
     unet = legacy[0]
     out, copies = args.work / "out", args.work / "copies"
-    cli: list[str | Path] = [sys.executable, "-m", "kcv2diffusers.cli"]
+    cli: list[str | Path] = [sys.executable, "-m", "kcv2diffusers"]
     convert = [*cli, "convert", "--out", out, "--base", "none"]
     kinds: dict[str, list[str | Path]] = {
         "cp of the legacy .h5 files": ["cp", *legacy, copies],

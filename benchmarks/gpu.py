@@ -448,7 +448,7 @@ def tiny(arguments: argparse.Namespace) -> dict[str, Any]:
     common = [
         sys.executable,
         "-m",
-        "kcv2diffusers.cli",
+        "kcv2diffusers",
         "dreambooth",
         "--base",
         "tiny",
@@ -513,7 +513,7 @@ def tiny(arguments: argparse.Namespace) -> dict[str, Any]:
         [
             sys.executable,
             "-m",
-            "kcv2diffusers.cli",
+            "kcv2diffusers",
             "verify",
             str(folder / "pipeline"),
             str(folder / "a" / "checkpoints" / f"step-{count:06}"),

@@ -38,7 +38,7 @@ def main() -> None:
     os.environ.setdefault("KERAS_BACKEND", "tensorflow" if args.reference == "keras-cv" else "torch")
     sources = [args.work / f"{part}-sd1-float32" / "weights.weights.h5" for part in PARTS]
     pipeline, other, report = (args.work / name for name in ("pipeline", "out", "report"))
-    cli: list[str | Path] = [sys.executable, "-m", "kcv2diffusers.cli"]
+    cli: list[str | Path] = [sys.executable, "-m", "kcv2diffusers"]
     run([*cli, "convert", *sources, "--out", pipeline, "--overwrite"])
     kinds: dict[str, list[str | Path]] = {
         "convert": [*cli, "convert", *sources, "--out", other],

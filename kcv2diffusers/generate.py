@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kcv2diffusers.backend import choose_backend
 from kcv2diffusers.errors import Error, MissingExtra
+from kcv2diffusers.interruption import keeps
 
 
 def generate(
@@ -57,4 +58,5 @@ def generate(
     paths = [folder / f"{first + number:03}.png" for number in range(len(images))]
     for path, image in zip(paths, images, strict=True):
         Image.fromarray(image).save(path)
+        keeps(f"the last picture written is {path}")
     return paths

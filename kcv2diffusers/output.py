@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kcv2diffusers.errors import TargetError
+from kcv2diffusers.interruption import keeps
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def new_folder(
             temporary.mkdir()
             yield temporary
             _move_into_place(temporary, target)
+            keeps(f"{target} is complete")
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

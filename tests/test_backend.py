@@ -80,7 +80,7 @@ def test_a_typo_on_the_command_line(command: str, tmp_path: Path) -> None:
         [
             sys.executable,
             "-m",
-            "kcv2diffusers.cli",
+            "kcv2diffusers",
             *command.split(),
             "--base",
             "tiny",

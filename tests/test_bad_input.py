@@ -1265,7 +1265,7 @@ def test_as_a_user_sees_it(legacy: Path, home: Path, damage: str) -> None:
         with h5py.File(legacy, "r+") as file:
             file["again"] = file["/"]
     before = tree(home.parent)
-    process = start(("-m", "kcv2diffusers.cli"), *alone(legacy, home))
+    process = start(("-m", "kcv2diffusers"), *alone(legacy, home))
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
     assert err.startswith(f"kcv2diffusers: {legacy}: ") or err.startswith(f"kcv2diffusers: {legacy}")
@@ -1275,7 +1275,7 @@ def test_as_a_user_sees_it(legacy: Path, home: Path, damage: str) -> None:
 
 def test_a_reader_that_goes_away(legacy: Path, home: Path) -> None:
     """As in `kcv2diffusers inspect FILE | head -0`."""
-    process = start(("-m", "kcv2diffusers.cli"), "inspect", legacy)
+    process = start(("-m", "kcv2diffusers"), "inspect", legacy)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     err = process.stderr.read()

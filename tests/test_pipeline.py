@@ -53,7 +53,7 @@ def cli() -> Cli:
 
     def run(*arguments: str | Path) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "kcv2diffusers.cli", *map(str, arguments)],
+            [sys.executable, "-m", "kcv2diffusers", *map(str, arguments)],
             cwd=ROOT,
             capture_output=True,
             text=True,

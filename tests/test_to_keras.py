@@ -182,7 +182,7 @@ def test_other_spellings_of_a_pipeline(pipelines: dict[int, Path], back: Path, t
 def test_command(form: str, pipelines: dict[int, Path], back: Path, tmp_path: Path) -> None:
     arguments = ["to-keras", pipelines[1], "--out", tmp_path / "out", "--format", form, "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "kcv2diffusers.cli", *map(str, arguments)],
+        [sys.executable, "-m", "kcv2diffusers", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -47,7 +47,7 @@ def main(folder: Path) -> None:
         print(f"{time.monotonic() - started:.0f} s")
     print("\n$ kcv2diffusers convert", keras, "--out", pipeline, flush=True)
     shutil.rmtree(pipeline, ignore_errors=True)
-    run(sys.executable, "-m", "kcv2diffusers.cli", "convert", keras, "--out", pipeline)
+    run(sys.executable, "-m", "kcv2diffusers", "convert", keras, "--out", pipeline)
     compare(keras, pipeline)
     for part in PARTS:
         (keras / f"{part}.weights.h5").unlink()

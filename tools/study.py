@@ -57,7 +57,7 @@ def tuned(folder: Path, setting: str, seed: int) -> Path:
         resume = ["--resume"] if (folder / name / "checkpoints").exists() else []
         command = [*COMMON, *SETTINGS[setting], *out, *classes, *resume]
         subprocess.run(
-            [sys.executable, "-m", "kcv2diffusers.cli", "dreambooth", *map(str, command)], check=True
+            [sys.executable, "-m", "kcv2diffusers", "dreambooth", *map(str, command)], check=True
         )
     return pipeline
 

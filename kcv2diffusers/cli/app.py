@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +23,6 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run the command line; every refusal is its message on stderr and exit code 1."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     try:
         app()
     except Error as error:
@@ -36,16 +32,6 @@ def main() -> NoReturn:
             sys.exit(141)
         _fail(f"{error.filename or 'cannot go on'}: {error.strerror or error}.")
     sys.exit(0)
-
-
-def _stop(number: int, _: object) -> NoReturn:
-    """Leave by an exception, so that temporary folders go away; there are none while the Hub is asked."""
-    client = sys.modules.get("kcv2diffusers.hub.client")
-    if client is not None and client.busy():
-        os.write(2, b"kcv2diffusers: interrupted; what has been transferred is kept.\n")
-        os._exit(128 + number)
-    os.write(2, b"kcv2diffusers: interrupted; nothing was written.\n")
-    sys.exit(128 + number)
 
 
 def _fail(message: str) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from dataclasses import fields
 from enum import StrEnum
@@ -115,7 +114,7 @@ def dreambooth(**given: Any) -> None:
     else:
         print("\n".join(each.text() for each in (result, *found.values()) if each))
     if not result.finished:
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + result.stopped_by)
     require_verified(verified)
 
 

@@ -29,16 +29,16 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.config, self.checkpoints, self.drawings, self.progress = config, checkpoints, drawings, progress
-        self.start, self.step, self.stopped, self.problem = start, start, False, ""
+        self.start, self.step, self.stopped_by, self.problem = start, start, 0, ""
         self.loggers = open_loggers(config)
         self.log = Path(config.out) / "log.csv"
         self.rows = [row for row in _read_log(self.log) if row[0] <= start]
         self.started = self.read_at = time.monotonic()
         self.waiting: list[tuple[int, Any, float]] = []  # steps whose losses have not been read
 
-    def stop(self) -> None:
+    def stop(self, signal: int) -> None:
         """Save after this step and end."""
-        self.stopped = True
+        self.stopped_by = signal
 
     def draw(self) -> None:
         """Draw with the weights that a checkpoint would have now."""
@@ -56,7 +56,7 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         self.step += 1
         self.waiting.append((self.step, (logs or {})["step_loss"], time.monotonic() - self.started))
         every, last = self.config.checkpoint_every, self.step == self.config.steps
-        saves = last or self.stopped or bool(every and self.step % every == 0)
+        saves = last or bool(self.stopped_by) or bool(every and self.step % every == 0)
         draws = bool(self.config.sample_every) and self.step % self.config.sample_every == 0 and not last
         if not (saves or draws or time.monotonic() - self.read_at > _SECONDS_BETWEEN_READINGS):
             return
@@ -69,7 +69,7 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
             self.checkpoints.save(self.step)
         if draws:
             self.draw()
-        if self.stopped:
+        if self.stopped_by:
             self.model.stop_training = True
 
     def _read_losses(self) -> None:

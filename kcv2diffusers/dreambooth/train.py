@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from kcv2diffusers.dreambooth.lora import LORA_FILE, add_lora
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
 from kcv2diffusers.errors import Error
+from kcv2diffusers.interruption import SIGNALS, keeps
 from kcv2diffusers.models import rematerialise
 from kcv2diffusers.models.base import Base, load_base
 from kcv2diffusers.models.layers import dtype_policy
@@ -33,12 +35,15 @@ from kcv2diffusers.to_diffusers import convert
 
 @dataclass
 class Result:
-    """What a run left: its last checkpoint, the pipeline if asked for, and whether it ran to its end."""
+    """What a run left: its last checkpoint, the pipeline if asked for, and whether it ran to its end; if not,
+    the number of the signal that stopped it.
+    """
 
     out: Path
     checkpoint: Path
     step: int
     finished: bool
+    stopped_by: int = 0
     export: Path | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -75,6 +80,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     if config.prediction_type != "auto":
         base.prediction_type = config.prediction_type
     out.mkdir(parents=True, exist_ok=True)
+    keeps(f"what is in {out} is kept, and --resume goes on with it")
     (out / "config.toml").write_text(config.toml(), encoding="utf-8")
     drawings = Drawings(config, base.sampler(), base.image_size, out / "samples")
     classes = class_photos(config, base, notes, progress) if config.prior_preservation else None
@@ -112,7 +118,8 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
                 model.fit(_dataset(batches), epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
     if run.problem:
         raise Error(run.problem)
-    result = Result(out, checkpoints.path(run.step), run.step, run.step >= config.steps, notes=notes)
+    finished = run.step >= config.steps
+    result = Result(out, checkpoints.path(run.step), run.step, finished, run.stopped_by, notes=notes)
     chart(run.losses(), "loss").save(out / "loss.png")
     if result.finished:
         run.draw()
@@ -210,15 +217,16 @@ def _dataset(batches: Batches) -> Any:
 
 
 @contextmanager
-def _signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `stop`; a second one does what it would have done."""
+def _signals(stop: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call `stop` with their number; a second one does what it would have done."""
     before: dict[int, Any] = {}  # handlers
 
     def handle(number: int, _: FrameType | None) -> None:
-        stop()
+        stop(number)
         signal.signal(number, before[number])
+        os.write(2, b"\nStopping after this step. Once more ends at once.\n")
 
-    for stopping in (signal.SIGINT, signal.SIGTERM):
+    for stopping in SIGNALS:
         before[stopping] = signal.signal(stopping, handle)
     try:
         yield

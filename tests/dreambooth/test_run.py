@@ -50,7 +50,7 @@ def arguments(base: Path, photos: Path, out: Path, *options: str | Path) -> list
 
 
 def command(*given: str | Path) -> list[str]:
-    return [sys.executable, "-m", "kcv2diffusers.cli", *arguments(*given)]
+    return [sys.executable, "-m", "kcv2diffusers", *arguments(*given)]
 
 
 def environment(backend: str = "torch") -> dict[str, str]:
@@ -265,7 +265,8 @@ def test_a_run_that_is_stopped(
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
     else:
-        assert process.returncode == 130, stderr
+        assert process.returncode == 128 + number, stderr
+        assert b"Stopping after this step. Once more ends at once." in stderr
         assert b"--resume goes on" in stdout
         assert f"Step {kept[-1]}" in stdout.decode()
     more = ["--steps", str(kept[-1] + 2), "--resume"]

@@ -63,7 +63,7 @@ class Hub:
 
     def run(self, *arguments: str | Path, **extra: str) -> subprocess.CompletedProcess[str]:
         """The command line; no output may hold a token."""
-        command = [sys.executable, "-m", "kcv2diffusers.cli", *map(str, arguments)]
+        command = [sys.executable, "-m", "kcv2diffusers", *map(str, arguments)]
         done = subprocess.run(
             command, env=self.environment(**extra), capture_output=True, text=True, check=False, timeout=300
         )

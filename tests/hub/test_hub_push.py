@@ -296,7 +296,7 @@ def test_interrupted(hub: Hub, pipeline: Path) -> None:
     shuffle = np.random.default_rng(2).shuffle  # weights that this Hub has not seen
     spoil(pipeline / UNET, shuffle)
     hub.fail({"sleep": 10})
-    command = [sys.executable, "-m", "kcv2diffusers.cli", "push", str(pipeline), "alice/interrupted"]
+    command = [sys.executable, "-m", "kcv2diffusers", "push", str(pipeline), "alice/interrupted"]
     with subprocess.Popen(command, env=hub.environment(**TOKEN), stderr=subprocess.PIPE, text=True) as push:
         while not any(entry["method"] == "PUT" for entry in hub.log()):
             assert push.poll() is None

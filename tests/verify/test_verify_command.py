@@ -30,7 +30,7 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 
 def cli(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "kcv2diffusers.cli", *map(str, arguments)],
+        [sys.executable, "-m", "kcv2diffusers", *map(str, arguments)],
         cwd=ROOT,
         env=ENVIRONMENT | environment,
         capture_output=True,
@@ -158,7 +158,7 @@ def test_what_is_missing_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
     environment = ENVIRONMENT | {"TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "kcv2diffusers.cli", "verify", str(tiny), "tiny://", "--steps", "500"]
+    command = [sys.executable, "-m", "kcv2diffusers", "verify", str(tiny), "tiny://", "--steps", "500"]
     child = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     assert child.stderr is not None
     for line in child.stderr:
