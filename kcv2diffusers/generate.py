@@ -9,6 +9,7 @@ from pathlib import Path
 from kcv2diffusers.backend import choose_backend
 from kcv2diffusers.errors import Error, MissingExtra
 from kcv2diffusers.interruption import keeps
+from kcv2diffusers.output import check_folder
 
 
 def generate(
@@ -37,22 +38,29 @@ def generate(
     try:
         from PIL import Image
 
-        from kcv2diffusers.models.base import load_base
+        from kcv2diffusers.models.base import open_base
+        from kcv2diffusers.models.sampler import check_size
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "keras") from error
 
-    loaded = load_base(*base, tokenizer=tokenizer)
-    images = loaded.sampler()(
+    folder = Path(out)
+    check_folder(folder)
+    files = open_base(*base, tokenizer=tokenizer)
+    files.check_prompts(*prompts, negative_prompt)
+    files.schedule.check(files.prediction_type)
+    files.schedule.timesteps(steps)
+    height, width = height or files.image_size, width or files.image_size
+    check_size(height, width)
+    images = files.load().sampler()(
         [prompt for prompt in prompts for _ in range(images_per_prompt)],
-        height=height or loaded.image_size,
-        width=width or loaded.image_size,
+        height=height,
+        width=width,
         seed=seed,
         negative_prompt=negative_prompt,
         steps=steps,
         guidance_scale=guidance_scale,
         progress=progress,
     )
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     first = max((int(path.stem) + 1 for path in folder.glob("*.png") if path.stem.isdecimal()), default=0)
     paths = [folder / f"{first + number:03}.png" for number in range(len(images))]

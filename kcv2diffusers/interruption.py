@@ -13,11 +13,11 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread, main_thread
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SECONDS_BETWEEN_REMINDERS = 0.25
@@ -66,7 +66,8 @@ def hold_signals() -> None:
 
 
 def _listen() -> None:
-    sys.unraisablehook = _unraisable
+    sys.unraisablehook = _shown(sys.unraisablehook)
+    sys.excepthook = _shown(sys.excepthook)  # which Cython calls for what it cannot raise
     for number in SIGNALS:
         signal.signal(number, _first)
     if os.name == "nt":  # no pipe can be waited for there: a second signal waits for the main thread
@@ -127,9 +128,13 @@ def _end_at_once(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
-def _unraisable(unraisable: sys.UnraisableHookArgs) -> None:
-    """What cannot be raised, in a destructor, is not shown after a signal: it comes of what was left half
-    done. If it was `Interrupted` itself, that comes again.
+def _shown(show: Callable[..., object]) -> Callable[..., None]:
+    """`show`, but not after a signal: what cannot be raised then, in a destructor, comes of what was left
+    half done. If it was `Interrupted` itself, that comes again.
     """
-    if not _received:
-        sys.__unraisablehook__(unraisable)
+
+    def hook(*what: Any) -> None:
+        if not _received:
+            show(*what)
+
+    return hook

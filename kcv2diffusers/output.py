@@ -44,6 +44,23 @@ def new_folder(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_folder(folder: Path, needed: int = 0) -> None:
+    """Raise TargetError unless files can be written into `folder`, which may not be there yet; `needed` is
+    their size in bytes.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise TargetError(f"{there}: is no folder.\nRemove it yourself or choose another folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise TargetError(f"{there}: cannot be written.\nCheck its permissions, or choose another folder.")
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise TargetError(
+            f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free.\n"
+            "Free some space or choose another folder."
+        )
+
+
 def check_free(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
     """Raise TargetError unless `target` is free, empty, or may be overwritten."""
     with _writing(target):

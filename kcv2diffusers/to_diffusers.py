@@ -130,7 +130,7 @@ def convert(
         raise Error(f"--prediction-type {prediction_type}: choose one of {', '.join(PREDICTION_TYPES)}.")
     if image_size is not None and (image_size < 64 or image_size % 64):
         raise Error(f"--image-size {image_size}: give a multiple of 64.")
-    check_free(target, overwrite=overwrite, replaceable=_is_output)
+    check_free(target, overwrite=overwrite, replaceable=is_output)
     named = {
         "unet": unet, "text_encoder": text_encoder, "vae_decoder": vae_decoder, "vae_encoder": vae_encoder
     }  # fmt: skip
@@ -182,7 +182,7 @@ def convert(
                 f"{match.source.path}: lies inside {target}, which would be replaced.\nChoose another --out."
             )
     needed = sum(math.prod(e.shape) * kind.itemsize for _, entries, kind in plans for e in entries)
-    with new_folder(target, overwrite=overwrite, replaceable=_is_output, needed=needed + _SLACK) as folder:
+    with new_folder(target, overwrite=overwrite, replaceable=is_output, needed=needed + _SLACK) as folder:
         jobs: list[Job] = []
         for table, entries, kind in plans:
             pipeline.write_json(folder / table.folder / "config.json", configs[table.folder])
@@ -473,7 +473,8 @@ def _row(tensor: Tensor, row: int) -> Tensor:
     return replace(tensor, shape=(1, width), offset=offset, crc32c=None)
 
 
-def _is_output(path: Path) -> bool:
+def is_output(path: Path) -> bool:
+    """Whether a folder has nothing but what `convert` writes, so that it may be replaced."""
     return all(
         entry.name in _OUTPUT or any(entry.match(pattern) for pattern in _OUTPUT_FILES)
         for entry in path.iterdir()

@@ -7,8 +7,9 @@ whole by a rename, and older ones go only after that.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,40 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.lora import LORA_FILE, attention_projections, write_lora
 from kcv2diffusers.errors import Error
 from kcv2diffusers.keras_files import write_legacy_h5
 from kcv2diffusers.pipeline import CONFIG_FILE, write_json
-from kcv2diffusers.recognise import recognise
+from kcv2diffusers.recognise import Match, recognise
 from kcv2diffusers.sources import open_sources
 from kcv2diffusers.stream import run
 
 _STATE = ("trainable", "optimizer")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The folder of the checkpoint after `step` steps of the run in `folder`."""
+    return folder / "checkpoints" / f"step-{step:06}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps with a whole checkpoint and state to go on from, of the run in `folder`, ascending."""
+    numbers = [path.stem.removeprefix("step-") for path in (folder / "resume").glob("step-*.h5")]
+    return sorted(int(n) for n in numbers if n.isdecimal() and checkpoint_path(folder, int(n)).is_dir())
+
+
+# Bytes of the optimizer's state for a byte of float32 weights; what is shared or factored counts as none.
+_STATES = {"adamw": 2.0, "adam_mini": 0.5, "adafactor": 0.0, "lion": 1.0}
+
+
+def least_bytes(config: Config, parts: Mapping[str, tuple[Match, Any]]) -> int:
+    """What the checkpoints of a run take on disk at least: those that are kept, and the next one."""
+    trained = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
+    weights = sum(4 * math.prod(t.shape) for part in trained for _, t in parts[part][0].slots())
+    state = 0.0 if config.lora_rank else weights * (1 + _STATES[config.optimizer] + bool(config.ema))
+    written = math.ceil(config.steps / config.checkpoint_every) if config.checkpoint_every else 1
+    return int((weights + state) * min(written, config.keep_checkpoints + 1))
 
 
 class Checkpoints:
@@ -52,21 +78,11 @@ class Checkpoints:
         self.stated, self.names = stated, names
         self.format, self.keep = format, keep
 
-    def path(self, step: int) -> Path:
-        """The folder of the checkpoint after `step` steps."""
-        return self.folder / "checkpoints" / f"step-{step:06}"
-
-    def steps(self) -> list[int]:
-        """The steps with a whole checkpoint and state to go on from, ascending."""
-        states = (self.folder / "resume").glob("step-*.h5")
-        numbers = [path.stem.removeprefix("step-") for path in states]
-        return sorted(int(n) for n in numbers if n.isdecimal() and self.path(int(n)).is_dir())
-
     def save(self, step: int) -> Path:
         """Write a checkpoint and the state to go on from; remove those beyond `keep`."""
         if keras.backend.backend() == "jax":
             self.trainer.jax_state_sync()
-        target = self.path(step)
+        target = checkpoint_path(self.folder, step)
         with _appearing(self.folder / "resume" / f"step-{step:06}.h5") as part, h5py.File(part, "w") as file:
             for group, variables in zip(_STATE, self._state(), strict=True):
                 for number, variable in enumerate(variables):
@@ -79,9 +95,9 @@ class Checkpoints:
                 write_lora(part / LORA_FILE, self.parts, self.names)
             if self.stated:
                 write_json(part / CONFIG_FILE, self.stated)
-        for old in self.steps()[: -self.keep]:
+        for old in saved_steps(self.folder)[: -self.keep]:
             (self.folder / "resume" / f"step-{old:06}.h5").unlink()
-            shutil.rmtree(self.path(old))
+            shutil.rmtree(checkpoint_path(self.folder, old))
         return target
 
     def restore(self, step: int) -> None:

@@ -23,7 +23,6 @@ class Drawings:
     config: Config
     sampler: TextToImage
     size: int
-    folder: Path
     context: np.ndarray[Any, Any] | None = None
 
     def encode(self) -> np.ndarray[Any, Any]:
@@ -32,7 +31,7 @@ class Drawings:
         return self.sampler.encode_prompts([*[""] * len(prompts), *prompts])
 
     def draw(self, step: int) -> None:
-        """Leave a grid of the prompts in `folder`, if there are any."""
+        """Leave a grid of the prompts in the run's folder, if there are any."""
         prompts = self.config.sample_prompt
         if not prompts:
             return
@@ -43,10 +42,12 @@ class Drawings:
             steps=self.config.sample_steps,
             guidance_scale=self.config.guidance_scale,
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        path = samples(Path(self.config.out), step)
+        path.parent.mkdir(parents=True, exist_ok=True)
         images = self.sampler.decode(latents)
-        grid(images, min(4, len(images)), prompts, scale=max(1, 256 // self.size)).save(self.path(step))
+        grid(images, min(4, len(images)), prompts, scale=max(1, 256 // self.size)).save(path)
 
-    def path(self, step: int) -> Path:
-        """The picture of the drawings after `step` steps."""
-        return self.folder / f"step-{step:06}.png"
+
+def samples(out: Path, step: int) -> Path:
+    """The picture of the drawings after `step` steps of the run in `out`."""
+    return out / "samples" / f"step-{step:06}.png"

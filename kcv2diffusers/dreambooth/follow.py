@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from kcv2diffusers.dreambooth.checkpoints import Checkpoints
+from kcv2diffusers.dreambooth.checkpoints import Checkpoints, saved_steps
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.devices import together
 from kcv2diffusers.dreambooth.drawings import Drawings
@@ -77,7 +77,7 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         for step, device_loss, seconds in self.waiting:
             loss = float(device_loss)
             if not math.isfinite(loss):
-                kept = self.checkpoints.steps()
+                kept = saved_steps(self.checkpoints.folder)
                 where = (
                     f"The checkpoint of step {kept[-1]} is kept" if kept else "No checkpoint was written yet"
                 )

@@ -15,10 +15,10 @@ from typing import Any
 import keras
 
 from kcv2diffusers.dreambooth.batches import Batches, Examples
-from kcv2diffusers.dreambooth.checkpoints import Checkpoints
+from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, least_bytes, saved_steps
 from kcv2diffusers.dreambooth.config import RUN_FILE, Config
 from kcv2diffusers.dreambooth.devices import allow_tf32, best_precision, memory_errors, spread
-from kcv2diffusers.dreambooth.drawings import Drawings
+from kcv2diffusers.dreambooth.drawings import Drawings, samples
 from kcv2diffusers.dreambooth.examples import Progress, class_photos, encode, make_examples, usable_photos
 from kcv2diffusers.dreambooth.follow import Follow, Unread
 from kcv2diffusers.dreambooth.lora import LORA_FILE, add_lora
@@ -27,10 +27,12 @@ from kcv2diffusers.dreambooth.optimizers import make_optimizer
 from kcv2diffusers.errors import Error
 from kcv2diffusers.interruption import SIGNALS, keeps
 from kcv2diffusers.models import rematerialise
-from kcv2diffusers.models.base import Base, load_base
+from kcv2diffusers.models.base import Base, BaseFiles, open_base
+from kcv2diffusers.models.config import Gelu
 from kcv2diffusers.models.layers import dtype_policy
+from kcv2diffusers.output import check_folder, check_free
 from kcv2diffusers.pictures import chart
-from kcv2diffusers.to_diffusers import convert
+from kcv2diffusers.to_diffusers import convert, is_output
 
 
 @dataclass
@@ -64,25 +66,20 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     """Train as `config` says. Raises Error with a message for the user; what was saved before stays."""
     out = Path(config.out)
     notes: list[str] = []
-    _check_free(config)
+    _check_folders(config)
     if config.precision == "auto":
         config = replace(config, precision=best_precision())
     allow_tf32()
     photos = usable_photos(Path(config.instance_images), notes)
+    files = _base_files(config)
+    if done := _finished_before(config, files.prediction_type):
+        return done
     with spread(config):
-        base = load_base(
-            *config.base,
-            tokenizer=config.tokenizer or None,
-            gelu="exact" if config.gelu == "exact" else "tanh",
-            moments=True,
-            dtype=config.precision,
-        )
-    if config.prediction_type != "auto":
-        base.prediction_type = config.prediction_type
+        base = files.load(moments=True, dtype=config.precision)
     out.mkdir(parents=True, exist_ok=True)
     keeps(f"what is in {out} is kept, and --resume goes on with it")
     (out / "config.toml").write_text(config.toml(), encoding="utf-8")
-    drawings = Drawings(config, base.sampler(), base.image_size, out / "samples")
+    drawings = Drawings(config, base.sampler(), base.image_size)
     classes = class_photos(config, base, notes, progress) if config.prior_preservation else None
     instance, prior = make_examples(config, base, photos, classes)
     if config.cache:
@@ -124,27 +121,68 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     if result.finished:
         run.draw()
         if config.export:
-            result.export = Path(config.export)
-            convert(
-                result.checkpoint,
-                out=result.export,
-                base=config.base,
-                tokenizer=config.tokenizer or None,
-                prediction_type=base.prediction_type,
-                overwrite=config.resume,
-            )
-            if config.lora_rank:
-                shutil.copy(result.checkpoint / LORA_FILE, result.export)
-            (result.export / RUN_FILE).write_text(config.toml(public=True), encoding="utf-8")
-            if config.sample_prompt:
-                shutil.copy(drawings.path(run.step), result.export / "samples.png")
+            result.export = _export(config, result.checkpoint, base.prediction_type)
     return result
 
 
-def _check_free(config: Config) -> None:
+def _check_folders(config: Config) -> None:
+    """Raise Error if something would be in the way at the end."""
     out = Path(config.out)
     if (out / "checkpoints").exists() and not config.resume:
         raise Error(f"{out}: holds a run already.\nUse --resume to go on with it, or another --out.")
+    check_folder(out)
+    if config.class_images:
+        check_folder(Path(config.class_images))
+    if config.export:
+        check_free(Path(config.export), overwrite=config.resume, replaceable=is_output)
+        check_folder(Path(config.export).parent)
+
+
+def _base_files(config: Config) -> BaseFiles:
+    """The base, unless it, the prompts or the disk do not fit the run. Raises Error."""
+    gelu: Gelu = "exact" if config.gelu == "exact" else "tanh"
+    files = open_base(*config.base, tokenizer=config.tokenizer or None, gelu=gelu)
+    if config.prediction_type != "auto":
+        files.prediction_type = config.prediction_type
+    files.schedule.check(files.prediction_type)
+    files.check_prompts(config.instance_prompt, config.class_prompt, *config.sample_prompt)
+    if not saved_steps(Path(config.out)):
+        check_folder(Path(config.out), least_bytes(config, files.parts))
+    return files
+
+
+def _finished_before(config: Config, prediction_type: str) -> Result | None:
+    """The result of a run that is resumed though it has ended; only an export that is not there is made."""
+    out = Path(config.out)
+    last = max(saved_steps(out), default=0) if config.resume else 0
+    if last < config.steps or (config.sample_prompt and not samples(out, last).exists()):
+        return None
+    checkpoint = checkpoint_path(out, last)
+    result = Result(out, checkpoint, last, True, notes=["The run has ended before; nothing is trained."])
+    if config.export:
+        result.export = Path(config.export)
+        if not (result.export / "model_index.json").exists():
+            _export(config, checkpoint, prediction_type)
+    return result
+
+
+def _export(config: Config, checkpoint: Path, prediction_type: str) -> Path:
+    """The checkpoint as a pipeline, with the record of the run and the last drawings."""
+    export = Path(config.export)
+    convert(
+        checkpoint,
+        out=export,
+        base=config.base,
+        tokenizer=config.tokenizer or None,
+        prediction_type=prediction_type,
+        overwrite=config.resume,
+    )
+    if config.lora_rank:
+        shutil.copy(checkpoint / LORA_FILE, export)
+    (export / RUN_FILE).write_text(config.toml(public=True), encoding="utf-8")
+    if config.sample_prompt:
+        shutil.copy(samples(Path(config.out), saved_steps(Path(config.out))[-1]), export / "samples.png")
+    return export
 
 
 def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:

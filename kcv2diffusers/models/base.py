@@ -85,6 +85,65 @@ class Base:
         )
 
 
+@dataclass
+class BaseFiles:
+    """The files of a Stable Diffusion model, as their headers tell; no weights are read and nothing is built.
+
+    The fields are those of `Base`, and `parts` the recognised files with what is stated beside them.
+    """
+
+    parts: dict[str, tuple[Match, dict[str, Any]]]
+    config: ModelConfig
+    image_size: int
+    prediction_type: str
+    schedule: Schedule
+    tokenizer: Tokenizer
+
+    def check_prompts(self, *prompts: str) -> None:
+        """Raise Error for a prompt that is longer than the text encoder."""
+        for prompt in prompts:
+            count, length = len(self.tokenizer.encode(prompt)), self.config.text_encoder.max_length
+            if count > length:
+                raise Error(f"the prompt has {count} tokens, at most {length} fit: {prompt!r}")
+
+    def load(self, *, moments: bool = False, dtype: str | None = None) -> Base:
+        """Build the models and give them their weights.
+
+        Variables are float32 whatever the files hold. `moments` makes the image encoder give mean and log
+        variance. `dtype` is a Keras dtype policy.
+        """
+        stated = {
+            m.spec.table.folder: _stateable(m, entries) for m, entries in self.parts.values() if not m.known
+        }
+        if noise := deviations(self.prediction_type, self.schedule):
+            stated |= {"scheduler": noise}
+        with zeros():
+            models = {
+                "unet": build_unet(self.config.unet, dtype),
+                "text_encoder": build_text_encoder(self.config.text_encoder, dtype),
+                "vae_decoder": build_decoder(self.config.vae, dtype),
+                "vae_encoder": build_image_encoder(self.config.vae, moments, dtype),
+            }
+        names: dict[int, str] = {}
+        for part, model in models.items():
+            names |= load_weights(model, self.parts[part][0])
+        unet, text_encoder, decoder, image_encoder = models.values()
+        return Base(
+            self.parts["unet"][0].version,
+            self.image_size,
+            self.prediction_type,
+            stated,
+            names,
+            self.config,
+            unet,
+            text_encoder,
+            decoder,
+            image_encoder,
+            self.tokenizer,
+            self.schedule,
+        )
+
+
 def load_base(
     *sources: str | PathLike[str],
     tokenizer: str | PathLike[str] | None = None,
@@ -92,13 +151,20 @@ def load_base(
     moments: bool = False,
     dtype: str | None = None,
 ) -> Base:
-    """Build and load the models of `sources`: a diffusers pipeline folder, KerasCV checkpoints, or "tiny".
+    """`open_base` and `BaseFiles.load` in one."""
+    return open_base(*sources, tokenizer=tokenizer, gelu=gelu).load(moments=moments, dtype=dtype)
 
-    Variables are float32 whatever the files hold. `tokenizer` is a folder or CLIP's file of merges (default:
-    the one beside the weights, then one found on this machine). `gelu` is the UNet's: by default KerasCV's
-    "tanh" for its checkpoints and "exact" for pipelines, each as it was trained. `moments` makes the image
-    encoder give mean and log variance. `dtype` is a Keras dtype policy. Raises Error with a message for the
-    user.
+
+def open_base(
+    *sources: str | PathLike[str],
+    tokenizer: str | PathLike[str] | None = None,
+    gelu: Gelu | None = None,
+) -> BaseFiles:
+    """The files of `sources`: a diffusers pipeline folder, KerasCV checkpoints, or "tiny".
+
+    `tokenizer` is a folder or CLIP's file of merges (default: the one beside the weights, then one found on
+    this machine). `gelu` is the UNet's: by default KerasCV's "tanh" for its checkpoints and "exact" for
+    pipelines, each as it was trained. Raises Error with a message for the user.
     """
     paths = [path for source in sources for path in locate_all(source, base=True)]
     if len(paths) == 1 and is_pipeline(paths[0]):
@@ -129,30 +195,10 @@ def load_base(
     check_enough_rows(text, files)
     scheduler, stating = pipeline.scheduler_with(unet)
     prediction_type, schedule = prediction_in(scheduler, stating), schedule_of(scheduler, stating)
-    stated = {m.spec.table.folder: _stateable(m, entries) for m, entries in configs.values() if not m.known}
-    if noise := deviations(prediction_type, schedule):
-        stated |= {"scheduler": noise}
-    with zeros():
-        base = Base(
-            unet.version,
-            PIXELS_PER_LATENT
-            * configs["unet"][1].get("sample_size", pipeline.IMAGE_SIZE // PIXELS_PER_LATENT),
-            prediction_type,
-            stated,
-            {},
-            config,
-            build_unet(config.unet, dtype),
-            build_text_encoder(config.text_encoder, dtype),
-            build_decoder(config.vae, dtype),
-            build_image_encoder(config.vae, moments, dtype),
-            Tokenizer.of_files(files),
-            schedule,
-        )
-    for part, model in zip(
-        NAMES, (base.unet, base.text_encoder, base.decoder, base.image_encoder), strict=True
-    ):
-        base.names.update(load_weights(model, configs[part][0]))
-    return base
+    latents = configs["unet"][1].get("sample_size", pipeline.IMAGE_SIZE // PIXELS_PER_LATENT)
+    return BaseFiles(
+        configs, config, PIXELS_PER_LATENT * latents, prediction_type, schedule, Tokenizer.of_files(files)
+    )
 
 
 def load_weights(model: keras.Model, match: Match) -> dict[int, str]:

@@ -165,9 +165,14 @@ class TextToImage:
         return self.decode(self.sample(prompts, initial_noise(len(prompts), height, width, seed), **options))
 
 
-def initial_noise(batch: int, height: int, width: int, seed: int | None = None) -> Array:
-    """Standard normal noise (batch, height / 8, width / 8, 4) float32, as KerasCV draws it from `seed`."""
+def check_size(height: int, width: int) -> None:
+    """Raise Error for a size in pixels that the UNet cannot halve three times."""
     if height % GRANULARITY or width % GRANULARITY or min(height, width) < GRANULARITY:
         raise Error(f"{width}x{height} pixels: both sides must be multiples of {GRANULARITY}")
+
+
+def initial_noise(batch: int, height: int, width: int, seed: int | None = None) -> Array:
+    """Standard normal noise (batch, height / 8, width / 8, 4) float32, as KerasCV draws it from `seed`."""
+    check_size(height, width)
     shape = (batch, height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT, LATENT_CHANNELS)
     return np.asarray(ops.convert_to_numpy(keras.random.normal(shape, seed=seed)))
