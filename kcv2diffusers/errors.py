@@ -12,6 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def plain(text: object, keep: str = "") -> str:
+    """The text as one that cannot control a terminal, or look like another line: whatever is not printable is
+    spelled out, but for the characters of `keep`. For names, which others may have chosen.
+    """
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
+
+
 class Error(Exception):
     """A refusal with a message for the user: what is wrong and what to do about it."""
 
