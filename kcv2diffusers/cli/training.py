@@ -79,7 +79,7 @@ def dreambooth(**given: Any) -> None:
         name: str(v) if isinstance(v, StrEnum) else v for name, v in given.items() if v not in (None, [])
     }
     config = make_config(values, file)
-    choose_backend(_say)
+    choose_backend(_say, config.backend)
     try:
         from kcv2diffusers.dreambooth.train import train
     except ModuleNotFoundError as error:

@@ -9,6 +9,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from kcv2diffusers.backend import BACKENDS
 from kcv2diffusers.errors import Error
 
 
@@ -79,6 +80,11 @@ class Config:
         "Of the computation; weights stay float32. auto: bfloat16 on a GPU that has it, float16 on another, "
         "float32 on a CPU.",
         choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
+    )
+    backend: str = _option(
+        "auto",
+        "Keras' backend. auto: KERAS_BACKEND's, else the best that is installed.",
+        choices=("auto", *BACKENDS),
     )
     devices: int = _option(1, "Devices to divide each step among (JAX).", least=1)
     rematerialise: bool = _option(False, "Compute activations twice: slower, less memory.")

@@ -23,6 +23,7 @@ from kcv2diffusers.dreambooth.follow import Follow, Unread
 from kcv2diffusers.dreambooth.lora import LORA_FILE, add_lora
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
+from kcv2diffusers.dreambooth.record import keep_record
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models import rematerialise
 from kcv2diffusers.models.base import Base, load_base
@@ -60,8 +61,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     out = Path(config.out)
     notes: list[str] = []
     _check_free(config)
-    if config.precision == "auto":
-        config = replace(config, precision=best_precision())
+    config = _resolved(config)
     allow_tf32()
     photos = usable_photos(Path(config.instance_images), notes)
     with spread(config):
@@ -75,7 +75,6 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     if config.prediction_type != "auto":
         base.prediction_type = config.prediction_type
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.toml").write_text(config.toml(), encoding="utf-8")
     drawings = Drawings(config, base.sampler(), base.image_size, out / "samples")
     classes = class_photos(config, base, notes, progress) if config.prior_preservation else None
     instance, prior = make_examples(config, base, photos, classes)
@@ -95,6 +94,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
             keep=config.keep_checkpoints,
         )
         start = _start(config, checkpoints)
+        keep_record(config, start)
         batches = Batches(
             instance,
             prior,
@@ -138,6 +138,15 @@ def _check_free(config: Config) -> None:
     out = Path(config.out)
     if (out / "checkpoints").exists() and not config.resume:
         raise Error(f"{out}: holds a run already.\nUse --resume to go on with it, or another --out.")
+
+
+def _resolved(config: Config) -> Config:
+    """The options with what "auto" stands for, as far as a run depends on it."""
+    running = keras.backend.backend()
+    if config.backend not in ("auto", running):
+        raise Error(f"--backend {config.backend}: Keras runs on {running} already.\nStart a new process.")
+    precision = best_precision() if config.precision == "auto" else config.precision
+    return replace(config, backend=running, precision=precision)
 
 
 def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:

@@ -5,6 +5,7 @@ stopped, the others in forks of one process. Other backends: test_training_backe
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -189,6 +190,9 @@ def test_resuming_reaches_the_same_weights(
     assert done.returncode == 0, done.stderr
     one, other = (weights(tmp_path / out / "checkpoints" / "step-000006") for out in ("whole", "parts"))
     assert different(one, other) == []
+    records = [(tmp_path / out / "config.toml").read_text() for out in ("whole", "parts")]
+    assert records[0] == records[1] and 'backend = "torch"' in records[0] and "precision" in records[0]
+    assert [leg["start"] for leg in json.loads((tmp_path / "parts" / "legs.json").read_text())] == [0, 3]
     early = weights(tmp_path / "whole" / "checkpoints" / "step-000003")
     assert different(one, early)
     if "--train-text-encoder" in options:
