@@ -27,7 +27,7 @@ class SourceError(Error):
     """A file that cannot be read as a checkpoint: damaged, hostile, or of a kind nobody writes."""
 
     def __init__(self, path: str | Path, problem: str, remedy: str = "Copy or download it again.") -> None:
-        super().__init__(f"{path}: {problem}\n{remedy}")
+        super().__init__(f"{plain(path)}: {plain(problem)}\n{plain(remedy)}")
         self.path, self.problem, self.remedy = path, problem, remedy
 
     def __reduce__(self) -> tuple[type[SourceError], tuple[str | Path, str, str]]:

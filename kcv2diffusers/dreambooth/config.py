@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from kcv2diffusers.backend import BACKENDS
-from kcv2diffusers.errors import Error
+from kcv2diffusers.errors import Error, plain
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
@@ -180,7 +180,7 @@ def read_options(file: Path) -> dict[str, Any]:
     kinds = get_type_hints(Config)
     unknown = sorted(values.keys() - kinds.keys())
     if unknown:
-        raise Error(f"{file}: unknown options {', '.join(unknown)}.\nKnown are {', '.join(kinds)}.")
+        raise Error(f"{file}: unknown options {plain(', '.join(unknown))}.\nKnown are {', '.join(kinds)}.")
     for name, value in values.items():
         if kinds[name] is float and type(value) is int:
             values[name] = float(value)

@@ -32,9 +32,9 @@ def usable_photos(folder: Path, notes: list[str]) -> list[Photo]:
     for (name, times), n in repeated.items():
         notes.append(f"{plain(name)}: {n} photo{'s' if n > 1 else ''}, {times} times an epoch.")
     if photos.skipped:
-        notes.append(f"Skipped in {folder}: {', '.join(photos.skipped)}.")
+        notes.append(f"Skipped in {plain(folder)}: {', '.join(photos.skipped)}.")
     if not photos.found:
-        raise Error(f"{folder}: no picture in this folder.\n" + "\n".join(notes or ["It is empty."]))
+        raise Error(f"{plain(folder)}: no picture in this folder.\n" + "\n".join(notes or ["It is empty."]))
     return photos.found
 
 
