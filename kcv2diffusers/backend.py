@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kcv2diffusers.errors import Error
+from kcv2diffusers.json_text import parse_object
 
 VARIABLE = "KERAS_BACKEND"
 BACKENDS = ("torch", "jax", "tensorflow")
@@ -61,8 +61,8 @@ def _check(name: str, found: list[str], setting: str = f"{VARIABLE}=") -> None:
 def _configured() -> str | None:
     """What Keras' config file names."""
     home = os.environ.get("KERAS_HOME") or "~/.keras"
-    with suppress(OSError, ValueError, RuntimeError, AttributeError):
-        name = json.loads((Path(home).expanduser() / "keras.json").read_text()).get("backend")
+    with suppress(OSError, RuntimeError):
+        name = (parse_object((Path(home).expanduser() / "keras.json").read_bytes()) or {}).get("backend")
         return name if isinstance(name, str) else None
     return None
 

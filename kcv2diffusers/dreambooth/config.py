@@ -172,7 +172,7 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
 def read_options(file: Path) -> dict[str, Any]:
     """The options of a TOML file, of the right types. Raises Error for what is wrong."""
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise Error(f"{file}: cannot be read: {error.strerror}.\nCheck the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
