@@ -19,6 +19,11 @@ def plain(text: object, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 
 
+def is_unicode(text: str) -> bool:
+    """Whether all of a text is; Python keeps bytes that are not UTF-8 as surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 class Error(Exception):
     """A refusal with a message for the user: what is wrong and what to do about it."""
 

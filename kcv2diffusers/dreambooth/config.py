@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from kcv2diffusers.backend import BACKENDS
-from kcv2diffusers.errors import Error, plain
+from kcv2diffusers.errors import Error, is_unicode, plain
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
@@ -195,6 +195,11 @@ def read_options(file: Path) -> dict[str, Any]:
 
 def _check(f: Field[Any], value: Any) -> None:
     option = "--" + f.name.replace("_", "-")
+    for text in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
+        if not is_unicode(text):
+            raise Error(
+                f"{option} {plain(text)}: holds bytes that are not UTF-8.\nWrite or name it in UTF-8."
+            )
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise Error(f"{option} {value}: choose one of {', '.join(f.metadata['choices'])}.")
     least = f.metadata["least"]

@@ -122,8 +122,11 @@ def _reason(path: Path, error: Exception) -> str:
         return f"more than {_MOST_PIXELS // 10**6} million pixels"
     if isinstance(error, MemoryError):
         return "too large for the memory that is free"
-    words = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return plain(words.splitlines()[0].rstrip(".")) if words else "damaged"
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    words = plain(next(iter(said.strip().splitlines()), "").rstrip("."))
+    if words and isinstance(error, (OSError, ValueError)):
+        return words
+    return f"damaged: {words}" if words else "damaged"
 
 
 def buckets(resolution: int) -> list[Size]:
@@ -177,6 +180,8 @@ def _load(path: Path, side: int) -> tuple[Image.Image, Size]:
         image.load()
         if not drafted:
             width, height = image.size  # a TIFF is upright now
+        if not width * height:
+            raise ValueError("no pixels")
         turn = _orientation(image)
         picture = _eight_bits(image)
         factor = min(picture.size) // least

@@ -222,6 +222,7 @@ def test_whatever_a_decoder_raises_only_that_photo_is_skipped(
     found = find_photos(tmp_path)
     assert [photo.path.name for photo in found.found] == ["good.png"]
     assert len(found.skipped) == 1 and found.skipped[0].startswith("bad.png (")
+    assert str(error).strip("'") in found.skipped[0] or isinstance(error, Image.DecompressionBombError)
     assert not found.skipped[0].endswith("()")
 
 
@@ -412,6 +413,23 @@ def test_what_is_no_file_or_no_folder(tmp_path: Path) -> None:
     (tmp_path / "dog.jpg").write_bytes(b"")
     with pytest.raises(Error, match=r"dog.jpg: a file, not a folder\.\nGive the folder"):
         find_photos(tmp_path / "dog.jpg")
+
+
+def test_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for name in ("is_dir", "iterdir"):  # of its parent, of itself
+        with monkeypatch.context() as patch, pytest.raises(Error) as error:
+            patch.setattr(Path, name, refuse)
+            find_photos(tmp_path)
+        assert str(error.value).startswith(f"{tmp_path}: cannot be read: Permission denied.\n")
+
+
+def test_a_picture_without_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", lambda path: Image.new("RGB", (0, 8)))
+    assert find_photos(tmp_path).skipped == ["a.png (no pixels)"]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (3, 2)])
