@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kcv2diffusers.errors import Error
+from kcv2diffusers.json_text import parse_object
 
 VARIABLE = "KERAS_BACKEND"
 BACKENDS = ("torch", "jax", "tensorflow")
@@ -20,16 +20,23 @@ _WRITTEN = "tensorflow"
 """What Keras writes into its config file where nobody chose."""
 
 
-def choose_backend(say: Callable[[str], None] = lambda line: None) -> None:
+def choose_backend(say: Callable[[str], None] = lambda line: None, asked: str = "auto") -> None:
     """Set KERAS_BACKEND, before Keras is imported, to a backend that is installed.
 
-    One that the user has set is taken, then one in Keras' own config file, then the first of `BACKENDS`;
-    `say` is given a line where nobody has set one. Raises Error if none is there, or not the one that is set.
+    The one that is `asked` for is taken, then one that the user has set, then one in Keras' own config file,
+    then the first of `BACKENDS`; `say` is given a line where nobody has set one, or somebody another. Raises
+    Error if none is there, or not the one that is set.
     """
     if "keras" in sys.modules or not _installed("keras"):
         return
     found = [name for name in BACKENDS if _installed(name)]
-    if name := os.environ.get(VARIABLE):
+    name = os.environ.get(VARIABLE)
+    if asked != "auto":
+        _check(asked, found, "--backend ")
+        os.environ[VARIABLE] = asked
+        if name and name != asked:
+            say(f"Keras runs on {asked}, as --backend or the --config file says, not on {VARIABLE}'s {name}.")
+    elif name:
         _check(name, found)
     elif not found:
         raise Error(f"No backend of Keras is installed.\nInstall one: {', '.join(BACKENDS)}.")
@@ -40,24 +47,22 @@ def choose_backend(say: Callable[[str], None] = lambda line: None) -> None:
         say(f"Keras runs on {name}; {VARIABLE} sets another ({', '.join(found)} installed).")
 
 
-def _check(name: str, found: list[str]) -> None:
+def _check(name: str, found: list[str], setting: str = f"{VARIABLE}=") -> None:
     if name in found:
         return
     if name in BACKENDS:
-        others = f", or set {VARIABLE} to {' or '.join(found)}" if found else ""
-        raise Error(f"{VARIABLE}={name}: {name} is not installed.\nInstall it{others}.")
+        others = f", or set {setting.strip(' =')} to {' or '.join(found)}" if found else ""
+        raise Error(f"{setting}{name}: {name} is not installed.\nInstall it{others}.")
     near = difflib.get_close_matches(name.lower(), BACKENDS, 1, 0.5)
     meant = f" Did you mean {near[0]}?" if near else ""
-    raise Error(
-        f"{VARIABLE}={name}: no backend that is known here.\nSet one of {', '.join(BACKENDS)}.{meant}"
-    )
+    raise Error(f"{setting}{name}: no backend that is known here.\nSet one of {', '.join(BACKENDS)}.{meant}")
 
 
 def _configured() -> str | None:
     """What Keras' config file names."""
     home = os.environ.get("KERAS_HOME") or "~/.keras"
-    with suppress(OSError, ValueError, RuntimeError, AttributeError):
-        name = json.loads((Path(home).expanduser() / "keras.json").read_text()).get("backend")
+    with suppress(OSError, RuntimeError):
+        name = (parse_object((Path(home).expanduser() / "keras.json").read_bytes()) or {}).get("backend")
         return name if isinstance(name, str) else None
     return None
 

@@ -12,6 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def plain(text: object, keep: str = "") -> str:
+    """The text as one that cannot control a terminal, or look like another line: whatever is not printable is
+    spelled out, but for the characters of `keep`. For names, which others may have chosen.
+    """
+    return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
+
+
+def is_unicode(text: str) -> bool:
+    """Whether all of a text is; Python keeps bytes that are not UTF-8 as surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
 class Error(Exception):
     """A refusal with a message for the user: what is wrong and what to do about it."""
 
@@ -20,7 +32,7 @@ class SourceError(Error):
     """A file that cannot be read as a checkpoint: damaged, hostile, or of a kind nobody writes."""
 
     def __init__(self, path: str | Path, problem: str, remedy: str = "Copy or download it again.") -> None:
-        super().__init__(f"{path}: {problem}\n{remedy}")
+        super().__init__(f"{plain(path)}: {plain(problem)}\n{plain(remedy)}")
         self.path, self.problem, self.remedy = path, problem, remedy
 
     def __reduce__(self) -> tuple[type[SourceError], tuple[str | Path, str, str]]:

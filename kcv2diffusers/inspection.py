@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from kcv2diffusers.errors import plain
 from kcv2diffusers.hub.address import shown
 from kcv2diffusers.leftovers import summary
 from kcv2diffusers.recognise import NAMES, recognise_all
@@ -44,9 +45,9 @@ class Inspected:
     def text(self) -> str:
         """A few lines for a person."""
         version = "" if self.version == "any" else f" {self.version.upper()}"
-        keras = f", Keras {self.keras_version}" if self.keras_version else ""
+        keras = f", Keras {plain(self.keras_version)}" if self.keras_version else ""
         lines = [
-            shown(self.path) + (f" ({self.inside})" if self.inside else ""),
+            shown(self.path) + (f" ({plain(self.inside)})" if self.inside else ""),
             f"  {NAMES[self.part]}{version}{'' if self.standard else ' of unusual sizes'}",
             f"  {self.container}{keras}, {', '.join(self.dtypes)}",
             f"  {self.tensors} tensors, {self.parameters / 1e6:.1f} M parameters, {self.bytes / 1e9:.2f} GB",

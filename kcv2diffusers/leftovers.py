@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 
+from kcv2diffusers.errors import plain
 from kcv2diffusers.sources.tensor import Tensor
 
 EMA = "EMA copies"
@@ -40,7 +41,8 @@ def is_average(inside: str) -> bool:
 
 
 def described(tensor: Tensor) -> str:
-    return f"{tensor.name} {list(tensor.shape)}"
+    """A tensor in a message: its name and shape."""
+    return f"{plain(tensor.name)} {list(tensor.shape)}"
 
 
 def summary(leftovers: dict[str, list[Tensor]]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.json_text import parse_object
 from kcv2diffusers.recognise import NAMES, Match
 from kcv2diffusers.scheduler import SCHEDULER, SCHEDULER_FILE, read_scheduler, scheduler_of
 from kcv2diffusers.tables import Size, Table
@@ -224,11 +225,8 @@ def _section(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
     file = next((f for f in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE) if f.is_file()), None)
     if file is None or (file.parent != folder and not path.is_dir()):
         return folder / CONFIG_FILE, {}
-    try:
-        data = json.loads(file.read_bytes()[: 1 << 20])
-    except (ValueError, RecursionError):
-        data = None
-    section = data.get(name, {}) if isinstance(data, dict) else None
+    data = parse_object(file.read_bytes()[: 1 << 20])
+    section = None if data is None else data.get(name, {})
     if not isinstance(section, dict):
         example = '{"text_encoder": {"num_attention_heads": 12}}'
         problem = "not a JSON object of component names and their config entries."

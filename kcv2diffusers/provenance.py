@@ -8,7 +8,6 @@ paths, relative to the pipeline; `push` publishes it without. What came from the
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 from kcv2diffusers.errors import SourceError
 from kcv2diffusers.hub.address import cached
+from kcv2diffusers.json_text import parse_object
 from kcv2diffusers.recognise import Match
 from kcv2diffusers.sources.source import Source
 
@@ -85,7 +85,7 @@ def _named(path: Path) -> str:
 def license_of(folder: Path) -> dict[str, str]:
     """`license`, `license_name` and `license_link` of a model card in a folder, where it states them."""
     try:
-        text = (folder / "README.md").read_bytes()[: 1 << 20].decode("utf-8", "replace")
+        text = (folder / "README.md").read_bytes()[: 1 << 20].decode("utf-8-sig", "replace")
     except OSError:
         return {}
     front = _FRONT_MATTER.match(text)
@@ -96,14 +96,11 @@ def read(folder: Path) -> dict[str, Any]:
     """The record in a pipeline folder; empty if there is none. Raises SourceError if it is not one."""
     path = folder / CONVERSION_FILE
     try:
-        data = json.loads(path.read_bytes()[: 4 << 20])
+        found = parse_object(path.read_bytes()[: 4 << 20])
     except FileNotFoundError:
         return {}
-    except (ValueError, RecursionError):
-        data = None
-    if not _fits(data, _FORM):
+    if found is None or not _fits(found, _FORM):
         raise SourceError(path, "not what `convert` writes.", "Remove it, or convert again.")
-    found: dict[str, Any] = data
     return found
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kcv2diffusers.errors import Error, PlanError, SourceError
+from kcv2diffusers.errors import Error, PlanError, SourceError, plain
 from kcv2diffusers.hub.address import shown
 from kcv2diffusers.leftovers import EMA, described, is_average, kind_of
 from kcv2diffusers.pieces import pieces_of
@@ -75,7 +75,7 @@ class Match:
     def place(self) -> str:
         """The path of the source, and where in it the model is."""
         inside = self.source.inside
-        return f"{shown(self.source.path)}{f' ({inside})' if inside else ''}"
+        return f"{shown(self.source.path)}{f' ({plain(inside)})' if inside else ''}"
 
     @property
     def dtypes(self) -> list[str]:
@@ -273,7 +273,7 @@ def _check(match: Match, expected: Iterable[Slot]) -> None:
         elif not slot.exists(dims):
             match.unexpected.append(described(tensor))
         elif tensor.shape != tuple(size.value(dims) for size in shape):
-            match.mismatched.append(f"{tensor.name} {list(tensor.shape)}, expected {wanted}{other}")
+            match.mismatched.append(f"{described(tensor)}, expected {wanted}{other}")
 
 
 def _short_layers(

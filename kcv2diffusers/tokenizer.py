@@ -24,13 +24,13 @@ No setting in the folder changes these: transformers builds its text rules from 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import html
 import importlib.util
 import io
 import json
 import os
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from kcv2diffusers.errors import Error, SourceError, TargetError
+from kcv2diffusers.json_text import parse_object
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
@@ -133,7 +134,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     for path in found:
         if path.stat().st_size > LIMIT:
             raise SourceError(path, "is too large for a CLIP vocabulary (over 16 MiB)")
-        shutil.copyfile(path, folder / path.name)
+        (folder / path.name).write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
 
 
 def _candidates(folders: Iterable[Path]) -> Iterator[Path]:
@@ -261,35 +262,32 @@ def _check_placeholders(tokens: Sequence[str], vocab: Mapping[str, int]) -> None
         earlier.append(token)
 
 
-def _read(path: Path) -> str:
-    """The text of a small file, unpacked when it is gzip."""
+def _read(path: Path) -> bytes:
+    """The bytes of a small file, unpacked when it is gzip."""
     try:
         with path.open("rb") as raw:
             stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
             data = stream.read(LIMIT + 1)
         if len(data) > LIMIT:
             raise SourceError(path, "is too large for a CLIP vocabulary (over 16 MiB)")
-        return data.decode("utf-8")
+        return data
     except FileNotFoundError:
         raise
-    except UnicodeDecodeError:
-        raise SourceError(path, "is not a text file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(path, f"cannot be read: {error}") from error
 
 
 def _lines(path: Path) -> list[str]:
-    return (
-        _read(path).replace("\r\n", "\n").split("\n")
-    )  # Not splitlines: U+0085 and others are no line ends.
+    try:
+        text = _read(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise SourceError(path, "is not a text file") from None
+    return text.replace("\r\n", "\n").split("\n")  # Not splitlines: U+0085 and others are no line ends.
 
 
 def _object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(_read(path))
-    except (ValueError, RecursionError):
-        raise SourceError(path, "is not JSON") from None
-    if not isinstance(data, dict):
+    data = parse_object(_read(path))
+    if data is None:
         raise SourceError(path, "is not a JSON object")
     return data
 

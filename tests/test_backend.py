@@ -19,14 +19,14 @@ from kcv2diffusers.errors import Error
 def choose(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Choose with some packages installed and the environment's variable set; the backend, what was said."""
 
-    def run(installed: str, variable: str | None = None) -> tuple[str | None, list[str]]:
+    def run(installed: str, variable: str | None = None, asked: str = "auto") -> tuple[str | None, list[str]]:
         packages = {"keras", *installed.split()}
         monkeypatch.delitem(sys.modules, "keras", raising=False)
         monkeypatch.setattr(backend, "_installed", packages.__contains__)
         monkeypatch.setenv("KERAS_HOME", str(tmp_path))
         monkeypatch.setenv(backend.VARIABLE, variable or "")
         said: list[str] = []
-        backend.choose_backend(said.append)
+        backend.choose_backend(said.append, asked)
         return os.environ.get(backend.VARIABLE), said
 
     return run
@@ -44,6 +44,15 @@ def test_the_best_that_is_installed(installed: str, chosen: str, choose: Any) ->
 
 def test_what_is_set_is_taken_and_nothing_said(choose: Any) -> None:
     assert choose("torch jax tensorflow", "torch") == ("torch", [])
+
+
+@pytest.mark.parametrize("variable", [None, "torch", "jax"])
+def test_an_option_goes_before_what_is_set(choose: Any, variable: str | None) -> None:
+    name, said = choose("torch jax", variable, "jax")
+    assert name == "jax"
+    assert len(said) == (variable == "torch") and all("jax" in line and "torch" in line for line in said)
+    with pytest.raises(Error, match="--backend tensorflow: tensorflow is not installed"):
+        choose("torch jax", variable, "tensorflow")
 
 
 def test_keras_own_config(choose: Any, tmp_path: Path) -> None:

@@ -485,3 +485,11 @@ def test_cannot_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(TargetError, match="file"):
         write_tokenizer(TokenizerFiles(*small(), (), tmp_path), tmp_path / "file" / "tokenizer")
+
+
+def test_a_prompt_that_is_not_unicode() -> None:
+    """As Python keeps what a terminal in Latin-1 sends."""
+    from kcv2diffusers.models.tokenizer import Tokenizer
+
+    with pytest.raises(Error, match=r"a caf\\udce9: a prompt with bytes that are not UTF-8"):
+        Tokenizer.of_words(["a"]).encode("a caf\udce9")

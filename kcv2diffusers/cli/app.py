@@ -6,11 +6,11 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 
-from kcv2diffusers.errors import Error
+from kcv2diffusers.errors import Error, plain
 
 app = typer.Typer(
     help="Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.",
@@ -30,15 +30,19 @@ def main() -> NoReturn:
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             sys.exit(141)
-        _fail(f"{error.filename or 'cannot go on'}: {error.strerror or error}.")
+        _fail(f"{plain(error.filename or 'cannot go on')}: {error.strerror or error}.")
     sys.exit(0)
 
 
 def _fail(message: str) -> NoReturn:
-    """Print what went wrong; names come from files, so nothing in them may control the terminal."""
-    lines = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in message.split("\n"))
-    print("kcv2diffusers:", "\n".join(lines), file=sys.stderr)
+    """Print what went wrong."""
+    say(f"kcv2diffusers: {message}", sys.stderr)
     sys.exit(1)
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print lines for a person. Names in them may come from files and servers: none controls the terminal."""
+    print(plain(text, keep="\n"), file=file, flush=file is not None)
 
 
 def print_json(data: Any) -> None:
@@ -81,7 +85,7 @@ def stages() -> Iterator[Callable[[str, int, int, str], None]]:
 
         def line(stage: str, done: int, total: int, words: str) -> None:
             if done == total or done % max(1, total // 10) == 0:
-                print(f"{stage} {done}/{total} {words}".rstrip(), file=sys.stderr, flush=True)
+                say(f"{stage} {done}/{total} {words}".rstrip(), sys.stderr)
 
         yield line
         return
@@ -101,6 +105,6 @@ def stages() -> Iterator[Callable[[str, int, int, str], None]]:
         def update(stage: str, done: int, total: int, words: str) -> None:
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=total, words="")
-            bar.update(tasks[stage], completed=done, words=words)
+            bar.update(tasks[stage], completed=done, words=plain(words))
 
         yield update

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kcv2diffusers.cli.app import print_json, progress_bar
+from kcv2diffusers.cli.app import print_json, progress_bar, say
 from kcv2diffusers.cli.hub import log_in, publish
 from kcv2diffusers.cli.options import (
     AllowNonfinite,
@@ -159,21 +159,21 @@ def convert(
         print_json(result.to_dict() | {name: found.to_dict() for name, found in more.items() if found})
         return require_verified(verified)
     version = "" if result.version == "any" else f" ({result.version.upper()})"
-    print(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
+    say(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
     for part, source in result.parts.items():
-        print(f"  {NAMES[part]}: {source}")
+        say(f"  {NAMES[part]}: {source}")
     for note in result.notes:
-        print(note)
+        say(note)
     if result.complete:
-        print(f'Use it: StableDiffusionPipeline.from_pretrained("{result.out}"{_loading(variant)})')
+        say(f'Use it: StableDiffusionPipeline.from_pretrained("{result.out}"{_loading(variant)})')
     else:
         needs = ", ".join(NAMES[part] for part in result.missing)
-        print(f"A full pipeline still needs: {needs or 'nothing; leave away --base none to write one'}.")
-    print(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
+        say(f"A full pipeline still needs: {needs or 'nothing; leave away --base none to write one'}.")
+    say(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
     if verified:
-        print(verified.text())
+        say(verified.text())
     if pushed:
-        print(pushed.text())
+        say(pushed.text())
     require_verified(verified)
 
 
@@ -209,10 +209,10 @@ def to_keras(
         )
     if as_json:
         return print_json(result.to_dict())
-    print(f"KerasCV weights written to {result.out}")
+    say(f"KerasCV weights written to {result.out}")
     for part, file in result.files.items():
-        print(f"  {file}: for the load_weights of {result.models[part]}")
-    print(f"{result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
+        say(f"  {file}: for the load_weights of {result.models[part]}")
+    say(f"{result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
 
 
 def inspect(
@@ -228,7 +228,7 @@ def inspect(
     if as_json:
         return print_json([entry.to_dict() for entry in found])
     for entry in found:
-        print(entry.text())
+        say(entry.text())
 
 
 @maps_app.command("list")
@@ -236,7 +236,7 @@ def maps_list() -> None:
     """List the weight maps with their parts and versions."""
     from kcv2diffusers import maps
 
-    print(maps.listing())
+    say(maps.listing())
 
 
 @maps_app.command("show")
@@ -247,7 +247,7 @@ def maps_show(
     """Show a weight map expanded: one line for each tensor, Keras on the left, diffusers on the right."""
     from kcv2diffusers import maps
 
-    print(maps.show(name, version))
+    say(maps.show(name, version))
 
 
 @maps_app.command("check")
@@ -259,6 +259,6 @@ def maps_check(as_json: Json = False) -> None:
     if as_json:
         print_json([result.to_dict() for result in results])
     else:
-        print("\n".join(result.text() for result in results))
+        say("\n".join(result.text() for result in results))
     if any(result.problems for result in results):
         raise typer.Exit(1)

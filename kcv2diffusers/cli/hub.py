@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kcv2diffusers.cli.app import print_json, progress_bar
+from kcv2diffusers.cli.app import print_json, progress_bar, say
 from kcv2diffusers.cli.options import Json, License, Overwrite, Private, Tag
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def push(
     )
     if as_json:
         return print_json(pushed.to_dict())
-    print(pushed.text())
+    say(pushed.text())
 
 
 def space(
@@ -94,9 +94,9 @@ def space(
         license=license,
         overwrite=overwrite,
     )
-    print(f"Space written to {out}; publish it:")
-    print(f"  hf repos create {repository}-demo --type space --space-sdk gradio")
-    print(f"  hf upload {repository}-demo {out} . --repo-type space")
+    say(f"Space written to {out}; publish it:")
+    say(f"  hf repos create {repository}-demo --type space --space-sdk gradio")
+    say(f"  hf upload {repository}-demo {out} . --repo-type space")
 
 
 def publish(pipeline: Path, repository: str, **options: Any) -> Pushed:

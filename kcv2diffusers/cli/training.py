@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from kcv2diffusers.backend import choose_backend
-from kcv2diffusers.cli.app import print_json, progress_bar, stages
+from kcv2diffusers.cli.app import print_json, progress_bar, say, stages
 from kcv2diffusers.cli.hub import log_in, publish
 from kcv2diffusers.cli.options import Json
 from kcv2diffusers.cli.verification import (
@@ -45,7 +45,7 @@ def generate(
     """Generate pictures with Keras; KERAS_BACKEND chooses TensorFlow, JAX or PyTorch."""
     from kcv2diffusers.generate import generate as run
 
-    choose_backend(_say)
+    choose_backend(_to_stderr)
     with progress_bar("Generating", steps=True) as progress:
         paths = run(
             *base,
@@ -61,11 +61,11 @@ def generate(
             tokenizer=tokenizer,
             progress=progress,
         )
-    print("\n".join(map(str, paths)))
+    say("\n".join(map(str, paths)))
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+def _to_stderr(line: str) -> None:
+    say(line, sys.stderr)
 
 
 def dreambooth(**given: Any) -> None:
@@ -78,7 +78,7 @@ def dreambooth(**given: Any) -> None:
         name: str(v) if isinstance(v, StrEnum) else v for name, v in given.items() if v not in (None, [])
     }
     config = make_config(values, file)
-    choose_backend(_say)
+    choose_backend(_to_stderr, config.backend)
     try:
         from kcv2diffusers.dreambooth.train import train
     except ModuleNotFoundError as error:
@@ -112,7 +112,7 @@ def dreambooth(**given: Any) -> None:
     if as_json:
         print_json(result.to_dict() | {name: each.to_dict() for name, each in found.items() if each})
     else:
-        print("\n".join(each.text() for each in (result, *found.values()) if each))
+        say("\n".join(each.text() for each in (result, *found.values()) if each))
     if not result.finished:
         sys.exit(128 + result.stopped_by)
     require_verified(verified)

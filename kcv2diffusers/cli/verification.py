@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kcv2diffusers.cli.app import print_json, stages
+from kcv2diffusers.cli.app import print_json, say, stages
 from kcv2diffusers.cli.options import Gelu, Json, Part, PredictionTypeOption, Report
 from kcv2diffusers.errors import Error
 
@@ -95,7 +95,7 @@ def verify(
     if as_json:
         print_json(result.to_dict())
     else:
-        print(result.text())
+        say(result.text())
     require_verified(result)
 
 

@@ -65,7 +65,8 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
 
     `latents` and `noise` (n, height / 8, width / 8, 4), `timesteps` (n,) int32, `condition` as in Examples,
     `prior` (n,) float32, 1 for a class picture. All pictures of a step have one size; n is the batch size,
-    twice that with prior preservation. Each epoch sees every photo of the subject at least once.
+    twice that with prior preservation. Each epoch sees every photo of the subject at least once, and as often
+    as its folder says.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         self.timesteps = timesteps
         self.by_size: dict[Size, list[int]] = {}
         for number, photo in enumerate(instance.photos):
-            self.by_size.setdefault(bucket_of(photo.size, instance.resolution), []).append(number)
+            numbers = self.by_size.setdefault(bucket_of(photo.size, instance.resolution), [])
+            numbers += [number] * photo.repeats
         self.epoch_length = sum(math.ceil(len(numbers) / batch_size) for numbers in self.by_size.values())
 
     def __len__(self) -> int:

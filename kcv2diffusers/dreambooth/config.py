@@ -9,7 +9,8 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from kcv2diffusers.errors import Error
+from kcv2diffusers.backend import BACKENDS
+from kcv2diffusers.errors import Error, is_unicode, plain
 
 
 def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
@@ -79,6 +80,11 @@ class Config:
         "Of the computation; weights stay float32. auto: bfloat16 on a GPU that has it, float16 on another, "
         "float32 on a CPU.",
         choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
+    )
+    backend: str = _option(
+        "auto",
+        "Keras' backend. auto: KERAS_BACKEND's, else the best that is installed.",
+        choices=("auto", *BACKENDS),
     )
     devices: int = _option(1, "Devices to divide each step among (JAX).", least=1)
     rematerialise: bool = _option(False, "Compute activations twice: slower, less memory.")
@@ -166,7 +172,7 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
 def read_options(file: Path) -> dict[str, Any]:
     """The options of a TOML file, of the right types. Raises Error for what is wrong."""
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise Error(f"{file}: cannot be read: {error.strerror}.\nCheck the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -174,7 +180,7 @@ def read_options(file: Path) -> dict[str, Any]:
     kinds = get_type_hints(Config)
     unknown = sorted(values.keys() - kinds.keys())
     if unknown:
-        raise Error(f"{file}: unknown options {', '.join(unknown)}.\nKnown are {', '.join(kinds)}.")
+        raise Error(f"{file}: unknown options {plain(', '.join(unknown))}.\nKnown are {', '.join(kinds)}.")
     for name, value in values.items():
         if kinds[name] is float and type(value) is int:
             values[name] = float(value)
@@ -189,6 +195,11 @@ def read_options(file: Path) -> dict[str, Any]:
 
 def _check(f: Field[Any], value: Any) -> None:
     option = "--" + f.name.replace("_", "-")
+    for text in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
+        if not is_unicode(text):
+            raise Error(
+                f"{option} {plain(text)}: holds bytes that are not UTF-8.\nWrite or name it in UTF-8."
+            )
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise Error(f"{option} {value}: choose one of {', '.join(f.metadata['choices'])}.")
     least = f.metadata["least"]

@@ -4,6 +4,7 @@ encoded once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count, islice
@@ -16,7 +17,7 @@ from PIL import Image
 from kcv2diffusers.dreambooth.batches import Examples
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.photos import Photo, bucket_of, find_photos
-from kcv2diffusers.errors import Error
+from kcv2diffusers.errors import Error, plain
 from kcv2diffusers.models.base import Base
 from kcv2diffusers.models.sampler import PROMPT_LENGTH, initial_noise
 
@@ -27,10 +28,13 @@ Progress = Callable[[str, int, int, str], None]
 def usable_photos(folder: Path, notes: list[str]) -> list[Photo]:
     """The pictures of `folder`; what is none is named in `notes`. Raises Error if there is no picture."""
     photos = find_photos(folder)
+    repeated = Counter((photo.path.parent.name, photo.repeats) for photo in photos.found if photo.repeats > 1)
+    for (name, times), n in repeated.items():
+        notes.append(f"{plain(name)}: {n} photo{'s' if n > 1 else ''}, {times} times an epoch.")
     if photos.skipped:
-        notes.append(f"Skipped in {folder}: {', '.join(photos.skipped)}.")
+        notes.append(f"Skipped in {plain(folder)}: {', '.join(photos.skipped)}.")
     if not photos.found:
-        raise Error(f"{folder}: no picture in this folder.\n" + "\n".join(notes or ["It is empty."]))
+        raise Error(f"{plain(folder)}: no picture in this folder.\n" + "\n".join(notes or ["It is empty."]))
     return photos.found
 
 

@@ -24,6 +24,7 @@ from kcv2diffusers.dreambooth.follow import Follow, Unread
 from kcv2diffusers.dreambooth.lora import LORA_FILE, add_lora
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
+from kcv2diffusers.dreambooth.record import keep_record
 from kcv2diffusers.errors import Error
 from kcv2diffusers.interruption import SIGNALS, keeps
 from kcv2diffusers.models import rematerialise
@@ -67,8 +68,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     out = Path(config.out)
     notes: list[str] = []
     _check_folders(config)
-    if config.precision == "auto":
-        config = replace(config, precision=best_precision())
+    config = _resolved(config)
     allow_tf32()
     photos = usable_photos(Path(config.instance_images), notes)
     files = _base_files(config)
@@ -78,7 +78,6 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
         base = files.load(moments=True, dtype=config.precision)
     out.mkdir(parents=True, exist_ok=True)
     keeps(f"what is in {out} is kept, and --resume goes on with it")
-    (out / "config.toml").write_text(config.toml(), encoding="utf-8")
     drawings = Drawings(config, base.sampler(), base.image_size)
     classes = class_photos(config, base, notes, progress) if config.prior_preservation else None
     instance, prior = make_examples(config, base, photos, classes)
@@ -98,6 +97,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
             keep=config.keep_checkpoints,
         )
         start = _start(config, checkpoints)
+        keep_record(config, start)
         batches = Batches(
             instance,
             prior,
@@ -116,7 +116,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     if run.problem:
         raise Error(run.problem)
     finished = run.step >= config.steps
-    result = Result(out, checkpoints.path(run.step), run.step, finished, run.stopped_by, notes=notes)
+    result = Result(out, checkpoint_path(out, run.step), run.step, finished, run.stopped_by, notes=notes)
     chart(run.losses(), "loss").save(out / "loss.png")
     if result.finished:
         run.draw()
@@ -185,6 +185,15 @@ def _export(config: Config, checkpoint: Path, prediction_type: str) -> Path:
     return export
 
 
+def _resolved(config: Config) -> Config:
+    """The options with what "auto" stands for, as far as a run depends on it."""
+    running = keras.backend.backend()
+    if config.backend not in ("auto", running):
+        raise Error(f"--backend {config.backend}: Keras runs on {running} already.\nStart a new process.")
+    precision = best_precision() if config.precision == "auto" else config.precision
+    return replace(config, backend=running, precision=precision)
+
+
 def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
     """Make trainable what is to be trained; returns those parts."""
     base.image_encoder.trainable = base.decoder.trainable = False
@@ -232,7 +241,7 @@ def _release(
 
 def _start(config: Config, checkpoints: Checkpoints) -> int:
     """The step to go on from: 0 for a new run."""
-    steps = checkpoints.steps() if config.resume else []
+    steps = saved_steps(checkpoints.folder) if config.resume else []
     if not steps:
         return 0
     checkpoints.restore(steps[-1])

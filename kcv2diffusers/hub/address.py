@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kcv2diffusers.errors import Error
+from kcv2diffusers.errors import Error, plain
 
 SCHEME = "hf://"
 _WEBSITE = re.compile(
@@ -87,8 +87,8 @@ def cached(path: Path) -> tuple[Address, Path] | None:
 def shown(path: Path) -> str:
     """How messages name a source: one from the Hub by its address, with seven digits of the commit."""
     if found := cached(path):
-        return str(replace(found[0], revision=(found[0].revision or "")[:7]))
-    return str(path)
+        return plain(replace(found[0], revision=(found[0].revision or "")[:7]))
+    return plain(path)
 
 
 def snapshots(paths: Iterable[Path]) -> list[Path]:

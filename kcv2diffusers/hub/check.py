@@ -12,7 +12,7 @@ import numpy as np
 
 from kcv2diffusers import pipeline
 from kcv2diffusers.dreambooth.config import RUN_FILE
-from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.errors import Error, SourceError, plain
 from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE
 from kcv2diffusers.recognise import NAMES, Match
 from kcv2diffusers.sources.pipeline import read_json, read_pipeline, read_safetensors
@@ -68,7 +68,8 @@ def check(folder: Path, progress: Progress = lambda done, total: None) -> Checke
     files, left_out = _published(folder, components)
     if gone := [name for name in components if not any(f.startswith(f"{name}/") for f in files)]:
         raise Error(
-            f"{folder}: model_index.json names {', '.join(gone)}, not there.\nConvert or save it again."
+            f"{folder}: model_index.json names {plain(', '.join(gone))}, not there.\n"
+            "Convert or save it again."
         )
     for table in tables().values():
         if index.get(table.folder) != (expected := table.diffusers.split(".")):
@@ -111,7 +112,9 @@ def _published(folder: Path, components: Sequence[str]) -> tuple[list[str], list
         if not any(fnmatch(file, pattern) for pattern in patterns) or file.startswith("."):
             left_out += [name] if name != VERIFICATION_FILE else []
         elif not path.resolve().is_relative_to(root):
-            raise Error(f"{path}: a link out of the folder.\nCopy the folder with its contents: cp -rL.")
+            raise Error(
+                f"{plain(path)}: a link out of the folder.\nCopy the folder with its contents: cp -rL."
+            )
         else:
             files.append(name)
     return files, left_out
@@ -128,7 +131,7 @@ def _finite(tensors: Sequence[Tensor], progress: Progress) -> None:
         for values in _slices(tensor):
             if not np.isfinite(values).all():
                 raise Error(
-                    f"{tensor.path}: {tensor.name} holds values that are NaN or infinite.\n"
+                    f"{plain(tensor.path)}: {plain(tensor.name)} holds values that are NaN or infinite.\n"
                     "Such a pipeline draws black pictures; convert an earlier checkpoint, or as float32."
                 )
             done += values.nbytes

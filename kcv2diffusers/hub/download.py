@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kcv2diffusers.errors import Error, MissingExtra, SourceError
+from kcv2diffusers.errors import Error, MissingExtra, SourceError, plain
 from kcv2diffusers.hub import layout
 from kcv2diffusers.hub.address import Address, parse, readings
 from kcv2diffusers.hub.client import NoRevision, NotThere, Unreachable, asking, connect
@@ -153,7 +153,9 @@ def _listing(api: HfApi, address: Address) -> tuple[str, dict[str, int]]:
         except (OfflineModeIsEnabled, httpx2.TransportError):  # the cache of an older huggingface_hub
             return commit, _cached_files(address.repository, commit)
     if bad := next((entry.path for entry in entries if layout.unsafe(entry.path)), None):
-        raise Error(f"{address}: the Hub lists a file outside of the repository: {bad}.\nDo not use it.")
+        raise Error(
+            f"{address}: the Hub lists a file outside of the repository: {plain(bad)}.\nDo not use it."
+        )
     return commit, {entry.path: entry.size for entry in entries}
 
 

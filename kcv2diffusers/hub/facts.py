@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from kcv2diffusers.dreambooth.config import PUBLIC, RUN_FILE, read_options
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import SCHEME, parse
 from kcv2diffusers.hub.check import Checked, Progress, variant_of
+from kcv2diffusers.json_text import parse_object
 
 _OLD_KERAS = (2, 12)  # the newest that keras-cv before 0.5, the stack of the 2023 DreamBooth sprint, ran on
 
@@ -91,8 +91,8 @@ def figures(path: Path) -> list[tuple[str, str]]:
     Read are `passed` and `reason`, `weights.tensors` (part to number), of `modules` each `name` and `stock`
     (its error), and of `images.runs` each `stock.psnr` in dB (or "infinite") and `stock.ssim`.
     """
-    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        data = json.loads(path.read_bytes()[: 16 << 20])
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        data = parse_object(path.read_bytes()[: 16 << 20]) or {}
         rows = [("verdict", "passed" if data["passed"] else str(data["reason"]))]
         if tensors := (data.get("weights") or {}).get("tensors"):
             rows.append(("tensors compared", str(sum(tensors.values()))))

@@ -13,7 +13,7 @@ from functools import cache
 from math import prod
 from pathlib import PurePosixPath
 
-from kcv2diffusers.errors import Error
+from kcv2diffusers.errors import Error, plain
 from kcv2diffusers.hub.address import Address
 from kcv2diffusers.maps import existing, nominal
 from kcv2diffusers.pipeline import CONFIG_FILE
@@ -209,4 +209,4 @@ def _join(folder: str, name: str) -> str:
 
 
 def _listed(found: Sequence[Candidate], source: Address) -> str:
-    return "\n".join(f"  {source.at(c.name)}  {c.size / 1e6:.1f} MB" for c in found)
+    return "\n".join(f"  {plain(source.at(c.name))}  {c.size / 1e6:.1f} MB" for c in found)

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from kcv2diffusers.errors import Error, is_unicode, plain
 from kcv2diffusers.tokenizer import BOS, EOS, TokenizerFiles
 
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
@@ -71,7 +72,12 @@ class Tokenizer:
         return cls(vocabulary, list(ranks))
 
     def encode(self, text: str, length: int | None = None) -> list[int]:
-        """The ids of `text` between start and end; with `length`, padded with end or cut to that many ids."""
+        """The ids of `text` between start and end; with `length`, padded with end or cut to that many ids.
+
+        Raises Error for a text that is not Unicode.
+        """
+        if not is_unicode(text):
+            raise Error(f"{plain(text)}: a prompt with bytes that are not UTF-8.\nWrite it in UTF-8.")
         ids = [self.start]
         for word in split(text, tuple(self.special)):
             ids += self._spell(word)

@@ -8,7 +8,6 @@ is an attribute or a layer of another has its own group inside: `diffusion_model
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kcv2diffusers.errors import SourceError
+from kcv2diffusers.json_text import parse_object
 from kcv2diffusers.sources.foreign import reason
 from kcv2diffusers.sources.hdf5 import Tree, read_tree
 from kcv2diffusers.sources.legacy_h5 import split_number
@@ -67,11 +67,8 @@ def _layer(name: str, tensors: dict[str, Tensor], keras2: bool) -> StoredLayer:
 
 
 def _json(path: Path, text: bytes) -> dict[str, object]:
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
+    data = parse_object(text)
+    if data is None:
         raise SourceError(path, "not a JSON object, the file is damaged.")
     return data
 

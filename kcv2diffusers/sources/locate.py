@@ -10,7 +10,7 @@ from importlib import resources
 from os import PathLike
 from pathlib import Path
 
-from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.errors import Error, SourceError, plain
 from kcv2diffusers.hub.address import SCHEME, website
 
 TINY = "tiny://"
@@ -21,9 +21,8 @@ def locate(source: str | PathLike[str], *, base: bool = False, parts: Collection
     """The one path of a source: a pipeline folder, a tokenizer, a checkpoint; see `locate_all`."""
     first, *others = locate_all(source, base=base, parts=parts)
     if others:
-        raise Error(
-            f"{source}: several checkpoints, {first.name} and {others[0].name} among them.\nName one."
-        )
+        two = f"{plain(first.name)} and {plain(others[0].name)}"
+        raise Error(f"{source}: several checkpoints, {two} among them.\nName one.")
     return first
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from kcv2diffusers.dtypes import SAFETENSORS
 from kcv2diffusers.errors import SourceError, reading
+from kcv2diffusers.json_text import parse_object
 from kcv2diffusers.recognise import Match, fit_diffusers
 from kcv2diffusers.sources.foreign import require_own
 from kcv2diffusers.sources.source import Source, Style
@@ -162,12 +163,10 @@ def _weights(folder: Path, name: str, variant: str | None) -> Path:
 def read_json(path: Path, if_absent: str = "Copy or download it again.") -> dict[str, Any]:
     """A JSON object of at most a megabyte. Raises SourceError, with the remedy `if_absent` for no file."""
     try:
-        data = json.loads(path.read_bytes()[: 1 << 20])
+        data = parse_object(path.read_bytes()[: 1 << 20])
     except FileNotFoundError:
         raise SourceError(path, "no such file.", if_absent) from None
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
+    if data is None:
         require_own(path)
         raise SourceError(path, "not a JSON object, the file is damaged.")
     return data

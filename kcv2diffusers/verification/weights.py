@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kcv2diffusers.errors import plain
 from kcv2diffusers.plan import to_diffusers
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.stream import run
@@ -99,7 +100,9 @@ def _jobs(side: Side, sides: Mapping[str, Side], problems: list[str]) -> list[Jo
         tensor = stored.pop(entry.name, None)
         name = f"{folder}: {entry.name}"
         if tensor is None:
-            problems.append(f"{name}: missing, {entry.tensor.name} of {entry.tensor.path.name} has no place")
+            problems.append(
+                f"{name}: missing, {plain(entry.tensor.name)} of {plain(entry.tensor.path.name)} has no place"
+            )
         elif tensor.shape != entry.shape:
             problems.append(f"{name}: is {list(tensor.shape)}, not {list(entry.shape)}")
         elif tensor.dtype.kind in "iu":
@@ -110,7 +113,7 @@ def _jobs(side: Side, sides: Mapping[str, Side], problems: list[str]) -> list[Jo
     stray = {tensor.name for tensor in side.component.stray}
     first = next(other for other in sides.values() if other.component is side.component and other.given)
     problems += [
-        f"{folder}: {tensor.name}: has no source"
+        f"{folder}: {plain(tensor.name)}: has no source"
         for tensor in extra
         if tensor.name not in stray or side is first  # strays of a file are told once
     ]

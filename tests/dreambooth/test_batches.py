@@ -66,6 +66,16 @@ def test_every_epoch_sees_every_photo_and_a_step_has_one_size() -> None:
     assert orders[0] != orders[1]
 
 
+def test_an_epoch_takes_a_photo_as_often_as_its_folder_says() -> None:
+    often = [Photo(Path("often.png"), (100, 100), repeats=5), *photos((100, 100), (100, 300))]
+    batches = Batches(recorded(often, 1), None, batch_size=1, steps=16)
+    assert batches.epoch_length == 7
+    for epoch in range(2):
+        steps = [batches[epoch * 7 + index][0]["latents"][0, 0, 0, 0] for index in range(7)]
+        seen = [round(float(step / LATENT_SCALE)) for step in steps]
+        assert sorted(seen) == [0, 0, 0, 0, 0, 1, 2]
+
+
 def test_class_pictures_come_second_and_all_in_turn() -> None:
     batches = make()
     seen = []

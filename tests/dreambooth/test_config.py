@@ -66,6 +66,12 @@ def test_a_bad_file(tmp_path: Path, text: str, message: str) -> None:
         ({"resolution": 100}, "multiple of 64"),
         ({"class_images": "dogs"}, "needs --class-prompt"),
         ({"verify": True}, "pipeline of --export; give that as well"),
+        (
+            {"instance_prompt": "\udce9t\udce9"},
+            r"--instance-prompt \\udce9t\\udce9: holds bytes that are not",
+        ),
+        ({"sample_prompt": ["a", "\udce9"]}, "--sample-prompt"),
+        ({"out": "\udce9"}, "--out"),
     ],
 )
 def test_bad_options(change: dict, message: str) -> None:

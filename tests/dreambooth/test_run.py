@@ -5,9 +5,11 @@ stopped, the others in forks of one process. Other backends: test_training_backe
 from __future__ import annotations
 
 import csv
+import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -35,11 +37,18 @@ def base() -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three photos of two proportions, and a file that is none."""
+    """Three photos of two proportions, one of them with odd EXIF data in a folder of kohya's, and a file that
+    is none.
+    """
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
-    for number, size in enumerate([(64, 64), (70, 66), (64, 64)]):
+    for number, size in enumerate([(64, 64), (70, 66)]):
         Image.fromarray(rng.integers(0, 255, (*size, 3), "uint8")).save(folder / f"{number}.png")
+    odd = b"Exif\0\0II*\0\x08\0\0\0\2\0" + struct.pack("<HHLHH", 274, 3, 1, 6, 0)  # turned
+    odd += struct.pack("<HHL4sL", 296, 2, 3, b"in\0\0", 0)  # a text where a unit's number belongs
+    (folder / "3_sks car").mkdir()
+    image = Image.fromarray(rng.integers(0, 255, (64, 64, 3), "uint8"))
+    image.save(folder / "3_sks car" / "2.jpg", exif=odd)
     (folder / "notes.txt").write_text("no picture")
     return folder
 
@@ -101,6 +110,7 @@ def whole(base: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) ->
     done = subprocess.run(asked, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Skipped" in done.stdout and "notes.txt (not a picture)" in done.stdout
+    assert "3_sks car: 1 photo, 3 times an epoch." in done.stdout and "2.jpg" not in done.stdout
     assert f"Pipeline: {out.parent / 'pipeline'}" in done.stdout
     assert "Training 6/6 loss" in done.stderr
     return out
@@ -189,6 +199,9 @@ def test_resuming_reaches_the_same_weights(
     assert done.returncode == 0, done.stderr
     one, other = (weights(tmp_path / out / "checkpoints" / "step-000006") for out in ("whole", "parts"))
     assert different(one, other) == []
+    records = [(tmp_path / out / "config.toml").read_text() for out in ("whole", "parts")]
+    assert records[0] == records[1] and 'backend = "torch"' in records[0] and "precision" in records[0]
+    assert [leg["start"] for leg in json.loads((tmp_path / "parts" / "legs.json").read_text())] == [0, 3]
     early = weights(tmp_path / "whole" / "checkpoints" / "step-000003")
     assert different(one, early)
     if "--train-text-encoder" in options:

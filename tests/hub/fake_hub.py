@@ -117,10 +117,11 @@ class Handler(BaseHTTPRequestHandler):
             with LOCK:
                 self.answer()
         except Refusal as refusal:
+            header = re.sub("[^ -~]", "", refusal.message)  # which the client would not read at all
             self.send(
                 refusal.status,
                 {"error": refusal.message, **refusal.body},
-                {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message},
+                {"X-Error-Code": refusal.code, "X-Error-Message": header},
             )
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = handle_any
