@@ -58,7 +58,7 @@ def tree(folder: Path) -> dict[str, int]:
         (["to-keras", "pipeline", "--out", "out/keras"], 6),
         pytest.param(
             ["generate", "--base", "tiny", "--prompt", "a panda", "--steps", "2", "--out", "out"],
-            6,
+            4,
             marks=pytest.mark.slow,
         ),
     ],

@@ -4,8 +4,8 @@
                                [--containers ...] [--vocabulary N] [--traces]
 
 Each checkpoint is OUT/<part>-sd<version>-<dtype>/<container>, with `expected.json` (digests of the
-diffusers state dict, from the live model) beside it. A SavedModel of a UNet has its functions only with
---traces, as tracing them takes two minutes.
+diffusers state dict, from the live model) beside it. A SavedModel of a UNet or a VAE has its functions only
+with --traces, as tracing them takes up to two minutes.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def main(arguments: list[str]) -> None:
                 folder.mkdir(parents=True, exist_ok=True)
                 seed = stack.PARTS.index(part) + 10 * version
                 model = stack.build(part, version, args.kind, args.size, seed, args.vocabulary, dtype)
-                traces = args.traces or part != "unet"
+                traces = args.traces or part == "text_encoder"
                 for name, save in containers(model, folder, traces).items():
                     if args.containers is None or name in args.containers:
                         save()

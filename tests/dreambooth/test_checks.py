@@ -1,0 +1,152 @@
+"""What is wrong with a run is told before a model is built; a run that has ended builds none."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kcv2diffusers.dreambooth.config import make_config
+from kcv2diffusers.dreambooth.train import train
+from kcv2diffusers.errors import Error
+from kcv2diffusers.generate import generate
+from kcv2diffusers.models.base import BaseFiles
+
+LONG = "a panda " * 40
+
+
+class Built(Exception):
+    """A model was built."""
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+@pytest.fixture(autouse=True)
+def nothing_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise Built
+
+    monkeypatch.setattr(BaseFiles, "load", load)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.fromarray(np.zeros((64, 64, 3), "uint8")).save(folder / "one.png")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path, photos: Path) -> Callable[..., Any]:
+    def start(**options: Any) -> Any:
+        usual = {
+            "instance_images": str(photos), "instance_prompt": "a sks dog", "base": ["tiny"],
+            "out": str(tmp_path / "out"), "steps": 5,
+        }  # fmt: skip
+        return train(make_config(usual | options))
+
+    return start
+
+
+def test_a_good_run_builds_its_models(run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(Built):
+        run()
+    with pytest.raises(Built):
+        generate("tiny", prompts=["a panda"], out=tmp_path / "pictures")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"instance_prompt": LONG}, "82 tokens, at most 77"),
+        ({"class_prompt": LONG}, "82 tokens, at most 77"),
+        ({"sample_prompt": [LONG]}, "82 tokens, at most 77"),
+        ({"out": "FILE/out"}, "is no folder"),
+        ({"class_prompt": "a dog", "class_images": "FILE"}, "is no folder"),
+        ({"export": "FILE"}, "exists already"),
+        ({"export": "FILE/pipeline"}, "is no folder"),
+        ({"export": "PHOTOS"}, "exists already"),
+        ({"export": "PHOTOS", "resume": True}, "not an earlier output"),
+        ({"instance_images": "nowhere"}, "nowhere"),
+        ({"base": ["nowhere"]}, "nowhere"),
+    ],
+)
+def test_a_run(
+    run: Callable[..., Any], tmp_path: Path, photos: Path, options: dict[str, Any], message: str
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    places = {"FILE": str(tmp_path / "file"), "PHOTOS": str(photos)}
+    for name, value in options.items():
+        if isinstance(value, str) and value.partition("/")[0] in places:
+            first, *rest = value.split("/")
+            options = options | {name: "/".join([places[first], *rest])}
+    with pytest.raises(Error, match=message):
+        run(**options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_is_too_small(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW's state is twice the weights; a LoRA's checkpoints are the weights alone."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 40 * 10**6))
+    with pytest.raises(Error, match=r"0\.\d+ GB are needed and 0\.04 GB are free"):
+        run(steps=1000, checkpoint_every=100)
+    with pytest.raises(Built):
+        run(steps=1000, checkpoint_every=0, lora_rank=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompts": [LONG]}, "82 tokens, at most 77"),
+        ({"negative_prompt": LONG}, "82 tokens, at most 77"),
+        ({"prompts": []}, "Nothing to generate"),
+        ({"steps": 0}, "at least 1 is needed"),
+        ({"height": 100}, "multiples of 64"),
+        ({"width": -64}, "multiples of 64"),
+        ({"out": "file/pictures"}, "is no folder"),
+        ({"out": "file"}, "is no folder"),
+    ],
+)
+def test_pictures(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    (tmp_path / "file").write_text("in the way")
+    out = tmp_path / options.pop("out", "out")
+    with pytest.raises(Error, match=message):
+        generate("tiny", **({"prompts": ["a panda"], "out": out} | options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_has_ended(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Its checkpoint is that of tiny itself, as if nothing had been learnt."""
+    from kcv2diffusers.sources.locate import TINY, locate
+
+    out = tmp_path / "out"
+    checkpoint = out / "checkpoints" / "step-000005"
+    checkpoint.mkdir(parents=True)
+    for name in ("unet.weights.h5", "kcv2diffusers.json"):
+        shutil.copy(locate(TINY) / name, checkpoint)
+    (out / "resume").mkdir()
+    (out / "resume" / "step-000005.h5").write_bytes(b"")
+    with pytest.raises(Error, match="holds a run already"):
+        run()
+    result = run(resume=True)
+    assert (result.step, result.finished, result.checkpoint) == (5, True, checkpoint)
+    assert result.notes == ["The run has ended before; nothing is trained."]
+    export = tmp_path / "pipeline"
+    assert run(resume=True, export=str(export)).export == export
+    made = (export / "model_index.json").stat().st_mtime_ns
+    run(resume=True, export=str(export))
+    assert (export / "model_index.json").stat().st_mtime_ns == made
+    with pytest.raises(Built):
+        run(resume=True, steps=6)
+    with pytest.raises(Built):
+        run(resume=True, sample_prompt=["a panda"])
