@@ -28,16 +28,27 @@ def choose_backend(say: Callable[[str], None] = lambda line: None) -> None:
     """
     if "keras" in sys.modules or not _installed("keras"):
         return
-    found = [name for name in BACKENDS if _installed(name)]
+    found = installed()
     if name := os.environ.get(VARIABLE):
         _check(name, found)
-    elif not found:
+    elif not (name := taken(found)):
         raise Error(f"No backend of Keras is installed.\nInstall one: {', '.join(BACKENDS)}.")
     else:
-        configured = _configured()
-        name = configured if configured in found and configured != _WRITTEN else found[0]
         os.environ[VARIABLE] = name
         say(f"Keras runs on {name}; {VARIABLE} sets another ({', '.join(found)} installed).")
+
+
+def installed() -> list[str]:
+    """The backends that are installed, best first."""
+    return [name for name in BACKENDS if _installed(name)]
+
+
+def taken(found: list[str]) -> str | None:
+    """Which of the installed ones is taken where the environment names none."""
+    configured = _configured()
+    if configured in found and configured != _WRITTEN:
+        return configured
+    return found[0] if found else None
 
 
 def _check(name: str, found: list[str]) -> None:

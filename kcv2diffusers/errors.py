@@ -7,13 +7,23 @@ its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 class Error(Exception):
     """A refusal with a message for the user: what is wrong and what to do about it."""
+
+
+def no_choice(option: str, given: object, choices: Iterable[str]) -> Error:
+    """The refusal of a value that is none of the choices, with the one that may be meant."""
+    from difflib import get_close_matches
+
+    known = list(choices)
+    near = get_close_matches(str(given).lower(), known, 1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    return Error(f"{option} {given}: choose one of {', '.join(known)}.{meant}")
 
 
 class SourceError(Error):

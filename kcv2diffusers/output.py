@@ -26,12 +26,7 @@ def new_folder(
     parent = target.parent
     with _writing(parent), _made(parent):
         _remove_stale(target)
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise TargetError(
-                f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free.\n"
-                "Free some space or choose another --out."
-            )
+        _check_space(parent, needed)
         temporary = parent / f".{target.name}.tmp-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
@@ -40,6 +35,28 @@ def new_folder(
             _move_into_place(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_folder(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool], needed: int) -> None:
+    """All that `new_folder` checks, without making anything. Raises TargetError."""
+    target = Path(os.path.abspath(target))  # noqa: PTH100
+    check_free(target, overwrite=overwrite, replaceable=replaceable)
+    with _writing(target.parent):
+        parent = next(path for path in target.parents if path.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
+        _check_space(parent, needed)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TargetError(
+            f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free.\n"
+            "Free some space or choose another --out."
+        )
 
 
 def check_free(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:

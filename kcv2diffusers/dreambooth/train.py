@@ -68,7 +68,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
         base = load_base(
             *config.base,
             tokenizer=config.tokenizer or None,
-            gelu="exact" if config.gelu == "exact" else "tanh",
+            gelu="exact" if config.unet_gelu == "exact" else "tanh",
             moments=True,
             dtype=config.precision,
         )

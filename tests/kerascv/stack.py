@@ -196,9 +196,7 @@ def full(part: str, version: int, size: int, vocabulary: int = 49408) -> Any:
     return _get("image_encoder", "ImageEncoder")(download_weights=False)
 
 
-def small(
-    part: str, version: int, size: int = SIZE, vocabulary: int | None = None, depth: int = 3
-) -> Any:
+def small(part: str, version: int, size: int = SIZE, vocabulary: int | None = None, depth: int = 3) -> Any:
     if part == "unet":
         return small_unet(version, size)
     if part == "text_encoder":
