@@ -17,13 +17,17 @@ class Error(Exception):
 
 
 def no_choice(option: str, given: object, choices: Iterable[str]) -> Error:
-    """The refusal of a value that is none of the choices, with the one that may be meant."""
+    """The refusal of a value that is none of the choices."""
+    known = list(choices)
+    return Error(f"{option} {given}: choose one of {', '.join(known)}.{meant(given, known)}")
+
+
+def meant(given: object, choices: Iterable[str]) -> str:
+    """A question for the end of a line: the choice that may be meant, if one is near."""
     from difflib import get_close_matches
 
-    known = list(choices)
-    near = get_close_matches(str(given).lower(), known, 1)
-    meant = f" Did you mean {near[0]}?" if near else ""
-    return Error(f"{option} {given}: choose one of {', '.join(known)}.{meant}")
+    near = get_close_matches(str(given).lower(), list(choices), 1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 class SourceError(Error):

@@ -152,7 +152,7 @@ def convert(
     if verify:
         require_packages(report)
     if push_to_hub:
-        log_in(push_to_hub)
+        log_in(push_to_hub, license)
     with progress_bar("Converting") as progress:
         result = run(
             *(sources or ()),

@@ -128,8 +128,8 @@ def publish(pipeline: Path, repository: str, **options: Any) -> Pushed:
         return run(pipeline, repository, progress=progress, **options)
 
 
-def log_in(repository: str) -> None:
+def log_in(repository: str, license: str | None = None) -> None:
     """Refuse now, not after the work, what cannot be published."""
     from kcv2diffusers.hub.push import log_in
 
-    log_in(repository)
+    log_in(repository, license=license)

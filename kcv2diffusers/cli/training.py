@@ -96,7 +96,7 @@ def dreambooth(**given: Any) -> None:
     if config.verify:
         require_packages(report)
     if config.push_to_hub:
-        log_in(config.push_to_hub)
+        log_in(config.push_to_hub, config.license or None)
     with stages() as progress:
         result = train(config, progress)
     verified = None
