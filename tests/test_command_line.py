@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,6 +251,24 @@ def test_a_log_gets_nothing_of_short_work(
             clock.now = second
             tell(second, 60)
     assert capsys.readouterr().err.splitlines() == [expected]
+
+
+def test_a_log_is_not_silent_for_minutes(
+    clock: Clock, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing is told: models are compiled, files downloaded."""
+    monkeypatch.setattr(progress, "_LOOK", 0.001)
+    lines: list[str] = []
+    with progress.stages() as tell:
+        for now, told in ((61, 0), (122, 3)):
+            if told:
+                tell("Drawing", told, 5, "")
+            clock.now = now
+            deadline = time.monotonic() + 10
+            while len(lines) < (1 if now == 61 else 2) and time.monotonic() < deadline:
+                lines += capsys.readouterr().err.splitlines()
+                time.sleep(0.001)
+    assert lines == ["Starting: still at work after 1 min", "Drawing 3/5: still at work after 2 min"]
 
 
 # Paths, sources, dtypes

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
-FIRST, THEN = 5.0, 30.0  # seconds up to the first line in a log, and from one to the next
+# Seconds up to the first line in a log, and at least from one to the next; without anything new at most.
+FIRST, THEN, SILENT = 5.0, 30.0, 60.0
+_LOOK = 1.0  # seconds between looks at the clock
 
 _quiet = False
 
@@ -35,18 +39,42 @@ def note(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-class _Clock:
-    """Says when a log is due another line, so that it is neither silent for minutes nor full of lines."""
+class _Log:
+    """Progress where stderr is no terminal: as long as the block lasts it is neither full of lines nor silent
+    for minutes, also where nothing is told (a model is loaded or compiled, a file downloaded).
+    """
 
-    def __init__(self) -> None:
-        self._next = time.monotonic() + FIRST
+    def __init__(self, title: str) -> None:
+        self._at = title  # what was told last
+        self._started = self._printed = time.monotonic()
+        self._next = self._started + FIRST
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def due(self) -> bool:
-        now = time.monotonic()
-        if now < self._next:
-            return False
-        self._next = now + THEN
-        return True
+    def __enter__(self) -> _Log:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def tell(self, line: str, *, last: bool = False) -> None:
+        """Print a line if it is time for one; the `last` of a stage always."""
+        self._at = line
+        if last or time.monotonic() >= self._next:
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        self._printed = time.monotonic()
+        self._next = self._printed + THEN
+        note(line)
+
+    def _watch(self) -> None:
+        while not self._end.wait(_LOOK):
+            now = time.monotonic()
+            if now - self._printed >= SILENT:
+                self._print(f"{self._at}: still at work after {(now - self._started) / 60:.0f} min")
 
 
 @contextmanager
@@ -59,13 +87,13 @@ def progress_bar(title: str, *, steps: bool = False) -> Iterator[Callable[[int, 
         yield lambda done, total: None
         return
     if not sys.stderr.isatty():
-        clock = _Clock()
+        with _Log(title) as log:
 
-        def line(done: int, total: int) -> None:
-            if clock.due():
-                note(f"{title} {done}/{total}" if steps else f"{title} {done / 1e9:.2f}/{total / 1e9:.2f} GB")
+            def line(done: int, total: int) -> None:
+                size = f"{done}/{total}" if steps else f"{done / 1e9:.2f}/{total / 1e9:.2f} GB"
+                log.tell(f"{title} {size}")
 
-        yield line
+            yield line
         return
     from rich import progress
     from rich.console import Console
@@ -97,13 +125,12 @@ def stages() -> Iterator[Callable[[str, int, int, str], None]]:
         yield lambda stage, done, total, words: None
         return
     if not sys.stderr.isatty():
-        clock = _Clock()
+        with _Log("Starting") as log:
 
-        def line(stage: str, done: int, total: int, words: str) -> None:
-            if clock.due() or done == total:
-                note(f"{stage} {done}/{total} {words}".rstrip())
+            def line(stage: str, done: int, total: int, words: str) -> None:
+                log.tell(f"{stage} {done}/{total} {words}".rstrip(), last=done == total)
 
-        yield line
+            yield line
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
