@@ -11,6 +11,10 @@ from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.recognise import NAMES, Match
 
 
+# Entries of a result that only a dry run has in its JSON.
+PLAN = ("moved", "scheduler", "tokenizer", "dry_run")
+
+
 @dataclass(frozen=True)
 class Moved:
     """The tensors of a part on their way: `source` is a file or folder, and where in it the part is; `target`

@@ -20,7 +20,7 @@ from kcv2diffusers.dtypes import ALIASES, DTYPES, full_name
 from kcv2diffusers.errors import Error, no_choice
 from kcv2diffusers.hub.address import SCHEME, shown, snapshots
 from kcv2diffusers.leftovers import summary
-from kcv2diffusers.outline import Moved, moved, plan_text
+from kcv2diffusers.outline import PLAN, Moved, moved, plan_text
 from kcv2diffusers.output import check_folder, check_free, new_folder
 from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetensors
 from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE, record
@@ -91,7 +91,8 @@ class Converted:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `parts` says there what `sources` and `base` say to Python."""
-        told = {name: value for name, value in asdict(self).items() if name not in ("sources", "base")}
+        left_out = ("sources", "base", *(() if self.dry_run else PLAN))
+        told = {name: value for name, value in asdict(self).items() if name not in left_out}
         return told | {"out": str(self.out)}
 
 

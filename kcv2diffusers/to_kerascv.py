@@ -13,7 +13,7 @@ from typing import Any, Literal
 from kcv2diffusers.errors import no_choice
 from kcv2diffusers.hub.address import shown
 from kcv2diffusers.keras_files import WRITERS
-from kcv2diffusers.outline import Moved, moved, plan_text
+from kcv2diffusers.outline import PLAN, Moved, moved, plan_text
 from kcv2diffusers.output import check_folder, new_folder
 from kcv2diffusers.pipeline import CONFIG_FILE, carried, write_json
 from kcv2diffusers.plan import common_dtype
@@ -50,7 +50,8 @@ class ToKeras:
         return plan_text(f"To write: weights for KerasCV, {self.out}", self.moved, origins)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"out": str(self.out)}
+        told = asdict(self) | {"out": str(self.out)}
+        return {name: value for name, value in told.items() if self.dry_run or name not in PLAN}
 
 
 def to_keras(
