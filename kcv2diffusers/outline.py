@@ -10,7 +10,6 @@ import numpy as np
 from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.recognise import NAMES, Match
 
-
 # Entries of a result that only a dry run has in its JSON.
 PLAN = ("moved", "scheduler", "tokenizer", "dry_run")
 
