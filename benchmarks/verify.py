@@ -55,7 +55,12 @@ def main() -> None:
                 f"{round_} {kind}: {done.seconds:.2f} s, {done.peak_mb:.0f} MB", file=sys.stderr, flush=True
             )
     shutil.rmtree(other, ignore_errors=True)
-    options = {"steps": args.steps, "seeds": args.seeds, "size": args.size, "reference": args.reference}
+    options = {
+        "steps": args.steps,
+        "images-per-prompt": args.seeds,
+        "image-size": args.size,
+        "reference": args.reference,
+    }
     chosen = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     whole = run([*cli, "verify", pipeline, *sources, *chosen, "--report", report])
     told = json.loads((report / "report.json").read_text())

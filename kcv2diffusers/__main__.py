@@ -3,14 +3,14 @@
 import sys
 
 from kcv2diffusers.interruption import hold_signals, interruptible
+from kcv2diffusers.processes import let_threads_sleep, restart_to_train
 
 
 def start() -> None:
     """Run the command line."""
     hold_signals()
+    let_threads_sleep()
     if sys.argv[1:2] == ["dreambooth"]:
-        from kcv2diffusers.processes import restart_to_train
-
         restart_to_train()
     with interruptible():
         from kcv2diffusers.cli import main

@@ -29,7 +29,7 @@ def choose_backend(say: Callable[[str], None] = lambda line: None, asked: str = 
     """
     if "keras" in sys.modules or not _installed("keras"):
         return
-    found = [name for name in BACKENDS if _installed(name)]
+    found = installed()
     name = os.environ.get(VARIABLE)
     if asked != "auto":
         _check(asked, found, "--backend ")
@@ -38,13 +38,24 @@ def choose_backend(say: Callable[[str], None] = lambda line: None, asked: str = 
             say(f"Keras runs on {asked}, as --backend or the --config file says, not on {VARIABLE}'s {name}.")
     elif name:
         _check(name, found)
-    elif not found:
+    elif not (name := taken(found)):
         raise Error(f"No backend of Keras is installed.\nInstall one: {', '.join(BACKENDS)}.")
     else:
-        configured = _configured()
-        name = configured if configured in found and configured != _WRITTEN else found[0]
         os.environ[VARIABLE] = name
         say(f"Keras runs on {name}; {VARIABLE} sets another ({', '.join(found)} installed).")
+
+
+def installed() -> list[str]:
+    """The backends that are installed, best first."""
+    return [name for name in BACKENDS if _installed(name)]
+
+
+def taken(found: list[str]) -> str | None:
+    """Which of the installed ones is taken where the environment names none."""
+    configured = _configured()
+    if configured in found and configured != _WRITTEN:
+        return configured
+    return found[0] if found else None
 
 
 def _check(name: str, found: list[str], setting: str = f"{VARIABLE}=") -> None:

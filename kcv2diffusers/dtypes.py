@@ -10,6 +10,8 @@ DTYPES = {
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What people call them, and what they name the files of one."""
 SAFETENSORS = {
     "F64": np.dtype("<f8"),
     "F32": DTYPES["float32"],
@@ -18,3 +20,8 @@ SAFETENSORS = {
     "I64": np.dtype("<i8"),
     "I32": np.dtype("<i4"),
 }
+
+
+def full_name(name: str) -> str:
+    """What a dtype is called here, for a name that people have for it; any other name as it is."""
+    return ALIASES.get(name, name)

@@ -7,7 +7,7 @@ its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,20 @@ def is_unicode(text: str) -> bool:
 
 class Error(Exception):
     """A refusal with a message for the user: what is wrong and what to do about it."""
+
+
+def no_choice(option: str, given: object, choices: Iterable[str]) -> Error:
+    """The refusal of a value that is none of the choices."""
+    known = list(choices)
+    return Error(f"{option} {given}: choose one of {', '.join(known)}.{meant(given, known)}")
+
+
+def meant(given: object, choices: Iterable[str]) -> str:
+    """A question for the end of a line: the choice that may be meant, if one is near."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(str(given).lower(), list(choices), 1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 class SourceError(Error):

@@ -27,12 +27,7 @@ def new_folder(
     parent = target.parent
     with _writing(parent), _made(parent):
         _remove_stale(target)
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise TargetError(
-                f"{parent}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free.\n"
-                "Free some space or choose another --out."
-            )
+        _check_space(parent, needed)
         temporary = parent / f".{target.name}.tmp-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         try:
@@ -53,11 +48,21 @@ def check_folder(folder: Path, needed: int = 0) -> None:
         raise TargetError(f"{there}: is no folder.\nRemove it yourself or choose another folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise TargetError(f"{there}: cannot be written.\nCheck its permissions, or choose another folder.")
-    free = shutil.disk_usage(there).free
+    _check_space(there, needed)
+
+
+def check_target(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool], needed: int) -> None:
+    """All that `new_folder` checks, without making anything. Raises TargetError."""
+    check_free(target, overwrite=overwrite, replaceable=replaceable)
+    check_folder(target.absolute().parent, needed)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
     if free < needed:
         raise TargetError(
             f"{folder}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free.\n"
-            "Free some space or choose another folder."
+            "Free some space or choose another --out."
         )
 
 

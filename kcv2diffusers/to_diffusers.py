@@ -16,11 +16,12 @@ from safetensors import safe_open
 
 from kcv2diffusers import pipeline
 from kcv2diffusers.dreambooth.config import RUN_FILE
-from kcv2diffusers.dtypes import DTYPES
-from kcv2diffusers.errors import Error
+from kcv2diffusers.dtypes import ALIASES, DTYPES, full_name
+from kcv2diffusers.errors import Error, no_choice
 from kcv2diffusers.hub.address import SCHEME, shown, snapshots
 from kcv2diffusers.leftovers import summary
-from kcv2diffusers.output import check_free, new_folder
+from kcv2diffusers.outline import PLAN, Moved, moved, plan_text
+from kcv2diffusers.output import check_free, check_target, new_folder
 from kcv2diffusers.plan import Entry, common_dtype, to_diffusers, write_safetensors
 from kcv2diffusers.provenance import CONVERSION_FILE, VERIFICATION_FILE, record
 from kcv2diffusers.recognise import NAMES, Match, add_part, recognise_all
@@ -49,14 +50,14 @@ _OUTPUT_FILES = (
     "samples.png",
 )
 _GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
-# What people name the files of a dtype.
-VARIANTS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
 class Converted:
     """What a conversion did. Sizes are in bytes; `parts` tells of each part where it came from, `sources` are
-    the KerasCV checkpoints among these, `base` is the pipeline folder that the others are from.
+    the KerasCV checkpoints among these, `base` is the pipeline folder that the others are from. `moved` says
+    of each part what goes into which file, `scheduler` and `tokenizer` where those come from (None: they are
+    not written). After a dry run it is what a conversion would do.
     """
 
     out: Path
@@ -71,10 +72,27 @@ class Converted:
     bytes_written: int
     seconds: float
     notes: list[str] = field(default_factory=list)
+    moved: list[Moved] = field(default_factory=list)
+    scheduler: str | None = None
+    tokenizer: str | None = None
+    dry_run: bool = False
+
+    def plan(self) -> str:
+        """What a dry run found, for a person."""
+        what = "a pipeline" if self.complete else "the given parts"
+        origins = {"scheduler": self.scheduler, "tokenizer": self.tokenizer}
+        notes = [*self.notes, *([] if self.complete else [self.needs()])]
+        return plan_text(f"To write: {what}, {self.out}", self.moved, origins, notes)
+
+    def needs(self) -> str:
+        """What parts without a pipeline lack."""
+        needs = ", ".join(NAMES[part] for part in self.missing)
+        return f"A full pipeline still needs: {needs or 'nothing; leave away --base none to write one'}."
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `parts` says there what `sources` and `base` say to Python."""
-        told = {name: value for name, value in asdict(self).items() if name not in ("sources", "base")}
+        left_out = ("sources", "base", *(() if self.dry_run else PLAN))
+        told = {name: value for name, value in asdict(self).items() if name not in left_out}
         return told | {"out": str(self.out)}
 
 
@@ -105,6 +123,7 @@ def convert(
     prediction_type: str | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    dry_run: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> Converted:
     """Write the diffusers pipeline of KerasCV checkpoints into folder `out`.
@@ -113,21 +132,23 @@ def convert(
     arguments say which part a source is for. `base` fills in what is not given: a diffusers pipeline folder,
     KerasCV parts, or "none" to write only the given parts, or "tiny" (default: for SD1 the parts that are
     missing, from the Hub). `with_sibling` adds the text encoder from the repository beside one that has none.
-    `dtype` is float32, float16 or bfloat16 (default: that of a `variant` fp16, bf16 or fp32, else as stored).
+    `dtype` is float32, float16 or bfloat16, or fp32, fp16 or bf16 (default: that of a `variant` fp16, bf16 or
+    fp32, else as stored).
     `image_size` is the pipeline's default (default: 512), `gelu` the text encoder's activation for SD2 (see
     the README; default: exact), `prediction_type` the scheduler's, "epsilon" or "v_prediction" (default: the
     pipeline's that the UNet is from, epsilon for KerasCV's). Where they are not given, the kcv2diffusers.json
     beside a checkpoint counts before these defaults. The noise schedule comes with the UNet.
+    A `dry_run` makes all checks but those of the values, writes nothing, and returns what would be done.
     `progress` is told bytes done and in total. Raises Error with a message for the user; `out` is then as it
     was.
     """
     started = time.monotonic()
     target = Path(out)
-    if dtype is not None and dtype not in DTYPES:
-        raise Error(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}.")
+    if dtype is not None and (dtype := full_name(dtype)) not in DTYPES:
+        raise no_choice("--dtype", dtype, [*DTYPES, *ALIASES])
     dtype = _dtype(dtype, variant)
     if prediction_type not in (None, *PREDICTION_TYPES):
-        raise Error(f"--prediction-type {prediction_type}: choose one of {', '.join(PREDICTION_TYPES)}.")
+        raise no_choice("--prediction-type", prediction_type, PREDICTION_TYPES)
     if image_size is not None and (image_size < 64 or image_size % 64):
         raise Error(f"--image-size {image_size}: give a multiple of 64.")
     check_free(target, overwrite=overwrite, replaceable=is_output)
@@ -151,10 +172,11 @@ def convert(
     given = [*paths, *filler.paths, *snapshots(paths)]
     text = parts.get("text_encoder")
     files = _tokenizer(text, tokenizer, given, placeholder_tokens, only_given)
-    scheduler = _scheduler(parts.get("unet"), prediction_type)
+    scheduler, scheduler_origin = _scheduler(parts.get("unet"), prediction_type)
 
     plans: list[tuple[Table, list[Entry], np.dtype]] = []
     configs, dtypes, halved = {}, {}, dict[str, str]()
+    outline: list[Moved] = []
     for table in tables().values():
         mine = [parts[part] for part in table.parts if part in parts]
         if not mine:
@@ -164,6 +186,8 @@ def convert(
         kept = dtype or stated
         kind = DTYPES[kept] if kept else common_dtype(entry.tensor for entry in entries)
         plans.append((table, entries, kind))
+        target_name = f"{table.folder}/{_with_variant(table.weights, variant)}"
+        outline += [moved(match, target_name, kind) for match in mine]
         dtypes[table.folder] = kind.name
         if stated and not dtype:
             halved[table.folder] = stated
@@ -182,6 +206,29 @@ def convert(
                 f"{match.source.path}: lies inside {target}, which would be replaced.\nChoose another --out."
             )
     needed = sum(math.prod(e.shape) * kind.itemsize for _, entries, kind in plans for e in entries)
+    if complete:
+        notes.append("The safety checker is off: KerasCV has none.")
+    planned = Converted(
+        out=target,
+        version=_version(parts),
+        complete=complete,
+        parts={part: f"{m.place} ({m.source.container})" for part, m in parts.items()},
+        sources={part: match.source.path for part, match in parts.items() if match.keras},
+        base=filler.paths[0] if filler.components else None,
+        dtypes=dtypes,
+        missing=missing,
+        bytes_read=sum(part.from_bytes for part in outline),
+        bytes_written=needed,
+        seconds=time.monotonic() - started,
+        notes=notes,
+        moved=outline,
+        scheduler=f"{scheduler['_class_name']}, {scheduler_origin}" if complete else None,
+        tokenizer=shown(files.origin) if files else None,
+        dry_run=dry_run,
+    )
+    if dry_run:
+        check_target(target, overwrite=overwrite, replaceable=is_output, needed=needed + _SLACK)
+        return planned
     with new_folder(target, overwrite=overwrite, replaceable=is_output, needed=needed + _SLACK) as folder:
         jobs: list[Job] = []
         for table, entries, kind in plans:
@@ -205,21 +252,7 @@ def convert(
                 folder / CONVERSION_FILE,
                 record(parts, used, dtypes, Path(os.path.abspath(target))),  # noqa: PTH100
             )
-            notes.append("The safety checker is off: KerasCV has none.")
-    return Converted(
-        out=target,
-        version=_version(parts),
-        complete=complete,
-        parts={part: f"{m.place} ({m.source.container})" for part, m in parts.items()},
-        sources={part: match.source.path for part, match in parts.items() if match.keras},
-        base=filler.paths[0] if filler.components else None,
-        dtypes=dtypes,
-        missing=missing,
-        bytes_read=total,
-        bytes_written=needed,
-        seconds=time.monotonic() - started,
-        notes=notes,
-    )
+    return replace(planned, bytes_read=total, seconds=time.monotonic() - started)
 
 
 def gather(paths: Sequence[Path], named: Mapping[str, Source | None]) -> dict[str, Match]:
@@ -287,7 +320,7 @@ def find_base(
     unusual = [match.part for match in parts.values() if not match.known]
     if bases:
         needed = [*missing, *unusual]
-        paths = [path for b in bases for path in locate_all(b, base=True, parts=needed, variant=variant)]
+        paths = [path for b in bases for path in locate_all(b, pipelines=True, parts=needed, variant=variant)]
     elif missing and not unusual and _version(parts) == "sd1":
         from kcv2diffusers.hub.download import SD1_BASE, sd1_base
 
@@ -369,21 +402,25 @@ def _tokenizer(
         if text.known:
             check_rows(text, CLIP_VOCABULARY, ())
         return None
-    named = None if tokenizer is None else locate(tokenizer, base=True, parts=())
+    named = None if tokenizer is None else locate(tokenizer, parts=())
     files = find_tokenizer(named, [*homes(text), *given])
     check_tokenizer(text, files, placeholder_tokens)
     return files
 
 
-def _scheduler(unet: Match | None, prediction_type: str | None) -> dict[str, Any]:
-    """The scheduler's config: what the UNet was trained with, and what it predicts if that is given."""
-    config = pipeline.scheduler_with(unet)[0] if unet else SCHEDULER
-    return config | ({"prediction_type": prediction_type} if prediction_type else {})
+def _scheduler(unet: Match | None, prediction_type: str | None) -> tuple[dict[str, Any], str]:
+    """The scheduler's config, which is what the UNet was trained with, and what it predicts if that is given;
+    and whence it comes.
+    """
+    config, file = pipeline.scheduler_with(unet) if unet else (SCHEDULER, None)
+    stated = file is not None and file.is_file() and config != SCHEDULER
+    origin = f"as {shown(file)} states" if file and stated else "as Stable Diffusion has it"
+    return config | ({"prediction_type": prediction_type} if prediction_type else {}), origin
 
 
 def _dtype(dtype: str | None, variant: str | None) -> str | None:
     """The dtype asked for, by its own name or by that of a variant."""
-    implied = VARIANTS.get(variant or "")
+    implied = ALIASES.get(variant or "")
     if dtype and implied and dtype != implied:
         raise Error(
             f"--variant {variant} names files of {implied}, and --dtype is {dtype}.\n"

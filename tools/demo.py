@@ -93,7 +93,7 @@ def main(folder: Path) -> None:
             pipeline,
             *sorted((run / "checkpoints").iterdir())[-1:],
             base=["tiny"],
-            unet_gelu=config.gelu,
+            unet_gelu=config.unet_gelu,
             prompts=PROMPTS[:2],
             steps=STEPS,
             guidance=GUIDANCE_SCALE,

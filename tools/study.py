@@ -56,9 +56,7 @@ def tuned(folder: Path, setting: str, seed: int) -> Path:
         classes = ["--class-images", folder / "class"] if "--class-prompt" in SETTINGS[setting] else []
         resume = ["--resume"] if (folder / name / "checkpoints").exists() else []
         command = [*COMMON, *SETTINGS[setting], *out, *classes, *resume]
-        subprocess.run(
-            [sys.executable, "-m", "kcv2diffusers", "dreambooth", *map(str, command)], check=True
-        )
+        subprocess.run([sys.executable, "-m", "kcv2diffusers", "dreambooth", *map(str, command)], check=True)
     return pipeline
 
 

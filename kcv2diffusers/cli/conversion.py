@@ -8,10 +8,16 @@ from typing import Annotated
 
 import typer
 
-from kcv2diffusers.cli.app import print_json, progress_bar, say
+from kcv2diffusers.cli.app import print_json
+from kcv2diffusers.cli.command import Command
 from kcv2diffusers.cli.hub import log_in, publish
 from kcv2diffusers.cli.options import (
+    HUB,
+    RESULT,
+    SOURCES,
+    VERIFICATION,
     AllowNonfinite,
+    DryRun,
     Dtype,
     Gelu,
     Json,
@@ -20,8 +26,10 @@ from kcv2diffusers.cli.options import (
     Part,
     PredictionTypeOption,
     Private,
+    Quiet,
     Report,
 )
+from kcv2diffusers.cli.progress import progress_bar, say, tell
 from kcv2diffusers.cli.verification import (
     keep_figures,
     require_packages,
@@ -45,7 +53,9 @@ def convert(
             metavar="SRC", help="KerasCV checkpoints, folders of them or hf://user/repo, in any order."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The pipeline folder to write.")] = ...,  # type: ignore[assignment]
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="The pipeline folder to write.", rich_help_panel=RESULT)
+    ] = ...,  # type: ignore[assignment]
     unet: Part = None,
     text_encoder: Part = None,
     vae_decoder: Part = None,
@@ -57,6 +67,7 @@ def convert(
             help="Where missing parts come from: a diffusers pipeline folder, KerasCV checkpoints, "
             "hf://user/repo, or tiny; none writes only the given parts. Default for SD1: the missing "
             "parts of stable-diffusion-v1-5 from the Hub.",
+            rich_help_panel=SOURCES,
         ),
     ] = None,
     tokenizer: Annotated[
@@ -65,46 +76,71 @@ def convert(
             metavar="SRC",
             help="A folder with vocab.json and merges.txt, or CLIP's bpe_simple_vocab_16e6.txt.gz. "
             "Default: the base's, then KerasCV's cached copy, then an installed open_clip or clip.",
+            rich_help_panel=SOURCES,
         ),
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Dtype of the weights (default: the variant's, else as stored)."),
+        typer.Option(
+            help="Dtype of the weights (default: the variant's, else as stored).", rich_help_panel=RESULT
+        ),
     ] = None,
     variant: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Variant in the file names; fp16 and bf16 mean that dtype too."),
+        typer.Option(
+            metavar="NAME",
+            help="Variant in the file names; fp16 and bf16 mean that dtype too.",
+            rich_help_panel=RESULT,
+        ),
     ] = None,
     with_sibling: Annotated[
         bool,
-        typer.Option("--with-sibling", help="Take the text encoder from hf://user/repo-text-encoder."),
+        typer.Option(
+            "--with-sibling",
+            help="Take the text encoder from hf://user/repo-text-encoder.",
+            rich_help_panel=SOURCES,
+        ),
     ] = False,
     placeholder_token: Annotated[
         list[str] | None,
-        typer.Option(metavar="TOKEN", help="Name of an extra token embedding (textual inversion), in order."),
+        typer.Option(
+            metavar="TOKEN",
+            help="Name of an extra token embedding (textual inversion), in order.",
+            rich_help_panel=RESULT,
+        ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="The pipeline's default image size in pixels (512).")
+        int | None,
+        typer.Option(help="The pipeline's default image size in pixels (512).", rich_help_panel=RESULT),
     ] = None,
     gelu: Annotated[
         Gelu | None,
         typer.Option(
             help="Activation of an SD2 text encoder (default: exact); tanh if trained on keras-cv 0.6.4 or "
-            "newer."
+            "newer.",
+            rich_help_panel=SOURCES,
         ),
     ] = None,
     prediction_type: PredictionTypeOption = None,
     allow_nonfinite: AllowNonfinite = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO_ID", help="Publish the pipeline as this repository.")
+        str | None,
+        typer.Option(metavar="REPO_ID", help="Publish the pipeline as this repository.", rich_help_panel=HUB),
     ] = None,
     license: License = None,
     private: Private = False,
     overwrite: Overwrite = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare the result with its sources at the end, as verify does.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare the result with its sources at the end, as verify does.",
+            rich_help_panel=VERIFICATION,
+        ),
     ] = False,
     report: Report = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Convert KerasCV checkpoints into a diffusers pipeline."""
@@ -116,7 +152,7 @@ def convert(
     if verify:
         require_packages(report)
     if push_to_hub:
-        log_in(push_to_hub)
+        log_in(push_to_hub, license)
     with progress_bar("Converting") as progress:
         result = run(
             *(sources or ()),
@@ -136,15 +172,19 @@ def convert(
             prediction_type=prediction_type and prediction_type.value,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
+            dry_run=dry_run,
             progress=progress,
         )
+    if dry_run:
+        return print_json(result.to_dict()) if as_json else say(result.plan())
     verified = None
     if verify:
         verified = verify_pipeline(
             out,
             report=report,
-            **{part: str(path) for part, path in result.sources.items()},
-            base=[str(result.base)] if result.base else [],
+            # Absolute: a file may be called tiny, which alone means the tiny base.
+            **{part: str(path.absolute()) for part, path in result.sources.items()},
+            base=[str(result.base.absolute())] if result.base else [],
             variant=variant,
             gelu=gelu.value if gelu else None,
             prediction_type=prediction_type and prediction_type.value,
@@ -159,21 +199,20 @@ def convert(
         print_json(result.to_dict() | {name: found.to_dict() for name, found in more.items() if found})
         return require_verified(verified)
     version = "" if result.version == "any" else f" ({result.version.upper()})"
-    say(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
+    tell(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
     for part, source in result.parts.items():
-        say(f"  {NAMES[part]}: {source}")
+        tell(f"  {NAMES[part]}: {source}")
     for note in result.notes:
-        say(note)
+        tell(note)
     if result.complete:
-        say(f'Use it: StableDiffusionPipeline.from_pretrained("{result.out}"{_loading(variant)})')
+        tell(f'Use it: StableDiffusionPipeline.from_pretrained("{result.out}"{_loading(variant)})')
     else:
-        needs = ", ".join(NAMES[part] for part in result.missing)
-        say(f"A full pipeline still needs: {needs or 'nothing; leave away --base none to write one'}.")
-    say(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
+        tell(result.needs())
+    tell(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
     if verified:
-        say(verified.text())
+        tell(verified.text())
     if pushed:
-        say(pushed.text())
+        tell(pushed.text())
     require_verified(verified)
 
 
@@ -192,9 +231,14 @@ def to_keras(
     variant: Annotated[str | None, typer.Option(metavar="NAME", help="Read this variant.")] = None,
     allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a diffusers pipeline into files that KerasCV's load_weights takes (float32)."""
+    """Convert a diffusers pipeline into weights for KerasCV.
+
+    They are float32 files that the load_weights of its models takes.
+    """
     from kcv2diffusers.to_kerascv import to_keras as run
 
     with progress_bar("Converting") as progress:
@@ -205,33 +249,49 @@ def to_keras(
             variant=variant,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
+            dry_run=dry_run,
             progress=progress,
         )
     if as_json:
         return print_json(result.to_dict())
-    say(f"KerasCV weights written to {result.out}")
+    if dry_run:
+        return say(result.plan())
+    tell(f"KerasCV weights written to {result.out}")
     for part, file in result.files.items():
-        say(f"  {file}: for the load_weights of {result.models[part]}")
-    say(f"{result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
+        tell(f"  {file}: for the load_weights of {result.models[part]}")
+    tell(f"{result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
 
 
 def inspect(
-    source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A checkpoint, a folder of them, or hf://user/repo.")
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="SRC", help="Checkpoints, folders of them, hf://user/repo, or tiny."),
     ],
     as_json: Json = False,
 ) -> None:
-    """Say what a checkpoint holds: part, version, container, dtype, Keras version, what is wrong."""
+    """Say what checkpoints hold, and what is wrong with them.
+
+    Of each part: version, container, dtype, Keras version, sizes. One that cannot be read does not keep the
+    others from being shown.
+    """
     from kcv2diffusers.inspection import inspect as run
 
-    found = run(source)
-    if as_json:
-        return print_json([entry.to_dict() for entry in found])
-    for entry in found:
-        say(entry.text())
+    found, refused = [], []
+    for source in sources:
+        try:
+            found += run(source)
+        except Error as error:
+            refused.append(error)
+    if as_json and found:
+        print_json([entry.to_dict() for entry in found])
+    elif not as_json:
+        for entry in found:
+            say(entry.text())
+    if refused:
+        raise refused[0] if len(sources) == 1 else Error("\n".join(map(str, refused)))
 
 
-@maps_app.command("list")
+@maps_app.command("list", cls=Command)
 def maps_list() -> None:
     """List the weight maps with their parts and versions."""
     from kcv2diffusers import maps
@@ -239,18 +299,21 @@ def maps_list() -> None:
     say(maps.listing())
 
 
-@maps_app.command("show")
+@maps_app.command("show", cls=Command)
 def maps_show(
     name: Annotated[str, typer.Argument(metavar="MAP", help="A map's name, such as unet.")],
     version: Annotated[str | None, typer.Option(help="sd1 or sd2.")] = None,
 ) -> None:
-    """Show a weight map expanded: one line for each tensor, Keras on the left, diffusers on the right."""
+    """Show a weight map, one line for each tensor.
+
+    Keras is on the left, diffusers on the right.
+    """
     from kcv2diffusers import maps
 
     say(maps.show(name, version))
 
 
-@maps_app.command("check")
+@maps_app.command("check", cls=Command)
 def maps_check(as_json: Json = False) -> None:
     """Check that every map is bijective, invertible and complete."""
     from kcv2diffusers import maps

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kcv2diffusers.cli.app import print_json, progress_bar, say
-from kcv2diffusers.cli.options import Json, License, Overwrite, Private, Tag
+from kcv2diffusers.cli.app import print_json
+from kcv2diffusers.cli.options import CARD, HUB, Json, License, Overwrite, Private, Quiet, Tag
+from kcv2diffusers.cli.progress import progress_bar, say, tell
 
 if TYPE_CHECKING:
     from kcv2diffusers.hub.push import Pushed
@@ -25,30 +26,47 @@ def push(
     repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name, made if it is not there.")],
     private: Private = False,
     revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="The branch, made if it is not there.")
+        str | None,
+        typer.Option(metavar="BRANCH", help="The branch, made if it is not there.", rich_help_panel=HUB),
     ] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request.")] = False,
-    message: Annotated[str | None, typer.Option(metavar="TEXT", help="The commit's message.")] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request.", rich_help_panel=HUB)
+    ] = False,
+    message: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="The commit's message.", rich_help_panel=HUB)
+    ] = None,
     token: Annotated[
-        str | None, typer.Option(help="Default: HF_TOKEN, then that of `hf auth login`.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Default: HF_TOKEN, then that of `hf auth login`.", show_default=False, rich_help_panel=HUB
+        ),
     ] = None,
     license: License = None,
     base_model: Annotated[
-        str | None, typer.Option(metavar="REPO_ID", help="What it was fine-tuned from, for the card.")
+        str | None,
+        typer.Option(
+            metavar="REPO_ID", help="What it was fine-tuned from, for the card.", rich_help_panel=CARD
+        ),
     ] = None,
     tag: Tag = None,
     trained_with: Annotated[
-        list[Stated] | None, typer.Option(help="What weights do not tell, as a warning in the card.")
+        list[Stated] | None,
+        typer.Option(help="What weights do not tell, as a warning in the card.", rich_help_panel=CARD),
     ] = None,
     overwrite_card: Annotated[
-        bool, typer.Option("--overwrite-card", help="Replace a README.md that is there.")
+        bool,
+        typer.Option("--overwrite-card", help="Replace a README.md that is there.", rich_help_panel=CARD),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check it and print the card; ask the Hub nothing.")
     ] = False,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Check a pipeline folder and publish it on the Hugging Face Hub, with a model card."""
+    """Check a pipeline and publish it on the Hugging Face Hub.
+
+    A model card is written for it.
+    """
     pushed = publish(
         pipeline,
         repository,
@@ -66,7 +84,7 @@ def push(
     )
     if as_json:
         return print_json(pushed.to_dict())
-    say(pushed.text())
+    (say if dry_run else tell)(pushed.text())
 
 
 def space(
@@ -80,8 +98,12 @@ def space(
     tag: Tag = None,
     license: License = None,
     overwrite: Overwrite = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write the folder of a Space (card, Gradio app, requirements) with a demo of a published pipeline."""
+    """Write the folder of a Space with a demo of a pipeline.
+
+    The pipeline is a published one; the folder has a card, a Gradio app and its requirements.
+    """
     from kcv2diffusers.hub.space import space as run
 
     run(
@@ -94,9 +116,9 @@ def space(
         license=license,
         overwrite=overwrite,
     )
-    say(f"Space written to {out}; publish it:")
-    say(f"  hf repos create {repository}-demo --type space --space-sdk gradio")
-    say(f"  hf upload {repository}-demo {out} . --repo-type space")
+    tell(f"Space written to {out}; publish it:")
+    tell(f"  hf repos create {repository}-demo --type space --space-sdk gradio")
+    tell(f"  hf upload {repository}-demo {out} . --repo-type space")
 
 
 def publish(pipeline: Path, repository: str, **options: Any) -> Pushed:
@@ -106,8 +128,8 @@ def publish(pipeline: Path, repository: str, **options: Any) -> Pushed:
         return run(pipeline, repository, progress=progress, **options)
 
 
-def log_in(repository: str) -> None:
+def log_in(repository: str, license: str | None = None) -> None:
     """Refuse now, not after the work, what cannot be published."""
     from kcv2diffusers.hub.push import log_in
 
-    log_in(repository)
+    log_in(repository, license=license)

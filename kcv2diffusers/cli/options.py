@@ -8,11 +8,20 @@ from typing import Annotated
 
 import typer
 
+from kcv2diffusers.cli.progress import be_quiet
+
+# Groups of options in the help of a command.
+SOURCES, RESULT, DRAWING = "Sources", "Result", "What is drawn"
+VERIFICATION, HUB, CARD = "Verification", "The Hub", "The model card"
+
 
 class Dtype(StrEnum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
 
 
 class PredictionType(StrEnum):
@@ -26,21 +35,53 @@ class Gelu(StrEnum):
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output at --out.")]
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "--quiet", "-q", callback=be_quiet, help="No progress and no notes; errors, and what is asked for."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace an earlier output at --out.", rich_help_panel=RESULT),
+]
 AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Write values that are NaN, infinite or overflow.")
+    bool,
+    typer.Option(
+        "--allow-nonfinite",
+        help="Write values that are NaN, infinite or overflow.",
+        rich_help_panel=RESULT,
+    ),
 ]
 License = Annotated[
     str | None,
-    typer.Option(metavar="ID", help="The license of what is published (default: the base's on the Hub)."),
+    typer.Option(
+        metavar="ID",
+        help="The license of what is published (default: the base's on the Hub).",
+        rich_help_panel=HUB,
+    ),
 ]
 Tag = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="A tag for the card, such as keras-dreambooth.")
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="A tag for the card, such as keras-dreambooth.", rich_help_panel=CARD),
 ]
-Private = Annotated[bool, typer.Option("--private", help="Make the repository private.")]
-Part = Annotated[str | None, typer.Option(metavar="SRC", help="The source for this part.")]
-Report = Annotated[Path | None, typer.Option(metavar="DIR", help="A folder for report.html and report.json.")]
+Private = Annotated[bool, typer.Option("--private", help="Make the repository private.", rich_help_panel=HUB)]
+Part = Annotated[
+    str | None, typer.Option(metavar="SRC", help="The source for this part.", rich_help_panel=SOURCES)
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR", help="A folder for report.html and report.json.", rich_help_panel=VERIFICATION
+    ),
+]
 PredictionTypeOption = Annotated[
     PredictionType | None,
-    typer.Option(help="What the UNet predicts (default: epsilon, as in KerasCV; a base's as it says)."),
+    typer.Option(
+        help="What the UNet predicts (default: epsilon, as in KerasCV; a base's as it says).",
+        rich_help_panel=SOURCES,
+    ),
 ]

@@ -12,9 +12,10 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from kcv2diffusers.backend import choose_backend
-from kcv2diffusers.cli.app import print_json, progress_bar, say, stages
+from kcv2diffusers.cli.app import print_json
 from kcv2diffusers.cli.hub import log_in, publish
-from kcv2diffusers.cli.options import Json
+from kcv2diffusers.cli.options import Json, Quiet
+from kcv2diffusers.cli.progress import note, progress_bar, say, stages, tell
 from kcv2diffusers.cli.verification import (
     keep_figures,
     require_packages,
@@ -41,11 +42,16 @@ def generate(
     height: Annotated[int | None, typer.Option(help="In pixels, a multiple of 64.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels, a multiple of 64.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="SRC", help="As in convert.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
-    """Generate pictures with Keras; KERAS_BACKEND chooses TensorFlow, JAX or PyTorch."""
+    """Generate pictures with Keras.
+
+    KERAS_BACKEND chooses TensorFlow, JAX or PyTorch.
+    """
     from kcv2diffusers.generate import generate as run
 
-    choose_backend(_to_stderr)
+    choose_backend(note)
     with progress_bar("Generating", steps=True) as progress:
         paths = run(
             *base,
@@ -61,24 +67,26 @@ def generate(
             tokenizer=tokenizer,
             progress=progress,
         )
+    if as_json:
+        return print_json({"out": out, "images": paths})
     say("\n".join(map(str, paths)))
 
 
-def _to_stderr(line: str) -> None:
-    say(line, sys.stderr)
-
-
 def dreambooth(**given: Any) -> None:
-    """Fine-tune on photos of a subject (DreamBooth), and export the result as a diffusers pipeline."""
+    """Fine-tune on photos of a subject (DreamBooth), and export.
+
+    The result is exported as a diffusers pipeline.
+    """
     from kcv2diffusers.errors import MissingExtra
     from kcv2diffusers.sources.pipeline import prediction_of
 
     file, as_json = given.pop("config"), given.pop("json")
+    del given["quiet"]
     values = {
         name: str(v) if isinstance(v, StrEnum) else v for name, v in given.items() if v not in (None, [])
     }
     config = make_config(values, file)
-    choose_backend(_to_stderr, config.backend)
+    choose_backend(note, config.backend)
     try:
         from kcv2diffusers.dreambooth.train import train
     except ModuleNotFoundError as error:
@@ -87,7 +95,7 @@ def dreambooth(**given: Any) -> None:
     if config.verify:
         require_packages(report)
     if config.push_to_hub:
-        log_in(config.push_to_hub)
+        log_in(config.push_to_hub, config.license or None)
     with stages() as progress:
         result = train(config, progress)
     verified = None
@@ -97,7 +105,7 @@ def dreambooth(**given: Any) -> None:
             result.checkpoint,
             report=report,
             base=config.base,
-            unet_gelu=config.gelu,
+            unet_gelu=config.unet_gelu,
             prompts=config.sample_prompt or [config.instance_prompt],
             steps=config.sample_steps,
             guidance=config.guidance_scale,
@@ -112,32 +120,53 @@ def dreambooth(**given: Any) -> None:
     if as_json:
         print_json(result.to_dict() | {name: each.to_dict() for name, each in found.items() if each})
     else:
-        say("\n".join(each.text() for each in (result, *found.values()) if each))
+        tell("\n".join(each.text() for each in (result, *found.values()) if each))
     if not result.finished:
         sys.exit(128 + result.stopped_by)
     require_verified(verified)
 
 
+# The groups in the help, each by the first of its options, in the order of Config.
+_GROUPS = {
+    "instance_images": "Pictures and base",
+    "out": "Result",
+    "steps": "Training",
+    "train_text_encoder": "What is trained",
+    "prior_weight": "Loss and pictures",
+    "precision": "Machine",
+    "checkpoint_every": "Checkpoints",
+    "sample_prompt": "Drawings and logs",
+    "push_to_hub": "The Hub",
+}
+
+
 def _dreambooth_signature() -> Signature:
-    """The options of `dreambooth`: those of its Config, none with a default, and two of the command line."""
+    """The options of `dreambooth`: those of its Config, none with a default, and those of all commands."""
     options: list[tuple[str, Any, Any]] = [
         ("config", Path | None, typer.Option(metavar="FILE", help="A TOML file with these options."))
     ]
+    group = ""
     kinds: dict[str, Any] = get_type_hints(Config)
     choice: Any = StrEnum
     for f in fields(Config):
         kind = kinds[f.name]
-        metavar = {int: "N", float: "NUMBER", str: "TEXT", list[str]: "TEXT"}.get(kind)
+        group = _GROUPS.get(f.name, group)
+        usual = {int: "N", float: "NUMBER", str: "TEXT", list[str]: "TEXT"}.get(kind)
+        metavar = f.metadata["metavar"] or usual
         if names := f.metadata["choices"]:
             kind, metavar = choice(f.name, [(name.replace(".", "_"), name) for name in names]), None
         default = f"  [{f.default}]" if type(f.default) in (str, int, float) and f.default else ""
-        option = typer.Option(metavar=metavar, help=f.metadata["help"] + default)
+        option = typer.Option(metavar=metavar, help=f.metadata["help"] + default, rich_help_panel=group)
         options.append((f.name, kind | None, option))
     parameters = [
         Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, option])
         for name, kind, option in options
     ]
-    return Signature([*parameters, Parameter("json", Parameter.KEYWORD_ONLY, default=False, annotation=Json)])
+    parameters += [
+        Parameter(name, Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in (("quiet", Quiet), ("json", Json))
+    ]
+    return Signature(parameters)
 
 
 dreambooth.__signature__ = _dreambooth_signature()  # type: ignore[attr-defined]

@@ -8,8 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kcv2diffusers.cli.app import print_json, say, stages
-from kcv2diffusers.cli.options import Gelu, Json, Part, PredictionTypeOption, Report
+from kcv2diffusers.cli.app import print_json
+from kcv2diffusers.cli.options import (
+    DRAWING,
+    SOURCES,
+    VERIFICATION,
+    Gelu,
+    Json,
+    Part,
+    PredictionTypeOption,
+    Quiet,
+    Report,
+)
+from kcv2diffusers.cli.progress import say, stages
 from kcv2diffusers.errors import Error
 
 if TYPE_CHECKING:
@@ -41,36 +52,68 @@ def verify(
     vae_encoder: Part = None,
     base: Annotated[
         list[str] | None,
-        typer.Option(metavar="SRC|tiny", help="Where the conversion took other parts from, as in convert."),
+        typer.Option(
+            metavar="SRC|tiny",
+            help="Where the conversion took other parts from, as in convert.",
+            rich_help_panel=SOURCES,
+        ),
     ] = None,
-    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Read this variant.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Read this variant.", rich_help_panel=SOURCES)
+    ] = None,
     level: Annotated[
-        Level, typer.Option(help="Compare weights; these and modules; these and images.")
+        Level,
+        typer.Option(
+            help="Compare weights; these and modules; these and images.", rich_help_panel=VERIFICATION
+        ),
     ] = Level.images,
     reference: Annotated[
         Reference,
-        typer.Option(help="The Keras side: our models, or KerasCV's classes (need TensorFlow and keras-cv)."),
+        typer.Option(
+            help="The Keras side: our models, or KerasCV's classes (need TensorFlow and keras-cv).",
+            rich_help_panel=VERIFICATION,
+        ),
     ] = Reference.builtin,
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="What to draw; as often as there are prompts.")
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="What to draw; as often as there are prompts.", rich_help_panel=DRAWING
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale.")] = 7.5,
-    seeds: Annotated[int, typer.Option(help="Pictures of each prompt, from seeds 0, 1, ...")] = 3,
-    size: Annotated[
-        int | None, typer.Option(help="Height and width in pixels (default: the pipeline's own, 512).")
+    steps: Annotated[int, typer.Option(help="Number of denoising steps.", rich_help_panel=DRAWING)] = 25,
+    guidance_scale: Annotated[
+        float, typer.Option(help="How strictly to follow the prompt.", rich_help_panel=DRAWING)
+    ] = 7.5,
+    images_per_prompt: Annotated[
+        int,
+        typer.Option(help="Pictures of each prompt, from seeds 0, 1, ...", rich_help_panel=DRAWING),
+    ] = 3,
+    image_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Height and width in pixels (default: the pipeline's own, 512).", rich_help_panel=DRAWING
+        ),
     ] = None,
     gelu: Annotated[
-        Gelu | None, typer.Option(help="Activation of an SD2 text encoder, as in convert.")
+        Gelu | None,
+        typer.Option(help="Activation of an SD2 text encoder, as in convert.", rich_help_panel=SOURCES),
     ] = None,
     unet_gelu: Annotated[
-        Gelu, typer.Option(help="Of the Keras UNet: KerasCV's tanh, or exact, as dreambooth trains.")
+        Gelu,
+        typer.Option(
+            help="Of the Keras UNet: KerasCV's tanh, or exact, as dreambooth trains.",
+            rich_help_panel=SOURCES,
+        ),
     ] = Gelu.tanh,
     prediction_type: PredictionTypeOption = None,
     report: Report = None,
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compare a pipeline with the checkpoints it was made of: weights, modules and pictures."""
+    """Compare a pipeline with the checkpoints it was made of.
+
+    Compared are weights, modules and pictures.
+    """
     result = verify_pipeline(
         pipeline,
         *(sources or ()),
@@ -85,9 +128,9 @@ def verify(
         reference=reference.value,
         prompts=prompt,
         steps=steps,
-        guidance=guidance,
-        seeds=seeds,
-        size=size,
+        guidance=guidance_scale,
+        seeds=images_per_prompt,
+        size=image_size,
         gelu=gelu.value if gelu else None,
         unet_gelu=unet_gelu.value,
         prediction_type=prediction_type and prediction_type.value,

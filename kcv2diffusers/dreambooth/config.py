@@ -10,11 +10,19 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from kcv2diffusers.backend import BACKENDS
-from kcv2diffusers.errors import Error, is_unicode, plain
+from kcv2diffusers.errors import Error, is_unicode, no_choice, plain
+from kcv2diffusers.home import expanded
 
 
-def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: float | None = None) -> Any:
-    metadata = {"help": help, "choices": choices, "least": least}
+def _option(
+    default: Any,
+    help: str,
+    *,
+    metavar: str | None = None,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+) -> Any:
+    metadata = {"help": help, "metavar": metavar, "choices": choices, "least": least}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -24,17 +32,21 @@ def _option(default: Any, help: str, *, choices: tuple[str, ...] = (), least: fl
 class Config:
     """A DreamBooth run. Sizes are in pixels."""
 
-    instance_images: str = _option("", "Folder with photos of the subject.")
+    instance_images: str = _option("", "Folder with photos of the subject.", metavar="DIR")
     instance_prompt: str = _option("", 'What they show, with the identifier: "a photo of sks dog".')
     class_prompt: str = _option("", 'The class without the identifier: "a photo of a dog".')
-    class_images: str = _option("", "Folder with pictures of the class; missing ones are generated into it.")
+    class_images: str = _option(
+        "", "Folder with pictures of the class; missing ones are generated into it.", metavar="DIR"
+    )
     num_class_images: int = _option(100, "How many pictures of the class to use.", least=1)
     base: list[str] = _option(
-        [], "A pipeline folder, KerasCV checkpoints (once for each), hf://user/repo, tiny."
+        [],
+        "A pipeline folder, KerasCV checkpoints (once for each), hf://user/repo, tiny.",
+        metavar="SRC|tiny",
     )
-    tokenizer: str = _option("", "As in convert.")
-    out: str = _option("", "Folder of the run: checkpoints, logs, pictures.")
-    export: str = _option("", "Folder for the result as a diffusers pipeline.")
+    tokenizer: str = _option("", "As in convert.", metavar="SRC")
+    out: str = _option("", "Folder of the run: checkpoints, logs, pictures.", metavar="DIR")
+    export: str = _option("", "Folder for the result as a diffusers pipeline.", metavar="DIR")
     verify: bool = _option(False, "Compare that with the last checkpoint; the report goes to OUT/verify.")
 
     steps: int = _option(400, "Number of training steps.", least=1)
@@ -72,14 +84,14 @@ class Config:
     resolution: int = _option(0, "Pictures have about its square of pixels; 0 for the base's size.", least=0)
     flip: bool = _option(False, "Mirror half of the pictures (not for faces, text, or sides that matter).")
     cache: bool = _option(True, "Encode pictures and prompts once, before training.")
-    gelu: str = _option(
-        "exact", "The UNet's GELU; exact is what diffusers computes.", choices=("exact", "tanh")
+    unet_gelu: str = _option(
+        "exact", "Of the UNet; exact is what diffusers computes.", choices=("exact", "tanh")
     )
     precision: str = _option(
         "auto",
         "Of the computation; weights stay float32. auto: bfloat16 on a GPU that has it, float16 on another, "
         "float32 on a CPU.",
-        choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
+        choices=("auto", "float32", "mixed_bfloat16", "mixed_float16", "fp32", "bf16", "fp16"),
     )
     backend: str = _option(
         "auto",
@@ -101,8 +113,8 @@ class Config:
     tensorboard: bool = _option(False, "Write TensorBoard logs (needs tensorboard).")
     wandb: bool = _option(False, "Log to Weights & Biases (needs wandb).")
 
-    push_to_hub: str = _option("", "Publish --export as this repository, user/name.")
-    license: str = _option("", "The license of what is published (default: the base's).")
+    push_to_hub: str = _option("", "Publish --export as this repository, user/name.", metavar="REPO_ID")
+    license: str = _option("", "The license of what is published (default: the base's).", metavar="ID")
     private: bool = _option(False, "Make the repository private.")
 
     @property
@@ -136,6 +148,9 @@ _OWN = (
     "tensorboard",
     "wandb",
 )
+# Older names, which files of earlier runs may have.
+_RENAMED = {"gelu": "unet_gelu"}
+_PRECISIONS = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
 PUBLIC = {f.name for f in fields(Config)} - set(_OWN)
 RUN_FILE = "dreambooth.toml"  # in an exported pipeline: the run's options, for its model card
 
@@ -143,6 +158,8 @@ RUN_FILE = "dreambooth.toml"  # in an exported pipeline: the run's options, for 
 def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
     """The options `given`, over those of a TOML `file`, over the defaults. Raises Error for what is wrong."""
     values = read_options(file) | dict(given) if file is not None else dict(given)
+    if "precision" in values:
+        values["precision"] = _PRECISIONS.get(values["precision"], values["precision"])
     config = Config(**values)
     for name, missing in (
         ("instance_images", not config.instance_images),
@@ -178,6 +195,7 @@ def read_options(file: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Error(f"{file}: not a TOML file: {error}.\nIt holds lines such as: steps = 400") from error
     kinds = get_type_hints(Config)
+    values = {_RENAMED.get(name, name): value for name, value in values.items()}
     unknown = sorted(values.keys() - kinds.keys())
     if unknown:
         raise Error(f"{file}: unknown options {plain(', '.join(unknown))}.\nKnown are {', '.join(kinds)}.")
@@ -190,7 +208,7 @@ def read_options(file: Path) -> dict[str, Any]:
                 raise Error(f"{file}: {name} is {value!r}.\nGive a list of texts.")
         elif type(value) is not kinds[name]:
             raise Error(f"{file}: {name} is {value!r}.\nGive a value of type {kinds[name].__name__}.")
-    return values
+    return {name: expanded(value) if name in _OWN else value for name, value in values.items()}
 
 
 def _check(f: Field[Any], value: Any) -> None:
@@ -201,7 +219,7 @@ def _check(f: Field[Any], value: Any) -> None:
                 f"{option} {plain(text)}: holds bytes that are not UTF-8.\nWrite or name it in UTF-8."
             )
     if f.metadata["choices"] and value not in f.metadata["choices"]:
-        raise Error(f"{option} {value}: choose one of {', '.join(f.metadata['choices'])}.")
+        raise no_choice(option, value, f.metadata["choices"])
     least = f.metadata["least"]
     if least is not None and not value >= least:
         raise Error(f"{option} {value}: give at least {least}.")

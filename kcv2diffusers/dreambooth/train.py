@@ -31,7 +31,7 @@ from kcv2diffusers.models import rematerialise
 from kcv2diffusers.models.base import Base, BaseFiles, open_base
 from kcv2diffusers.models.config import Gelu
 from kcv2diffusers.models.layers import dtype_policy
-from kcv2diffusers.output import check_folder, check_free
+from kcv2diffusers.output import check_folder, check_target
 from kcv2diffusers.pictures import chart
 from kcv2diffusers.to_diffusers import convert, is_output
 
@@ -134,13 +134,12 @@ def _check_folders(config: Config) -> None:
     if config.class_images:
         check_folder(Path(config.class_images))
     if config.export:
-        check_free(Path(config.export), overwrite=config.resume, replaceable=is_output)
-        check_folder(Path(config.export).parent)
+        check_target(Path(config.export), overwrite=config.resume, replaceable=is_output, needed=0)
 
 
 def _base_files(config: Config) -> BaseFiles:
     """The base, unless it, the prompts or the disk do not fit the run. Raises Error."""
-    gelu: Gelu = "exact" if config.gelu == "exact" else "tanh"
+    gelu: Gelu = "exact" if config.unet_gelu == "exact" else "tanh"
     files = open_base(*config.base, tokenizer=config.tokenizer or None, gelu=gelu)
     if config.prediction_type != "auto":
         files.prediction_type = config.prediction_type

@@ -29,7 +29,7 @@ CAVEATS: dict[str, tuple[Callable[[Facts], bool], str]] = {
         "not those of Stable Diffusion. The weights do not tell.",
     ),
     "gelu": (
-        lambda facts: "unet" in facts.checkpoints and (not facts.run or facts.run.get("gelu") == "tanh"),
+        lambda facts: "unet" in facts.checkpoints and (not facts.run or facts.run.get("unet_gelu") == "tanh"),
         "Its UNet was trained with KerasCV's approximation of the GELU (tanh); diffusers computes the exact "
         "one. Pictures differ a little from those of KerasCV.",
     ),

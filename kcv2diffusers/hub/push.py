@@ -18,6 +18,7 @@ from kcv2diffusers.hub.card import STATED, model_card
 from kcv2diffusers.hub.check import CARD, Progress, check
 from kcv2diffusers.hub.client import NOT_LOGGED_IN, asking, connect, require_hub, token_of
 from kcv2diffusers.hub.facts import Facts, gather
+from kcv2diffusers.hub.names import check_names
 from kcv2diffusers.provenance import CONVERSION_FILE
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def push(
     if wrong := [fact for fact in trained_with if fact not in STATED]:
         raise Error(f"--trained-with {wrong[0]}: choose of {', '.join(STATED)}.")
     require_hub()
+    check_names(repository, license)
     checked = check(Path(pipeline), progress)
     facts = gather(
         checked,
@@ -128,15 +130,13 @@ def push(
     )
 
 
-def log_in(repository: str, token: str | None = None) -> tuple[HfApi, str]:
+def log_in(repository: str, token: str | None = None, license: str | None = None) -> tuple[HfApi, str]:
     """The client of somebody the Hub knows, and the repository's whole name. Raises Error: no token, a wrong
-    one, a name that is none. Long work that ends in a push begins with this.
+    one, a name or a license that is none. Long work that ends in a push begins with this.
     """
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
     api = connect(token)
+    check_names(repository, license)
     with asking(repository, token_of(api)):
-        validate_repo_id(repository)
         if api.token is None:
             raise Error(f"{repository}: to publish you have to say who you are.\n{NOT_LOGGED_IN}")
         me = api.whoami()["name"]

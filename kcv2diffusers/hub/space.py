@@ -12,6 +12,7 @@ from typing import Any
 from kcv2diffusers.hub.check import CARD, check
 from kcv2diffusers.hub.client import require_hub
 from kcv2diffusers.hub.facts import Facts, gather
+from kcv2diffusers.hub.names import check_names
 from kcv2diffusers.output import new_folder
 
 GRADIO = "6.31.0"  # what the tests drive
@@ -36,6 +37,7 @@ def space(
     Raises Error with a message for the user; `out` is then as it was.
     """
     require_hub()
+    check_names(repository, license)
     facts = gather(check(Path(pipeline)), license=license)
     demo = _demo(facts, repository, title, prompts)
     texts = {

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 
 from kcv2diffusers import pipeline
+from kcv2diffusers.dtypes import full_name
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.hub.address import snapshots
 from kcv2diffusers.layouts import core, reverse
@@ -110,13 +111,14 @@ class BaseFiles:
         """Build the models and give them their weights.
 
         Variables are float32 whatever the files hold. `moments` makes the image encoder give mean and log
-        variance. `dtype` is a Keras dtype policy.
+        variance. `dtype` is a Keras dtype policy, or fp32, fp16 or bf16.
         """
         stated = {
             m.spec.table.folder: _stateable(m, entries) for m, entries in self.parts.values() if not m.known
         }
         if noise := deviations(self.prediction_type, self.schedule):
             stated |= {"scheduler": noise}
+        dtype = dtype and full_name(dtype)
         with zeros():
             models = {
                 "unet": build_unet(self.config.unet, dtype),
@@ -166,7 +168,7 @@ def open_base(
     this machine). `gelu` is the UNet's: by default KerasCV's "tanh" for its checkpoints and "exact" for
     pipelines, each as it was trained. Raises Error with a message for the user.
     """
-    paths = [path for source in sources for path in locate_all(source, base=True)]
+    paths = [path for source in sources for path in locate_all(source, pipelines=True)]
     if len(paths) == 1 and is_pipeline(paths[0]):
         components = read_pipeline(paths[0])
         configs = {part: (m, c.config) for c in components.values() for part, m in c.parts.items()}
@@ -190,7 +192,7 @@ def open_base(
         text_encoder_config(*configs["text_encoder"]),
         vae_config(*configs["vae_decoder"]),
     )
-    named = None if tokenizer is None else locate(tokenizer, base=True, parts=())
+    named = None if tokenizer is None else locate(tokenizer, parts=())
     files = find_tokenizer(named, [*homes(text), *paths, *snapshots(paths)])
     check_enough_rows(text, files)
     scheduler, stating = pipeline.scheduler_with(unet)

@@ -17,9 +17,9 @@ TINY = "tiny://"
 _URL = re.compile(r"https?://|(www\.)?(huggingface|hf)\.co/", re.I)
 
 
-def locate(source: str | PathLike[str], *, base: bool = False, parts: Collection[str] | None = None) -> Path:
+def locate(source: str | PathLike[str], *, parts: Collection[str] | None = None) -> Path:
     """The one path of a source: a pipeline folder, a tokenizer, a checkpoint; see `locate_all`."""
-    first, *others = locate_all(source, base=base, parts=parts)
+    first, *others = locate_all(source, pipelines=True, parts=parts)
     if others:
         two = f"{plain(first.name)} and {plain(others[0].name)}"
         raise Error(f"{source}: several checkpoints, {two} among them.\nName one.")
@@ -29,25 +29,24 @@ def locate(source: str | PathLike[str], *, base: bool = False, parts: Collection
 def locate_all(
     source: str | PathLike[str],
     *,
-    base: bool = False,
     pipelines: bool = False,
     parts: Collection[str] | None = None,
     variant: str | None = None,
 ) -> list[Path]:
-    """Where a source lies: `tiny://` in the package, `hf://` downloaded, anything else at its path.
+    """Where a source lies: `tiny` or `tiny://` in the package, `hf://` downloaded, anything else at its path.
 
     Several paths for a repository of several checkpoints. `parts` are those that are needed (all by default;
     none for a tokenizer) and `variant` the weight files preferred, which keeps downloads small. With
-    `pipelines` it may be a diffusers pipeline on the Hub; so may a `base`, which may be written `tiny`.
-    Raises Error if that is also a file or folder here, and for what the Hub refuses.
+    `pipelines` it may be a diffusers pipeline on the Hub.
+    Raises Error if `tiny` is also a file or folder here, and for what the Hub refuses.
     """
     if isinstance(source, str) and source.startswith(SCHEME):
         from kcv2diffusers.hub.download import fetch
 
-        return fetch(source, parts, variant, pipelines=base or pipelines)
+        return fetch(source, parts, variant, pipelines=pipelines)
     if isinstance(source, str) and _URL.match(source) and not Path(source).exists():
         raise _web_address(source)
-    if source != TINY and not (base and source == "tiny"):
+    if source not in (TINY, "tiny"):
         return [Path(source)]
     if source != TINY and Path(source).exists():
         raise Error(

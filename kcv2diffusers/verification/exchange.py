@@ -91,7 +91,7 @@ def run_side(name: str, title: str, folder: Path, progress: Progress, backend: s
     if code == -signal.SIGKILL:
         raise Error(
             f"The process of the {title} was killed, most likely for lack of memory.\n"
-            "Free some memory, or give a smaller --size."
+            "Free some memory, or give a smaller --image-size."
         )
     if code:
         raise RuntimeError(f"the {title} ended with {code}:\n{log.read_text(errors='replace')[-_LOG:]}")

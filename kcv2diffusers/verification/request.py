@@ -7,7 +7,7 @@ import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from kcv2diffusers.errors import Error
+from kcv2diffusers.errors import Error, no_choice
 
 LEVELS = ("weights", "modules", "images")
 REFERENCES = ("builtin", "keras-cv")
@@ -50,15 +50,15 @@ class Request:
             ("unet-gelu", self.unet_gelu, GELUS),
         ):
             if value not in choices and not (option == "gelu" and value is None):
-                raise Error(f"--{option} {value}: choose one of {', '.join(choices)}.")
-        for option, number in (("steps", self.steps), ("seeds", self.seeds)):
+                raise no_choice(f"--{option}", value, choices)
+        for option, number in (("steps", self.steps), ("images-per-prompt", self.seeds)):
             if number < 1:
                 raise Error(f"--{option} {number}: give at least 1.")
         if self.steps > 1000:
             raise Error(f"--steps {self.steps}: there are 1000 timesteps.")
         multiple = MULTIPLE[self.reference]
         if self.size is not None and (self.size < multiple or self.size % multiple):
-            raise Error(f"--size {self.size}: give a multiple of {multiple}.")
+            raise Error(f"--image-size {self.size}: give a multiple of {multiple}.")
         if not self.prompts:
             raise Error("Give at least one prompt.")
 
@@ -93,10 +93,10 @@ class Request:
             if value is not None and value != getattr(defaults, name.replace("-", "_")):
                 words += ["--" + name, value]
         if self.reaches("modules") and self.size is not None:
-            words += ["--size", str(self.size)]
+            words += ["--image-size", str(self.size)]
         if self.reaches("images"):
             for prompt in self.prompts:
                 words += ["--prompt", prompt]
-            words += ["--steps", str(self.steps), "--guidance", f"{self.guidance:g}"]
-            words += ["--seeds", str(self.seeds)]
+            words += ["--steps", str(self.steps), "--guidance-scale", f"{self.guidance:g}"]
+            words += ["--images-per-prompt", str(self.seeds)]
         return shlex.join(words)

@@ -106,7 +106,7 @@ def _stating(component: Component) -> Filler:
 
 def source_paths(request: Request) -> list[Path]:
     """Where the sources lie, as far as they were given."""
-    bases = [path for base in request.base if base != "none" for path in locate_all(base, base=True)]
+    bases = [path for base in request.base if base != "none" for path in locate_all(base, pipelines=True)]
     given = [*request.sources, *request.named.values()]
     return [path for source in given for path in locate_all(source)] + bases
 

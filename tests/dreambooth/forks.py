@@ -52,7 +52,7 @@ def prepare(base: str) -> None:
     for name, build in BUILDERS.items():
         setattr(loading, name, noted(build))
     usual = Config()
-    loading.load_base(base, gelu=usual.gelu, moments=True, dtype=best_precision())
+    loading.load_base(base, gelu=usual.unet_gelu, moments=True, dtype=best_precision())
     for name, build in BUILDERS.items():
         setattr(loading, name, taken(build))
     built.update(made)

@@ -22,6 +22,7 @@ from hub import ALICE, BOB, READER, Hub
 
 import kcv2diffusers
 import kcv2diffusers.hub.push
+from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.check import check
 from kcv2diffusers.hub.client import connect, redact
 from kcv2diffusers.hub.facts import figures
@@ -148,7 +149,7 @@ def test_license_is_never_invented(hub: Hub, pipeline: Path) -> None:
         refused = hub.refuses("push", pipeline, "alice/unlicensed", **TOKEN)
         assert message in refused and "--license ID" in refused
     refused = hub.refuses("push", pipeline, "alice/unlicensed", "--license", "nonsense", **TOKEN)
-    assert '"license" must be one of the list' in refused
+    assert "not a license that the Hub has an identifier for" in refused
     (pipeline / "conversion.json").unlink()  # a pipeline of somebody else's making
     hub.does("push", pipeline, "alice/unlicensed", "--license", "mit", **TOKEN)
     assert "## Conversion" not in card(hub, "alice/unlicensed")[1]
@@ -467,3 +468,30 @@ def test_tokens_are_never_told(monkeypatch: pytest.MonkeyPatch) -> None:
         connect()
     assert "hf_with" not in str(refused.value)
     assert os.environ["HF_TOKEN"] not in repr(refused.value)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(
+    ("repository", "license", "message"),
+    [
+        ("me/dog--1", None, "Cannot have -- or .."),
+        ("me/dog/x", None, "Repo id must be in the form"),
+        ("hf://me/dog", None, "Repo id must"),
+        ("me/dog", "creativml-openrail-m", r"Did you mean creativeml-openrail-m\?"),
+        ("me/dog", "MIT", r"Did you mean mit\?"),
+    ],
+)
+def test_names_come_first(
+    tmp_path: Path, repository: str, license: str | None, message: str, dry: bool
+) -> None:
+    """Before the folder is looked at, which is none here."""
+    with pytest.raises(Error, match=message) as refused:
+        kcv2diffusers.hub.push.push(tmp_path, repository, license=license, dry_run=dry)
+    assert len(str(refused.value).splitlines()) == 2
+
+
+def test_names_come_before_long_work(hub: Hub, tmp_path: Path) -> None:
+    options = ["--push-to-hub", "alice/x", "--license", "mitt"]
+    out = tmp_path / "out"
+    assert "Did you mean mit?" in hub.refuses("convert", "tiny", "--out", out, *options, **TOKEN)
+    assert not out.exists()

@@ -337,10 +337,10 @@ def test_as_the_conversion_was_told(made: tuple[Path, Path], tmp_path: Path, che
     ("options", "message"),
     [
         ({"steps": 0}, "--steps 0: give at least 1"),
-        ({"seeds": 0}, "--seeds 0: give at least 1"),
-        ({"size": 100}, "--size 100: give a multiple of 64"),
+        ({"seeds": 0}, "--images-per-prompt 0: give at least 1"),
+        ({"size": 100}, "--image-size 100: give a multiple of 64"),
         ({"level": "all"}, "--level all: choose one of weights, modules, images"),
-        ({"reference": "keras-cv", "size": 64}, "--size 64: give a multiple of 128"),
+        ({"reference": "keras-cv", "size": 64}, "--image-size 64: give a multiple of 128"),
         ({"reference": "keras-cv"}, "of unusual widths; KerasCV's classes have none"),
         ({"prompts": []}, "at least one prompt"),
     ],

@@ -1,0 +1,77 @@
+"""What all commands have in common: groups of options in the help, older spellings, `~` in paths, and a
+proposal for a value that is misspelt. Typer itself proposes commands and options.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from kcv2diffusers.home import expanded
+
+# Older spellings by command, which still work and which no help shows: a thing has one name everywhere.
+RENAMED = {
+    "verify": {
+        "--guidance": "--guidance-scale",
+        "--seeds": "--images-per-prompt",
+        "--size": "--image-size",
+    },
+    "dreambooth": {"--gelu": "--unet-gelu"},
+}
+# What the help calls values that are paths, or may be. A shell leaves the ~ of `--out=~/x` as it is.
+PATHS = {"DIR", "FILE", "PIPELINE", "SRC", "SRC|tiny", "SRC|tiny|none"}
+_REST = "Options"  # what is in no group, at the end
+
+
+class Command(TyperCommand):
+    """A command of this program."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            rest: list[str] = super().parse_args(ctx, list(self._renamed(args)))
+        except typer.BadParameter as error:
+            error.message += _proposal(error)
+            raise
+        for param in self.params:
+            if param.metavar in PATHS:
+                ctx.params[param.name] = expanded(ctx.params.get(param.name))
+        return rest
+
+    def _renamed(self, args: Sequence[str]) -> Iterator[str]:
+        """The words of the command line, with today's names of options up to a `--`."""
+        names = RENAMED.get(self.name or "", {})
+        for at, word in enumerate(args):
+            if word == "--":
+                yield from args[at:]
+                return
+            name, equals, value = word.partition("=")
+            yield f"{names.get(name, name)}{equals}{value}"
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then the options by their `rich_help_panel`; Typer groups them only with rich, which
+        takes longer to import than the rest of the help takes.
+        """
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": []}
+        for param in self.get_params(ctx):
+            if record := param.get_help_record(ctx):
+                is_argument = param.param_type_name == "argument"
+                group = "Arguments" if is_argument else getattr(param, "rich_help_panel", None) or _REST
+                groups.setdefault(group, []).append(record)
+        groups[_REST] = groups.pop(_REST, [])
+        for title, records in groups.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def _proposal(error: typer.BadParameter) -> str:
+    """The choice that was meant, for a value that is none."""
+    choices = [str(choice) for choice in getattr(getattr(error.param, "type", None), "choices", ())]
+    given = re.match(r"'(.*)' is not one of", error.message)
+    near = get_close_matches(given[1].lower(), choices, 1) if given else []
+    return f" Did you mean {near[0]!r}?" if near else ""

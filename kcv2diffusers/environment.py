@@ -1,0 +1,122 @@
+"""What a bug report needs to know of a machine: versions, Keras' backends, devices. No path, no token."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from kcv2diffusers import __version__
+from kcv2diffusers.backend import VARIABLE, installed, taken
+
+PACKAGES = (
+    "accelerate",
+    "diffusers",
+    "google-crc32c",
+    "h5py",
+    "huggingface-hub",
+    "jax",
+    "jaxlib",
+    "keras",
+    "keras-cv",
+    "ml-dtypes",
+    "numkong",
+    "numpy",
+    "open-clip-torch",
+    "peft",
+    "pillow",
+    "rich",
+    "safetensors",
+    "scikit-image",
+    "tensorboard",
+    "tensorflow",
+    "tf-keras",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "typer",
+    "wandb",
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """`backends` are those of Keras that are installed, `backend` the one that a command would take, None if
+    there is none or an unknown one is set; `devices` are those that PyTorch and JAX see.
+    """
+
+    kcv2diffusers: str
+    python: str
+    system: str
+    cpus: int | None
+    packages: dict[str, str]
+    backends: list[str]
+    backend: str | None
+    devices: dict[str, list[str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        rows = {
+            "kcv2diffusers": self.kcv2diffusers,
+            "Python": self.python,
+            "system": f"{self.system}, {self.cpus} CPUs",
+            "Keras backends": ", ".join(self.backends) or "none installed",
+            "taken": self.backend or "none",
+            **{f"devices of {name}": ", ".join(found) for name, found in self.devices.items()},
+            **self.packages,
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def environment() -> Environment:
+    """Of this process. The packages are not imported, but for PyTorch and JAX, which know the devices."""
+    backends = installed()
+    named = os.environ.get(VARIABLE)
+    backend = (named if named in backends else None) if named else taken(backends)
+    return Environment(
+        kcv2diffusers=__version__,
+        python=f"{platform.python_version()} ({platform.python_implementation()})",
+        system=platform.platform(),
+        cpus=os.cpu_count(),
+        packages={name: found for name in PACKAGES if (found := _version(name))},
+        backends=backends,
+        backend=backend,
+        devices={name: _devices(ask) for name, ask in _ASK.items() if name in backends},
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _of_torch() -> list[str]:
+    import torch
+
+    names = [f"cuda: {torch.cuda.get_device_name(at)}" for at in range(torch.cuda.device_count())]
+    return [*names, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def _of_jax() -> list[str]:
+    import jax
+
+    return [f"{device.platform}: {device.device_kind}" for device in jax.devices()]
+
+
+_ASK: dict[str, Callable[[], list[str]]] = {"torch": _of_torch, "jax": _of_jax}
+
+
+def _devices(ask: Callable[[], list[str]]) -> list[str]:
+    try:
+        return ask()
+    except Exception as error:  # whatever a broken installation raises; its text may hold paths
+        return [f"cannot be asked ({type(error).__name__})"]
