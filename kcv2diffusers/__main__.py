@@ -9,9 +9,10 @@ from kcv2diffusers.processes import let_threads_sleep, restart_to_train
 def start() -> None:
     """Run the command line."""
     hold_signals()
-    let_threads_sleep()
     if sys.argv[1:2] == ["dreambooth"]:
         restart_to_train()
+    else:
+        let_threads_sleep()
     with interruptible():
         from kcv2diffusers.cli import main
 
