@@ -68,8 +68,8 @@ def let_threads_sleep() -> None:
 
     Otherwise they keep a core busy for milliseconds each time, and where other programs want the cores too,
     each waits for one that does not run: beside two busy processes on two cores a drawing took 57 s and 45 s
-    of computing, and so it takes 39 s and 22 s; on idle cores as long as before. Steps of training are a fifth slower with
-    it on idle cores.
+    of computing, and so it takes 39 s and 22 s; on idle cores as long as before. Training is not told: its
+    steps are a fifth slower with it on idle cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
