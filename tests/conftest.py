@@ -28,6 +28,11 @@ SPRINT_PYTHON = Path(os.environ.get("KCV_SPRINT_PYTHON", ROOT / ".venv-sprint" /
 # five times as long. What is said of other backends is tested in processes of their own.
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
+# Each process of the tests, and its children, has its share of the cores: where there are more threads than
+# cores, those of PyTorch wait for each other, and do so busily.
+_SHARE = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _SHARE)))
+
 Checkpoints = Callable[..., Path]
 
 
