@@ -1207,13 +1207,14 @@ def test_no_space_to_unpack(
 
 SLOW = """
 import sys, time
-from kcv2diffusers import cli, transfer
+from kcv2diffusers import transfer
+from kcv2diffusers.__main__ import start
 do = transfer.Worker.do
 def slowly(self, job):
     time.sleep(0.3)
     return do(self, job)
 transfer.Worker.do = slowly
-cli.main()
+start()
 """
 
 
