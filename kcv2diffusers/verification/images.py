@@ -67,7 +67,7 @@ class Images:
             least = getattr(run, side).psnr
             if not least >= bar:
                 where = f"prompt {run.prompt!r}, seed {run.seed}"
-                found.append(f"pictures: PSNR {least:.1f} dB{how} (bar {bar:g} dB), {where}")
+                found.append(f"pictures: PSNR {least:.1f} dB{how} (limit {bar:g} dB), {where}")
         return found
 
 

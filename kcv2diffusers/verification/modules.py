@@ -71,10 +71,10 @@ class Part:
         """What is beyond a bar, with the first block that departs."""
         beyond = []
         if not self.stock <= self.bar:
-            beyond.append(f"{self.stock:.1e} (bar {self.bar:.0e})")
+            beyond.append(f"{self.stock:.1e} (limit {self.bar:.0e})")
         if not self.attributed <= self.bar_attributed and self.attributed != self.stock:
             how = KINDS[list(self.errors)[-1]]
-            beyond.append(f"{self.attributed:.1e} with {how} (bar {self.bar_attributed:.0e})")
+            beyond.append(f"{self.attributed:.1e} with {how} (limit {self.bar_attributed:.0e})")
         if self.departing and not beyond:
             beyond.append(f"{self.stock:.1e}")
         if not beyond:

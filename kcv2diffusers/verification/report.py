@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from markupsafe import escape
 from PIL import Image
 
+from kcv2diffusers.hub.address import cached, shown
 from kcv2diffusers.recognise import NAMES
 from kcv2diffusers.schedule import Array
 from kcv2diffusers.verification.bars import BARS
@@ -29,8 +31,8 @@ _HEAT = np.array([[0, 0, 4], [107, 24, 110], [237, 105, 37], [252, 255, 164]], d
 
 
 def write(folder: Path, arrays: Path | None, result: Verified) -> None:
-    """Write report.html and report.json into `folder`; pictures are taken from `arrays`, where both sides
-    left them.
+    """Write report.html, and report.json with whole paths, into `folder`; pictures are taken from `arrays`,
+    where both sides left them.
     """
     environment = Environment(
         loader=PackageLoader("kcv2diffusers.verification", "."),
@@ -53,12 +55,30 @@ def write(folder: Path, arrays: Path | None, result: Verified) -> None:
     )
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (
-        ("report.html", page),
+        ("report.html", _without_places(page, result)),
         ("report.json", json.dumps(result.to_dict(), indent=2) + "\n"),
     ):
         part = folder / f".{name}.part"
         part.write_text(text, encoding="utf-8")
         part.replace(folder / name)
+
+
+def _without_places(page: str, result: Verified) -> str:
+    """The page with files named by their last two names: it is for showing, and other folders tell of the
+    machine and who works on it. Those from the Hub are named by their address.
+    """
+    request = result.request
+    given = [request.pipeline, *request.sources, *request.named.values(), *request.base]
+    paths = {*map(Path, given), *map(Path, result.sources.values()), *(entry.path for entry in result.inputs)}
+    for path in sorted(paths, key=lambda path: -len(str(path))):
+        if path.is_absolute():
+            known = cached(path)
+            page = page.replace(str(escape(path)), str(escape(shown(path) if known else _last_names(path))))
+    return page
+
+
+def _last_names(path: Path) -> str:
+    return "/".join(("…", *path.parts[-2:]))
 
 
 def _pictures(folder: Path, images: Images) -> list[dict[str, Any]]:

@@ -88,7 +88,8 @@ class Verified:
         for setting in self.settings:
             lines.append(f"  {setting}")
         for found in self.modules or []:
-            attributed = f", attributed {found.attributed:.1e}" if len(found.errors) > 1 else ""
+            how = ", with KerasCV's GELU and epsilon"
+            attributed = f"{how} {found.attributed:.1e}" if len(found.errors) > 1 else ""
             lines.append(f"  {found.name}: error {found.stock:.1e}{attributed}")
         if self.images is not None and self.images.runs:
             stock, attributed = (getattr(self.images.worst(s), s) for s in ("stock", "attributed"))

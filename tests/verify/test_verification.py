@@ -235,7 +235,7 @@ def test_gelu_of_a_unet_mixed_up(
     monkeypatch.setattr(replay, "kerascv_gelu", lambda model: nullcontext())
     result = check(made[1], made[0] / "unet.weights.h5", level="modules")
     (failure,) = result.failures()["modules"]
-    assert "with KerasCV's GELU and epsilon (bar 3e-05)" in failure
+    assert "with KerasCV's GELU and epsilon (limit 3e-05)" in failure
     assert "down_blocks.0.attentions.0" in failure
     assert result.modules is not None
     assert all("attentions" in block.module.name for block in result.modules[0].departing)
