@@ -15,7 +15,7 @@ from conftest import small_base
 from hub import Hub
 
 from kcv2diffusers.cli import main
-from kcv2diffusers.cli.app import say, stages
+from kcv2diffusers.cli.progress import say, stages
 from kcv2diffusers.errors import SourceError, plain
 
 pytest_plugins = ["hub_fixtures"]
