@@ -40,8 +40,8 @@ def keeps(words: str) -> None:
 @contextmanager
 def interruptible() -> Iterator[None]:
     """The whole work of a command, from its first import on. Ends the process by SystemExit."""
-    _listen()
     try:
+        _listen()  # a signal may have waited for this
         yield
         if _received:  # and a library swallowed it
             raise Interrupted

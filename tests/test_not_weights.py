@@ -223,9 +223,9 @@ def test_an_unmerged_lora(tiny: Path) -> None:
 )
 def test_urls_of_the_hub(url: str, address: str) -> None:
     assert str(website(url)) == address
-    for base in (False, True):
+    for pipelines in (False, True):
         with pytest.raises(Error) as refused:
-            locate_all(url, base=base)
+            locate_all(url, pipelines=pipelines)
         assert str(refused.value) == f"{url}: a web address, which is not read.\nWrite {address} for it."
 
 
