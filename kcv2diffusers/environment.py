@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -85,18 +86,20 @@ def environment() -> Environment:
         python=f"{platform.python_version()} ({platform.python_implementation()})",
         system=platform.platform(),
         cpus=os.cpu_count(),
-        packages={name: found for name in PACKAGES if (found := _version(name))},
+        packages=versions(PACKAGES),
         backends=backends,
         backend=backend,
         devices={name: _devices(ask) for name, ask in _ASK.items() if name in backends},
     )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _of_torch() -> list[str]:

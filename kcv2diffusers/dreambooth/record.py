@@ -9,11 +9,11 @@ import platform
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from kcv2diffusers.dreambooth.config import Config, read_options
+from kcv2diffusers.environment import versions
 from kcv2diffusers.errors import Error
 
 CONFIG_FILE = "config.toml"
@@ -37,7 +37,7 @@ def keep_record(config: Config, start: int) -> None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": config.backend,
         "changed": {name: value for name, value in asdict(given).items() if value != had[name]},
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
     }
     legs = [*(_legs(out / LEGS_FILE) if start else []), leg]
     _write(out / CONFIG_FILE, replace(first, steps=config.steps).toml())
@@ -56,14 +56,6 @@ def _legs(path: Path) -> list[Any]:
         legs = json.loads(path.read_bytes())
         return legs if isinstance(legs, list) else []
     return []
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def _write(path: Path, text: str) -> None:

@@ -121,7 +121,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
     if result.finished:
         run.draw()
         if config.export:
-            result.export = _export(config, result.checkpoint, base.prediction_type)
+            result.export = _export(config, run.step, base.prediction_type)
     return result
 
 
@@ -161,13 +161,14 @@ def _finished_before(config: Config, prediction_type: str) -> Result | None:
     if config.export:
         result.export = Path(config.export)
         if not (result.export / "model_index.json").exists():
-            _export(config, checkpoint, prediction_type)
+            _export(config, last, prediction_type)
     return result
 
 
-def _export(config: Config, checkpoint: Path, prediction_type: str) -> Path:
-    """The checkpoint as a pipeline, with the record of the run and the last drawings."""
-    export = Path(config.export)
+def _export(config: Config, step: int, prediction_type: str) -> Path:
+    """The checkpoint after `step` steps as a pipeline, with the record of the run and the drawings."""
+    out, export = Path(config.out), Path(config.export)
+    checkpoint = checkpoint_path(out, step)
     convert(
         checkpoint,
         out=export,
@@ -180,7 +181,7 @@ def _export(config: Config, checkpoint: Path, prediction_type: str) -> Path:
         shutil.copy(checkpoint / LORA_FILE, export)
     (export / RUN_FILE).write_text(config.toml(public=True), encoding="utf-8")
     if config.sample_prompt:
-        shutil.copy(samples(Path(config.out), saved_steps(Path(config.out))[-1]), export / "samples.png")
+        shutil.copy(samples(out, step), export / "samples.png")
     return export
 
 

@@ -103,9 +103,7 @@ class BaseFiles:
     def check_prompts(self, *prompts: str) -> None:
         """Raise Error for a prompt that is longer than the text encoder."""
         for prompt in prompts:
-            count, length = len(self.tokenizer.encode(prompt)), self.config.text_encoder.max_length
-            if count > length:
-                raise Error(f"the prompt has {count} tokens, at most {length} fit: {prompt!r}")
+            self.tokenizer.encode_within(prompt, self.config.text_encoder.max_length)
 
     def load(self, *, moments: bool = False, dtype: str | None = None) -> Base:
         """Build the models and give them their weights.

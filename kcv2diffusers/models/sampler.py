@@ -79,10 +79,7 @@ class TextToImage:
 
     def tokens(self, prompts: Sequence[str]) -> Array:
         """Token ids of each prompt, padded with the end token: (prompts, length) int32."""
-        tokens = [self.tokenizer.encode(prompt) for prompt in prompts]
-        for prompt, ids in zip(prompts, tokens, strict=True):
-            if len(ids) > self.length:
-                raise Error(f"the prompt has {len(ids)} tokens, at most {self.length} fit: {prompt!r}")
+        tokens = [self.tokenizer.encode_within(prompt, self.length) for prompt in prompts]
         padded = [ids + [self.tokenizer.end] * (self.length - len(ids)) for ids in tokens]
         return np.array(padded, dtype="int32")
 

@@ -86,6 +86,13 @@ class Tokenizer:
             ids = ids[: length - 1] + [self.end] * max(1, length - len(ids) + 1)
         return ids[:length]
 
+    def encode_within(self, text: str, most: int) -> list[int]:
+        """`encode`, of a text that has to have at most `most` ids. Raises Error for a longer one."""
+        ids = self.encode(text)
+        if len(ids) > most:
+            raise Error(f"the prompt has {len(ids)} tokens, at most {most} fit: {text!r}")
+        return ids
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, without start and end."""
         symbols = "".join(self.texts[index] for index in ids if index not in (self.start, self.end))
