@@ -4,15 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 
-.PHONY: venv venv-sprint venv-space test test-quick test-full lint demo demo-says demo-full benchmark clean
+.PHONY: venv venv-sprint venv-space test test-quick test-portable test-full lint demo demo-says demo-full benchmark clean
 
 # The development environment: exact versions from constraints/dev.txt. torch comes first and by exact
 # version, because an open range would fetch whatever build is newest.
 venv: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints/dev.txt
 	$(PYTHON) -m venv $(VENV)
+	$(PIP) 'pip>=25.1' # which knows dependency groups
 	$(PIP) torch==2.13.0
-	$(PIP) -c constraints/dev.txt -e '.[dev]'
+	$(PIP) -c constraints/dev.txt -e '.[heic,hub,verify]' --group dev
 	# for CLIP's vocabulary, which it carries; its own dependencies (torchvision, ...) are not needed
 	$(PIP) --no-deps open_clip_torch==3.3.0
 	# transformers 4, to check that its loader takes our files too; beside, not instead of, transformers 5
@@ -44,6 +45,12 @@ test: venv venv-sprint venv-space
 # What a change breaks first: without what trains, draws or makes KerasCV checkpoints of a UNet.
 test-quick: venv venv-sprint venv-space
 	$(PYTEST) -m 'not full_size and not slow'
+
+# The tests of conversions once more, without what Windows does not have (tests/portable).
+PORTABLE := test_exactness.py test_round_trip.py test_to_keras.py test_pipeline.py test_several_models.py \
+	test_bad_input.py test_not_weights.py test_stream.py test_tensor_bundle.py
+test-portable: venv venv-sprint
+	PYTHONPATH=tests/portable $(PYTEST) -m 'not full_size' $(addprefix tests/,$(PORTABLE))
 
 # Full-size models too. They are in one file, one at a time, and take up to 10 GB.
 test-full: venv venv-sprint venv-space

@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kcv2diffusers.errors import Error
+    from kcv2diffusers.fine_tuning import fine_tune
     from kcv2diffusers.hub.push import Pushed, push
     from kcv2diffusers.inspection import Inspected, inspect
+    from kcv2diffusers.models.base import load_base
+    from kcv2diffusers.sources.locate import locate
+    from kcv2diffusers.stock_pipeline import replay
     from kcv2diffusers.to_diffusers import Converted, convert
     from kcv2diffusers.to_kerascv import ToKeras, to_keras
+    from kcv2diffusers.to_pictures import generate
     from kcv2diffusers.verification.result import Verified
     from kcv2diffusers.verification.run import verify
 
@@ -29,8 +34,13 @@ __all__ = [
     "ToKeras",
     "Verified",
     "convert",
+    "fine_tune",
+    "generate",
     "inspect",
+    "load_base",
+    "locate",
     "push",
+    "replay",
     "to_keras",
     "verify",
 ]
@@ -43,8 +53,13 @@ _HOME = {
     "ToKeras": "to_kerascv",
     "Verified": "verification.result",
     "convert": "to_diffusers",
+    "fine_tune": "fine_tuning",
+    "generate": "to_pictures",
     "inspect": "inspection",
+    "load_base": "models.base",
+    "locate": "sources.locate",
     "push": "hub.push",
+    "replay": "stock_pipeline",
     "to_keras": "to_kerascv",
     "verify": "verification.run",
 }

@@ -24,6 +24,9 @@ _SECONDS_BETWEEN_REMINDERS = 0.25
 _SECONDS_TO_CLEAN_UP = 10  # then `Interrupted` comes again: what looks like cleaning up is the work going on
 _ONE_PRESS = 0.3  # seconds within which signals count as one: wrappers pass on what a terminal sends to all
 
+# Not on Windows: there a second signal waits for the main thread, and one that a library swallows is lost.
+_WATCHED = hasattr(signal, "pthread_kill") and hasattr(signal, "pthread_sigmask")
+
 _received, _at, _kept = 0, 0.0, "nothing was written"
 
 
@@ -54,7 +57,7 @@ def interruptible() -> Iterator[None]:
     finally:
         for number in SIGNALS:
             signal.signal(number, lambda number, _: os._exit(128 + number))
-        if os.name != "nt":
+        if _WATCHED:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         gc.freeze()  # or else Python looks through all objects once more before it ends, a tenth of `inspect`
 
@@ -70,7 +73,7 @@ def _listen() -> None:
     sys.excepthook = _shown(sys.excepthook)  # which Cython calls for what it cannot raise
     for number in SIGNALS:
         signal.signal(number, _first)
-    if os.name == "nt":  # no pipe can be waited for there: a second signal waits for the main thread
+    if not _WATCHED:
         return
     hold_signals()  # the thread that starts here shall get none
     reading, writing = os.pipe()
@@ -84,14 +87,14 @@ def _first(number: int, _: FrameType | None) -> None:
     """Leave by an exception, so that temporary folders go away; there are none while the Hub is asked."""
     global _received, _at
     if _received:
-        if os.name == "nt" and time.monotonic() - _at > _ONE_PRESS:
+        if not _WATCHED and time.monotonic() - _at > _ONE_PRESS:
             _end_at_once(number)
         return
     client = sys.modules.get("kcv2diffusers.hub.client")
     if client is not None and client.busy():
         os.write(2, b"kcv2diffusers: interrupted; what has been transferred is kept.\n")
         os._exit(128 + number)
-    if os.name != "nt":
+    if _WATCHED:
         signal.signal(signal.SIGUSR1, _again)
     _received, _at = number, time.monotonic()
     raise Interrupted(128 + number)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kcv2diffusers.errors import TargetError
 from kcv2diffusers.interruption import keeps
+
+_SECONDS_OF_A_DAY = 86_400
 
 
 @contextmanager
@@ -135,6 +138,18 @@ def _move_into_place(temporary: Path, target: Path) -> None:
 def _remove_stale(target: Path) -> None:
     """Remove the temporary folders of runs that were killed before they could."""
     for path in target.parent.glob(f".{target.name}.tmp-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and Path("/proc").exists():
+        process = path.name.rpartition("-")[2]
+        if process.isdigit() and not _is_used(path, Path(f"/proc/{process}")):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_used(temporary: Path, process: Path) -> bool:
+    """Whether the process of a temporary folder runs; where that cannot be seen (Windows, macOS), whether the
+    folder was written into within a day.
+    """
+    if process.parent.exists():
+        return process.exists()
+    with suppress(OSError):
+        newest = max(path.stat().st_mtime for path in (temporary, *temporary.rglob("*")))
+        return time.time() - newest < _SECONDS_OF_A_DAY
+    return True

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+__all__ = ["chart", "grid", "psnr"]
+
 Array = np.ndarray[Any, Any]
 
 _GAP = 4  # pixels between cells

@@ -43,7 +43,7 @@ _MODEL_INDEX: dict[str, Any] = {
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
 
 
 def model_index(tables: Mapping[str, Table], scheduler: str = SCHEDULER["_class_name"]) -> dict[str, Any]:

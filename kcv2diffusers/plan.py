@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from kcv2diffusers.dtypes import DTYPES, SAFETENSORS
 from kcv2diffusers.layouts import core
+from kcv2diffusers.positioned import allocate
 from kcv2diffusers.recognise import Match
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.transfer import Job
@@ -70,11 +70,3 @@ def write_safetensors(path: Path, entries: Sequence[Entry], dtype: np.dtype) -> 
         file.write(len(text).to_bytes(8, "little") + text)
         allocate(file.fileno(), start + offset)
     return [Job(j.name, j.tensor, j.core, j.dtype, j.target, start + j.offset) for j in jobs]
-
-
-def allocate(fd: int, size: int) -> None:
-    """Give the file its size, on disk where the system can (so that a full disk is found now)."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, 0, size)
-    else:
-        os.ftruncate(fd, size)

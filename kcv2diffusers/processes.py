@@ -1,5 +1,5 @@
-"""Child processes by fork: no second import, and what they work on is simply there. And a start afresh for
-the one that trains, with an allocator set up for it.
+"""Child processes: by fork, with no second import, and what they work on is simply there; or a module started
+afresh. And a new start for the one that trains, with an allocator set up for it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,29 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+FORKS = sys.platform == "linux" and hasattr(os, "fork")
+"""Whether `fork` can be used. macOS has one, but its own libraries may crash after it; Windows has none."""
 
 _SIGNALS = [
-    signal.Signals[f"SIG{name}"]
+    getattr(signal, f"SIG{name}")
     for name in ("PROF", "ALRM", "INT", "TERM", "SEGV", "BUS", "ABRT", "FPE", "ILL")
+    if FORKS
 ]
+
+
+def start_module(module: str, *arguments: str, env: Mapping[str, str] | None = None, **pipes: Any) -> Any:
+    """A new Python that runs a module of this package: the `subprocess.Popen`, which is given `pipes` too."""
+    import subprocess
+
+    environment = {**(os.environ if env is None else env)}
+    package = str(Path(__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
+    # -P keeps the working folder off the path: a file there may be called as a library is.
+    return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments], env=environment, **pipes)
 
 
 def fork(work: Callable[[], object]) -> int:

@@ -1,31 +1,22 @@
 """Carry out a plan: bytes from source files to their offsets in target files, in parallel.
 
-Where every byte goes is known beforehand, so tensors are independent jobs. Forked processes do them: threads
-would hand Python's lock to each other some ten thousand times, which takes a fifth longer. A process takes
-the number of its next job from a file that all share, so that it never waits to be handed one, and sends back
-what it found; it ends when the parent is gone.
+Where every byte goes is known beforehand, so tensors are independent jobs.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing.connection import Connection, Pipe, wait
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any, cast
 
 from kcv2diffusers.errors import Error, SourceError, reading
-from kcv2diffusers.processes import fork
 from kcv2diffusers.transfer import Files, Finding, Job, Worker
+from kcv2diffusers.workers import Do, work
 
-_NUMBER = 4  # bytes of a job's number
 _LISTED = 8  # tensors that a refusal names
-_WORKERS = min(4, os.cpu_count() or 1)
 
 Progress = Callable[[int, int], None]
 
@@ -42,30 +33,15 @@ def run(
     found: dict[int, Finding] = {}
     with ExitStack() as stack:
         files = _open(stack, jobs, worker.access)
-        # Processes that were forked share the position in it: each reads numbers that no other has read.
-        queue = stack.enter_context(_scratch())
-        queue.write(b"".join(number.to_bytes(_NUMBER) for number in _order(jobs)))
-        queue.seek(0)
-        count = min(_WORKERS, len(jobs))
-        busy = [stack.enter_context(_process(jobs, queue.fileno(), files, worker)) for _ in range(count)]
-        while busy:
-            for link in cast("list[Connection[Any, Any]]", wait(busy)):
-                try:
-                    result = link.recv()
-                except (EOFError, ConnectionError):
-                    raise Error(
-                        "A process of the conversion was killed: memory ran out, or a source was cut "
-                        "meanwhile.\nFree some memory, leave the sources alone, and try again."
-                    ) from None
-                if isinstance(result, Exception):
-                    raise result
-                if result is None:  # there are no more jobs
-                    busy.remove(link)
-                    continue
-                number, finding = result
-                if finding is not None:
-                    found[number] = finding
-                advance(jobs[number].tensor.nbytes)
+
+        def make() -> Do:
+            own = worker(files)
+            return lambda number: own.do(jobs[number])
+
+        for number, finding in stack.enter_context(closing(work(_order(jobs), make))):
+            if finding is not None:
+                found[number] = finding
+            advance(jobs[number].tensor.nbytes)
     return [found[number] for number in sorted(found)]
 
 
@@ -93,15 +69,6 @@ def run_finite(jobs: Sequence[Job], progress: Progress, *, allow_nonfinite: bool
     return total
 
 
-def _scratch() -> IO[bytes]:
-    """An empty file that is gone when it is closed: at once if in memory, when its journal has time if on
-    disk.
-    """
-    if hasattr(os, "memfd_create"):
-        return os.fdopen(os.memfd_create("jobs"), "r+b", buffering=0)
-    return TemporaryFile(buffering=0)
-
-
 def _order(jobs: Sequence[Job]) -> list[int]:
     """The numbers of the jobs in the order to do them. All target files grow together, as the system lets
     one process at a time write to a file; large tensors come first, so that no process has one left when the
@@ -126,7 +93,7 @@ def _open(stack: ExitStack, jobs: Sequence[Job], access: int) -> Files:
         if job.tensor.load is None and job.tensor.path not in sources:
             sources[job.tensor.path] = stack.enter_context(_mapped(job.tensor.path))
         if job.target not in targets:
-            targets[job.target] = os.open(job.target, access)
+            targets[job.target] = os.open(job.target, access | getattr(os, "O_BINARY", 0))
             stack.callback(os.close, targets[job.target])
     return Files(sources, targets)
 
@@ -137,36 +104,3 @@ def _mapped(path: Path) -> mmap.mmap:
         if not os.fstat(file.fileno()).st_size:
             raise SourceError(path, "the file is empty.")
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-@contextmanager
-def _process(
-    jobs: Sequence[Job], queue: int, files: Files, kind: type[Worker]
-) -> Iterator[Connection[Any, Any]]:
-    """A process that does jobs of the `queue`, as long as the block lasts: a connection to receive the number
-    and finding of each from, or an exception, and at last None.
-    """
-    ours, theirs = Pipe(duplex=False)
-
-    def serve() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
-        ours.close()
-        worker = kind(files)
-        with suppress(ConnectionError):  # the parent has gone
-            try:
-                while taken := os.read(queue, _NUMBER):
-                    number = int.from_bytes(taken)
-                    theirs.send((number, worker.do(jobs[number])))
-            except Exception as error:
-                theirs.send(error)
-            else:
-                theirs.send(None)
-
-    child = fork(serve)
-    theirs.close()
-    try:
-        with ours:
-            yield ours
-    finally:
-        os.kill(child, signal.SIGKILL)  # it is done, or what it does is not wanted any more
-        os.waitpid(child, 0)

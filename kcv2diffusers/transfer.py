@@ -1,7 +1,7 @@
 """One tensor's way from a source file to its offset in a target file, in slices.
 
 The source is mapped into memory, which saves a copy of it and lets columns be read as quickly as rows. Change
-the dtype and reverse axes block by block, then `pwrite`: to write into mapped memory takes longer, because
+the dtype and reverse axes block by block, then write: to write into mapped memory takes longer, because
 the system fills it with zeros first. Buffers do not grow with the tensor.
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 
 from kcv2diffusers.casting import cast, is_finite
 from kcv2diffusers.errors import SourceError
+from kcv2diffusers.positioned import write_at
 from kcv2diffusers.sources.tensor import Tensor
 
 _SLICE = 1 << 20  # bytes checked at a time, and bytes of target copied where the order of bytes stays
@@ -115,7 +116,8 @@ class Worker:
             raise SourceError(tensor.path, f"{tensor.name}: the file ends within it.")
         first = offset - offset % mmap.PAGESIZE
         pages = first, offset + tensor.nbytes - first
-        if sys.platform == "linux":
+        advise = hasattr(mmap, "MADV_DONTNEED")  # not on Windows
+        if advise and sys.platform == "linux":
             try:
                 mapped.madvise(_POPULATE_READ, *pages)
             except OSError as error:
@@ -123,7 +125,8 @@ class Worker:
                     problem = f"{tensor.name}: cannot be read; the file was cut meanwhile, or its disk fails."
                     raise SourceError(tensor.path, problem) from error
         yield np.frombuffer(mapped, np.uint8, tensor.nbytes, offset).view(tensor.dtype)
-        mapped.madvise(mmap.MADV_DONTNEED, *pages)
+        if advise:
+            mapped.madvise(mmap.MADV_DONTNEED, *pages)
 
     def check(self, source: np.ndarray, tensor: Tensor) -> None:
         checksum, stored = 0, source.view(np.uint8)
@@ -141,7 +144,7 @@ class Worker:
         fd, offset = self.files.write[job.target], job.offset + start * values.itemsize
         view = memoryview(values.reshape(-1).view(np.uint8).data)
         while view:
-            done = os.pwrite(fd, view[:_WRITE], offset)
+            done = write_at(fd, view[:_WRITE], offset)
             view, offset = view[done:], offset + done
 
     def bring(self, values: np.ndarray, into: np.ndarray) -> None:

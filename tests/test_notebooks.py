@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+from importlib import import_module
 from pathlib import Path
 
 import nbformat
@@ -47,6 +49,18 @@ def test_notebook(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         if "image/png" in output.get("data", {})
     ]
     assert len(pictures) == {"convert": 1, "dreambooth": 4, "settings": 2}[name]
+
+
+@pytest.mark.parametrize("name", SHORTER)
+def test_it_uses_public_names(name: str) -> None:
+    """Those of an `__all__`."""
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    imported = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imported if (node.module or "").startswith("kcv2diffusers")]
+    assert ours
+    for node in ours:
+        assert {alias.name for alias in node.names} <= set(import_module(str(node.module)).__all__)
 
 
 @pytest.mark.parametrize("name", SHORTER)

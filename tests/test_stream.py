@@ -19,8 +19,10 @@ from kcv2diffusers import stream, transfer
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.layouts import LAYOUTS, core, reverse
 from kcv2diffusers.maps import _not_inverse
+from kcv2diffusers.processes import FORKS
 from kcv2diffusers.sources.tensor import Tensor
 
+FORKED = pytest.mark.skipif(not FORKS, reason="a signal ends threads and the whole process alike")
 DTYPES = [np.dtype(d) for d in ("<f4", "<f2", ml_dtypes.bfloat16)]
 
 
@@ -114,6 +116,7 @@ def test_file_that_shrinks_meanwhile(tmp_path: Path, size: int, problem: str) ->
         stream.run([transfer.Job("t", tensor, None, np.dtype("<f4"), tmp_path / "target", 0)])
 
 
+@FORKED
 @pytest.mark.parametrize(
     ("place", "problem"), [("do", "the file was cut meanwhile"), ("bring", "was killed: .* cut meanwhile")]
 )
@@ -136,6 +139,7 @@ def test_source_that_is_cut_while_it_is_read(
         stream.run([transfer.Job("t", tensor, None, tensor.dtype, target, 0)])
 
 
+@FORKED
 def test_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the kernel does where memory runs out."""
     (tmp_path / "source").write_bytes(b"\0" * 400)

@@ -30,7 +30,7 @@ PROMPTS = [
     "a panda in the snow",
     "a red car in a meadow",
 ]
-STEPS, GUIDANCE_SCALE = 25, 5.0
+STEPS, GUIDANCE_SCALE, TRAINING_STEPS = 25, 5.0, 200
 
 
 @contextmanager
@@ -46,13 +46,8 @@ def main(folder: Path) -> None:
     with timed("loading"):
         import numpy as np
 
-        from kcv2diffusers import verify
-        from kcv2diffusers.dreambooth.config import Config
-        from kcv2diffusers.dreambooth.train import train
-        from kcv2diffusers.models.base import load_base
+        from kcv2diffusers import fine_tune, load_base, locate, replay, verify
         from kcv2diffusers.pictures import grid, psnr
-        from kcv2diffusers.replay import replay
-        from kcv2diffusers.sources.locate import TINY, locate
 
     run, pipeline = folder / "run", folder / "pipeline"
     for old in (run, pipeline):
@@ -65,22 +60,21 @@ def main(folder: Path) -> None:
 
     with timed(f"Keras: {len(PROMPTS)} pictures of the tiny base"):
         before = draw("tiny")
-    config = Config(
-        base=["tiny"],
-        instance_images=str(locate(TINY) / "subject"),
-        instance_prompt="a sks cat",
-        class_prompt="a cat",
-        num_class_images=16,
-        batch_size=4,
-        steps=200,
-        learning_rate=5e-4,
-        train_text_encoder=True,
-        guidance_scale=GUIDANCE_SCALE,
-        out=str(run),
-        export=str(pipeline),
-    )
-    with timed(f"Keras: DreamBooth, {config.steps} steps, and export"):
-        train(config)
+    with timed(f"Keras: DreamBooth, {TRAINING_STEPS} steps, and export"):
+        trained = fine_tune(
+            base="tiny",
+            instance_images=locate("tiny") / "subject",
+            instance_prompt="a sks cat",
+            class_prompt="a cat",
+            num_class_images=16,
+            batch_size=4,
+            steps=TRAINING_STEPS,
+            learning_rate=5e-4,
+            train_text_encoder=True,
+            guidance_scale=GUIDANCE_SCALE,
+            out=run,
+            export=pipeline,
+        )
     with timed("Keras: the same pictures after it"):
         after = draw(pipeline)
     with timed("diffusers: the same pictures after it"):
@@ -91,9 +85,9 @@ def main(folder: Path) -> None:
     with timed("verifying the pipeline"):
         result = verify(
             pipeline,
-            *sorted((run / "checkpoints").iterdir())[-1:],
+            trained.checkpoint,
             base=["tiny"],
-            unet_gelu=config.unet_gelu,
+            unet_gelu="exact",
             prompts=PROMPTS[:2],
             steps=STEPS,
             guidance=GUIDANCE_SCALE,

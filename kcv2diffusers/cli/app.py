@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -49,6 +50,9 @@ def main() -> NoReturn:
     """Run the command line; every refusal is its message on stderr and exit code 1, with the traceback before
     it if `DEBUG` is set.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # of a system whose encoding may lack the characters of a name
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except Error as error:

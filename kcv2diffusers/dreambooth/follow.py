@@ -17,7 +17,9 @@ from kcv2diffusers.dreambooth.devices import together
 from kcv2diffusers.dreambooth.drawings import Drawings
 from kcv2diffusers.dreambooth.examples import Progress
 from kcv2diffusers.dreambooth.loggers import open_loggers
+from kcv2diffusers.errors import Error
 
+LOG = "log.csv"
 _SECONDS_BETWEEN_READINGS = 1.0
 
 
@@ -31,8 +33,8 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         self.config, self.checkpoints, self.drawings, self.progress = config, checkpoints, drawings, progress
         self.start, self.step, self.stopped_by, self.problem = start, start, 0, ""
         self.loggers = open_loggers(config)
-        self.log = Path(config.out) / "log.csv"
-        self.rows = [row for row in _read_log(self.log) if row[0] <= start]
+        self.log = Path(config.out) / LOG
+        self.rows = [row for row in read_log(self.log) if row[0] <= start]
         self.started = self.read_at = time.monotonic()
         self.waiting: list[tuple[int, Any, float]] = []  # steps whose losses have not been read
 
@@ -107,16 +109,23 @@ class Unread(keras.callbacks.CallbackList):  # type: ignore[misc]
             callback.on_train_batch_end(batch, logs=logs)
 
 
-def _read_log(path: Path) -> list[tuple[int, float, float]]:
+def read_log(path: Path) -> list[tuple[int, float, float]]:
+    """The steps of a log with their losses and seconds, none if it is not there. Raises Error."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [(int(row[0]), float(row[1]), float(row[2])) for row in list(csv.reader(file))[1:]]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [(int(row[0]), float(row[1]), float(row[2])) for row in list(csv.reader(file))[1:]]
+    except (ValueError, IndexError, csv.Error) as error:
+        raise Error(
+            f"{path}: is not the log of a run, or damaged.\n"
+            "Move it away to go on without the losses so far, or put the right one there."
+        ) from error
 
 
 def _write_log(path: Path, rows: Sequence[tuple[int, float, float]]) -> None:
     part = path.with_name(f".{path.name}.part")
-    with part.open("w", newline="") as file:
+    with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "loss", "seconds"])
         writer.writerows(rows)

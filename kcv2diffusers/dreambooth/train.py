@@ -20,7 +20,7 @@ from kcv2diffusers.dreambooth.config import RUN_FILE, Config
 from kcv2diffusers.dreambooth.devices import allow_tf32, best_precision, memory_errors, spread
 from kcv2diffusers.dreambooth.drawings import Drawings, samples
 from kcv2diffusers.dreambooth.examples import Progress, class_photos, encode, make_examples, usable_photos
-from kcv2diffusers.dreambooth.follow import Follow, Unread
+from kcv2diffusers.dreambooth.follow import LOG, Follow, Unread, read_log
 from kcv2diffusers.dreambooth.lora import LORA_FILE, add_lora
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
@@ -131,6 +131,7 @@ def _check_folders(config: Config) -> None:
     if (out / "checkpoints").exists() and not config.resume:
         raise Error(f"{out}: holds a run already.\nUse --resume to go on with it, or another --out.")
     check_folder(out)
+    read_log(out / LOG)
     if config.class_images:
         check_folder(Path(config.class_images))
     if config.export:

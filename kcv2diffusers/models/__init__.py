@@ -1,5 +1,10 @@
 """Stable Diffusion in Keras 3, weight-compatible with KerasCV; runs on TensorFlow, JAX and PyTorch."""
 
+# ruff: noqa: E402
+from kcv2diffusers.backend import choose_backend
+
+choose_backend()  # before Keras is imported
+
 from kcv2diffusers.models.config import (
     LATENT_SCALE,
     SD1,

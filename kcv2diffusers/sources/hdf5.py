@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from kcv2diffusers.errors import SourceError
-from kcv2diffusers.sources.isolated import Child, Died, isolated
+from kcv2diffusers.sources.isolated import Child, Died, isolated, start
 from kcv2diffusers.sources.tensor import Tensor
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -104,7 +103,7 @@ def ahead(paths: Iterable[Path]) -> Iterator[None]:
         for path in [path for path in dict.fromkeys(paths) if path.suffix in (".h5", ".hdf5")][:_AT_ONCE]:
             with suppress(OSError):  # which is told when it is this path's turn
                 if path.is_file():
-                    children[path] = Child(partial(_scan, path, None))
+                    children[path] = start(_scan, str(path), None)
         yield
     finally:
         _AHEAD.reset(token)
@@ -119,22 +118,23 @@ def read_tree(path: Path, part: tuple[int, int] | None = None) -> Tree:
     """
     path.open("rb").close()  # so that a missing permission is told as such
     try:
-        child = (None if part else _AHEAD.get().pop(path, None)) or Child(lambda: _scan(path, part))
+        child = (None if part else _AHEAD.get().pop(path, None)) or start(_scan, str(path), part)
         found = json.loads(child.result())
     except (Died, ValueError) as error:
         raise SourceError(path, "a damaged HDF5 file.") from error
     if "refused" in found:
         raise SourceError(path, *found["refused"])
     tree = Tree(path, attributes=found["attributes"])
-    for name, shape, kind, start in found["tensors"]:
+    for name, shape, kind, offset in found["tensors"]:
         dtype = np.dtype(ml_dtypes.bfloat16) if kind == _BFLOAT16 else np.dtype(kind)
-        load = _loader(path, part, name, tuple(shape), dtype) if start is None else None
-        tree.tensors[name] = Tensor(name, tuple(shape), dtype, path, start, load)
+        load = _loader(path, part, name, tuple(shape), dtype) if offset is None else None
+        tree.tensors[name] = Tensor(name, tuple(shape), dtype, path, offset, load)
     return tree
 
 
-def _scan(path: Path, part: tuple[int, int] | None) -> bytes:
+def _scan(name: str, part: tuple[int, int] | None) -> bytes:
     """What `read_tree` needs to know of the file, as JSON."""
+    path = Path(name)
     walker = _Walker(path, part)
     try:
         with _open(path, part) as file:
@@ -154,20 +154,24 @@ def _loader(
 ) -> Callable[[], np.ndarray]:
     """Reads a dataset that is not stored as plain bytes."""
 
-    def unpack() -> memoryview:
-        with _open(path, part) as file:
-            values = np.ascontiguousarray(file[name][()])
-        if dtype != ml_dtypes.bfloat16:
-            values = values.astype(dtype, copy=False)
-        return memoryview(values.reshape(-1).view(np.uint8).data)
-
     def load() -> np.ndarray:
         try:
-            return np.frombuffer(isolated(unpack, math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
+            size = math.prod(shape) * dtype.itemsize
+            data = isolated(_unpack, str(path), part, name, dtype.name, extra=size)
+            return np.frombuffer(data, dtype).reshape(shape)
         except (Died, ValueError) as error:
             raise SourceError(path, f"{name}: cannot be unpacked, the file is damaged.") from error
 
     return load
+
+
+def _unpack(path: str, part: tuple[int, int] | None, name: str, dtype: str) -> memoryview:
+    """The bytes of a dataset's values."""
+    with _open(Path(path), part) as file:
+        values = np.ascontiguousarray(file[name][()])
+    if dtype != _BFLOAT16:
+        values = values.astype(dtype, copy=False)
+    return memoryview(values.reshape(-1).view(np.uint8).data)
 
 
 class _Walker:

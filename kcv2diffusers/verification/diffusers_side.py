@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 
-from kcv2diffusers import replay
+from kcv2diffusers import stock_pipeline
 from kcv2diffusers.schedule import Array
 from kcv2diffusers.verification.blocks import modules_of
 from kcv2diffusers.verification.distance import relative_error
@@ -44,9 +44,9 @@ def numerics(model: Any, kind: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if "gelu" in kind:
-            stack.enter_context(replay.kerascv_gelu(model))
+            stack.enter_context(stock_pipeline.kerascv_gelu(model))
         if "epsilon" in kind:
-            stack.enter_context(replay.kerascv_epsilon(model))
+            stack.enter_context(stock_pipeline.kerascv_epsilon(model))
         yield
 
 
@@ -65,7 +65,7 @@ def run(folder: Path, request: Request, progress: Progress) -> None:
     sides = open_sides(request)
     told = json.loads((folder / "plan.json").read_text())
     drawn = told["draw"]
-    pipe = replay.load(request.pipeline, _variant(sides)) if drawn else None
+    pipe = stock_pipeline.load(request.pipeline, _variant(sides)) if drawn else None
     blocks: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for done, (part, names) in enumerate(told["modules"].items()):
@@ -106,7 +106,7 @@ def _load(side: Side) -> Any:
         local_files_only=True,
         use_safetensors=True,
     )
-    return replay.in_float32(model)
+    return stock_pipeline.in_float32(model)
 
 
 def first(values: Array) -> torch.Tensor:
@@ -205,7 +205,7 @@ def _images(
             if name == "attributed":
                 stack.enter_context(numerics(pipe.unet, kind))
                 stack.enter_context(numerics(pipe.vae, "epsilon"))
-            drawn = replay.draw(
+            drawn = stock_pipeline.draw(
                 pipe,
                 [prompt for _, prompt, _ in batch],
                 np.concatenate([inputs.load("noise", seed) for _, _, seed in batch]),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from kcv2diffusers.errors import Error, MissingExtra
+from kcv2diffusers.processes import start_module
 from kcv2diffusers.schedule import Array
 from kcv2diffusers.verification.request import Request
 
@@ -59,17 +59,16 @@ def run_side(name: str, title: str, folder: Path, progress: Progress, backend: s
     # On the CPU: a GPU's float32 convolutions are rounded to 10 bits (TF32), ten times the tolerance, and its
     # memory may still be held by what trained.
     environment |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "KERAS_TORCH_DEVICE": "cpu"}
-    # -P keeps the working folder off the path: a file there may be called as a library is.
-    package = str(Path(__file__).parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
     log = folder / f"{name}.log"
     with log.open("wb") as errors:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"kcv2diffusers.verification.{name}", str(folder)],
+        child = start_module(
+            f"kcv2diffusers.verification.{name}",
+            str(folder),
             stdout=subprocess.PIPE,
             stderr=errors,
             env=environment,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         refusal = None
         try:
@@ -88,7 +87,7 @@ def run_side(name: str, title: str, folder: Path, progress: Progress, backend: s
             child.wait()
     if refusal is not None:
         raise Error(refusal)
-    if code == -signal.SIGKILL:
+    if code == -9:  # SIGKILL, which Windows does not know
         raise Error(
             f"The process of the {title} was killed, most likely for lack of memory.\n"
             "Free some memory, or give a smaller --image-size."

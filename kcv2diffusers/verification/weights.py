@@ -14,6 +14,7 @@ import numpy as np
 
 from kcv2diffusers.errors import plain
 from kcv2diffusers.plan import to_diffusers
+from kcv2diffusers.positioned import read_at
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.stream import run
 from kcv2diffusers.transfer import Finding, Job, Worker
@@ -147,7 +148,7 @@ class Comparer(Worker):
             stored = self.buffer("stored", wanted.shape, wanted.dtype)
             view = memoryview(stored.view(np.uint8).data)
             at = job.offset + (start + first) * flat.itemsize
-            if os.preadv(fd, [view], at) != len(view):
+            if read_at(fd, view, at) != len(view):
                 raise OSError(0, "the file ends within its tensors", str(job.target))
             differ = wanted.view(bits) != stored.view(bits)
             if differ.any():

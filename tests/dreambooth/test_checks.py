@@ -14,8 +14,8 @@ from PIL import Image
 from kcv2diffusers.dreambooth.config import make_config
 from kcv2diffusers.dreambooth.train import train
 from kcv2diffusers.errors import Error
-from kcv2diffusers.generate import generate
 from kcv2diffusers.models.base import BaseFiles
+from kcv2diffusers.to_pictures import generate
 
 LONG = "a panda " * 40
 
@@ -123,6 +123,16 @@ def test_pictures(tmp_path: Path, options: dict[str, Any], message: str) -> None
     with pytest.raises(Error, match=message):
         generate("tiny", **({"prompts": ["a panda"], "out": out} | options))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("log", [b"step,loss\n1,0.5\n", b"step,loss,seconds\nnone,0,0\n", b"\xff\n\xff\n"])
+def test_a_damaged_log(run: Callable[..., Any], tmp_path: Path, log: bytes) -> None:
+    out = tmp_path / "out"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "log.csv").write_bytes(log)
+    with pytest.raises(Error, match=r"log\.csv: is not the log of a run, or damaged"):
+        run(resume=True)
+    assert (out / "log.csv").read_bytes() == log
 
 
 def test_a_run_that_has_ended(run: Callable[..., Any], tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""DreamBooth from Python: what `kcv2diffusers dreambooth` does up to the exported pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any
+
+from kcv2diffusers.backend import choose_backend
+from kcv2diffusers.dreambooth.config import make_config
+from kcv2diffusers.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from kcv2diffusers.dreambooth.train import Result
+
+Progress = Callable[[str, int, int, str], None]
+
+
+def fine_tune(*, progress: Progress = lambda *_: None, **options: Any) -> Result:
+    """Fine-tune on photos of a subject, and export the result.
+
+    `options` are those of the command, with underscores: `instance_images`, `instance_prompt`, `base` and
+    `out` are needed, the README lists all. `progress` is called with a stage, what of it is done, the whole,
+    and words. Raises Error with a message for the user; what was saved before stays.
+    """
+    given = {name: fspath(v) if isinstance(v, PathLike) else v for name, v in options.items()}
+    if isinstance(given.get("base"), str):
+        given["base"] = [given["base"]]
+    config = make_config(given)
+    choose_backend(asked=config.backend)
+    try:
+        from kcv2diffusers.dreambooth.train import train
+    except ModuleNotFoundError as error:
+        raise MissingExtra(str(error.name), "keras") from error
+    return train(config, progress)
