@@ -30,7 +30,7 @@ PROMPTS = [
     "a panda in the snow",
     "a red car in a meadow",
 ]
-STEPS, GUIDANCE_SCALE, TRAINING_STEPS = 25, 5.0, 200
+STEPS, GUIDANCE_SCALE, TRAINING_STEPS = 25, 5.0, 250
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def main(folder: Path) -> None:
             num_class_images=16,
             batch_size=4,
             steps=TRAINING_STEPS,
-            learning_rate=5e-4,
+            learning_rate=2e-4,
             train_text_encoder=True,
             guidance_scale=GUIDANCE_SCALE,
             out=run,

@@ -1,4 +1,4 @@
-"""What DreamBooth teaches the tiny base, over five seeds: the subject, and what becomes of everything else.
+"""What DreamBooth teaches the tiny base, over three seeds: the subject, and what becomes of everything else.
 
     python tools/study.py [FOLDER]
 
@@ -26,13 +26,13 @@ from kcv2diffusers.models.base import load_base
 from kcv2diffusers.pictures import grid
 
 ROOT = Path(__file__).parent.parent
-SEEDS = range(5)
+SEEDS = range(3)
 COMMON = [
     "--base", "tiny", "--instance-images", ROOT / "kcv2diffusers" / "tiny" / "subject", "--instance-prompt",
     "a sks cat", "--batch-size", "4", "--steps", "250", "--guidance-scale", "5", "--train-text-encoder",
 ]  # fmt: skip
 PRIOR = ["--class-prompt", "a cat", "--num-class-images", "16"]
-FULL = ["--learning-rate", "5e-4"]
+FULL = ["--learning-rate", "2e-4"]
 LORA = ["--learning-rate", "5e-3", "--lora-rank", "8"]
 SETTINGS = {
     "with prior preservation": [*FULL, *PRIOR],
