@@ -47,10 +47,10 @@ test-quick: venv venv-sprint venv-space
 	$(PYTEST) -m 'not full_size and not slow'
 
 # The tests of conversions once more, without what Windows does not have (tests/portable).
-PORTABLE := test_exactness.py test_round_trip.py test_to_keras.py test_pipeline.py test_several_models.py \
-	test_bad_input.py test_not_weights.py test_stream.py test_tensor_bundle.py
+PORTABLE := portable exactness round_trip to_keras several_models pipeline bad_input not_weights stream tensor_bundle
 test-portable: venv venv-sprint
-	PYTHONPATH=tests/portable $(PYTEST) -m 'not full_size' $(addprefix tests/,$(PORTABLE))
+	PYTHONPATH=$(CURDIR)/tests/portable $(PYTEST) -m 'not full_size' -k 'not kerascv_loads_it' \
+		$(PORTABLE:%=tests/test_%.py)
 
 # Full-size models too. They are in one file, one at a time, and take up to 10 GB.
 test-full: venv venv-sprint venv-space
