@@ -21,7 +21,9 @@ import psutil
 import pytest
 from conftest import Checkpoints
 
+from kcv2diffusers.errors import Error
 from kcv2diffusers.sources import isolated as isolation
+from kcv2diffusers.sources.hdf5 import read_tree
 from kcv2diffusers.sources.isolated import Died, isolated, start
 from kcv2diffusers.workers import _threads
 
@@ -105,6 +107,17 @@ def test_a_spawned_child_that_crashes_or_raises(spawned: list[subprocess.Popen[b
     with pytest.raises(Died):
         isolated(shutil.rmtree, "/nowhere/at/all")
     assert spawned == []
+
+
+def test_a_python_that_cannot_start(
+    spawned: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is not the file that is damaged."""
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with h5py.File(tmp_path / "file.h5", "w") as file:
+        file["a"] = np.ones(3)
+    with pytest.raises(Error, match="false: cannot be started once more"):
+        read_tree(tmp_path / "file.h5")
 
 
 def test_a_spawned_child_that_never_ends(

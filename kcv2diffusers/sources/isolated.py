@@ -20,6 +20,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kcv2diffusers.errors import Error
 from kcv2diffusers.processes import FORKS, fork, start_module
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ WALL_SECONDS = 300.0  # for slow disks; a child that cannot go on for any other 
 MEMORY = 1 << 30  # bytes beyond those of the parent
 _SPAWNED_SECONDS = 60.0  # of a process that cannot count what it computes
 _KEPT = 4  # processes that wait for more work
+_READY = b"\n"  # the first thing that such a process says
 _SIZE = 8  # bytes of the size of a result
 
 Work = Callable[..., bytes | memoryview]
@@ -43,7 +45,7 @@ class Child(Protocol):
     """A child process that computes something."""
 
     def result(self) -> bytes:
-        """Wait for the result, once. Raises Died."""
+        """Wait for the result, once. Raises Died, Error if there is no child."""
 
     def stop(self) -> None:
         """End it: its result is not wanted any more."""
@@ -118,12 +120,13 @@ class _Spawned:
 
         seconds = _SPAWNED_SECONDS + extra / 1e6
         request = json.dumps([work.__module__, work.__qualname__, arguments, seconds]).encode() + b"\n"
-        found = None
+        self._new, found = False, None
         while found is None or found.poll() is not None:  # one may have died while it waited
             try:
                 found = self._waiting.pop()
             except IndexError:
-                found = start_module(__name__, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+                found, self._new = start_module(__name__, stdin=PIPE, stdout=PIPE, stderr=DEVNULL), True
+                break
         self._process: Popen[bytes] = found
         assert self._process.stdin is not None
         with suppress(OSError):  # it has died, which `result` sees
@@ -134,6 +137,11 @@ class _Spawned:
         pipe = self._process.stdout
         assert pipe is not None
         try:
+            if self._new and pipe.read(1) != _READY:
+                raise Error(
+                    f"{sys.executable}: cannot be started once more, to read HDF5 files.\n"
+                    "Is kcv2diffusers installed in that Python?"
+                )
             size = int.from_bytes(head, "little") if len(head := pipe.read(_SIZE)) == _SIZE else -1
             result = pipe.read(max(0, size))
         except BaseException:
@@ -160,6 +168,8 @@ class _Spawned:
 def serve() -> None:
     """What a process of `_Spawned` does: it ends with its input, or with the first thing that goes wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    sys.stdout.buffer.write(_READY)
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         module, name, arguments, seconds = json.loads(line)
         faulthandler.dump_traceback_later(seconds, exit=True)
