@@ -32,7 +32,7 @@ from conftest import ROOT, Checkpoints
 from safetensors.numpy import load_file, save_file
 
 import kcv2diffusers
-from kcv2diffusers.cli import main
+from kcv2diffusers.cli import main, progress
 from kcv2diffusers.sources import open_sources, tensor_bundle
 from kcv2diffusers.tables import spec
 
@@ -106,6 +106,7 @@ def cli(
 ) -> Cli:
     spool = tmp_path_factory.mktemp("spool")
     monkeypatch.setattr(tempfile, "tempdir", str(spool))
+    monkeypatch.setattr(progress, "FIRST", 600.0)  # no line of progress on a machine that is busy
     return Cli(capsys, monkeypatch, spool)
 
 

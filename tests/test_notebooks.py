@@ -27,8 +27,10 @@ SHORTER = {
 }
 
 
-def test_every_notebook_is_run() -> None:
+def test_every_notebook_is_run_and_linked() -> None:
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == set(SHORTER)
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"(notebooks/{name}.ipynb)" in readme for name in SHORTER)
 
 
 @pytest.mark.parametrize("name", SHORTER)
