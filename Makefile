@@ -11,7 +11,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 venv: $(VENV)/.done
 $(VENV)/.done: pyproject.toml constraints/dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) 'pip>=25.1' # which knows dependency groups
+	$(PIP) pip==26.3 # which knows dependency groups
 	$(PIP) torch==2.13.0
 	$(PIP) -c constraints/dev.txt -e '.[heic,hub,verify]' --group dev
 	# for CLIP's vocabulary, which it carries; its own dependencies (torchvision, ...) are not needed

@@ -7,13 +7,12 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any
 
 from kcv2diffusers.backend import choose_backend
-from kcv2diffusers.dreambooth.config import make_config
+from kcv2diffusers.dreambooth.config import Config, make_config
 from kcv2diffusers.errors import MissingExtra
 
 if TYPE_CHECKING:
+    from kcv2diffusers.dreambooth.examples import Progress
     from kcv2diffusers.dreambooth.train import Result
-
-Progress = Callable[[str, int, int, str], None]
 
 
 def fine_tune(*, progress: Progress = lambda *_: None, **options: Any) -> Result:
@@ -27,9 +26,17 @@ def fine_tune(*, progress: Progress = lambda *_: None, **options: Any) -> Result
     if isinstance(given.get("base"), str):
         given["base"] = [given["base"]]
     config = make_config(given)
-    choose_backend(asked=config.backend)
+    return trainer(config)(config, progress)
+
+
+def trainer(config: Config, say: Callable[[str], None] = lambda line: None) -> Callable[..., Result]:
+    """The function that trains, on the backend that `config` asks for. `say` is that of `choose_backend`.
+
+    Raises Error if that backend or Keras is not installed.
+    """
+    choose_backend(say, config.backend)
     try:
         from kcv2diffusers.dreambooth.train import train
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "keras") from error
-    return train(config, progress)
+    return train

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from kcv2diffusers.backend import choose_backend
 from kcv2diffusers.errors import Error, MissingExtra
 from kcv2diffusers.interruption import keeps
 from kcv2diffusers.output import check_folder
@@ -34,7 +33,6 @@ def generate(
     """
     if not prompts or images_per_prompt < 1:
         raise Error("Nothing to generate: give a prompt, and at least one image per prompt.")
-    choose_backend()
     try:
         from PIL import Image
 

@@ -20,6 +20,8 @@ import numpy as np
 import psutil
 import pytest
 from conftest import Checkpoints
+from test_fuzz import compress
+from test_to_keras import datasets
 
 from kcv2diffusers.errors import Error
 from kcv2diffusers.sources import isolated as isolation
@@ -40,33 +42,18 @@ to_keras(out + "/there", out=out + "/back")
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    for name in [name for name in found if name.endswith(".h5")]:  # HDF5 stores times
-        with h5py.File(folder / name) as file:
-            values: list[bytes] = []
-            file.visititems(
-                lambda key, item, to=values: (
-                    to.append(f"{key}".encode() + item[()].tobytes())
-                    if isinstance(item, h5py.Dataset)
-                    else None
-                )
-            )
-            found[name] = b"".join(values)
-    return found
+    """What they hold; of HDF5, which stores times, the datasets."""
+    found = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for path in [path for path in found if path.suffix == ".h5"]:
+        found[path] = b"".join(name.encode() + v.tobytes() for name, v in datasets(path).items())
+    return {str(path.relative_to(folder)): data for path, data in found.items()}
 
 
 @pytest.mark.slow
 def test_the_same_files(checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Plain, compressed, in an archive, in a SavedModel, there and back: byte for byte."""
     plain, packed = checkpoints("keras3", "vae_decoder"), tmp_path / "text_encoder.h5"
-    with h5py.File(checkpoints("keras2", "text_encoder") / "legacy.h5") as old, h5py.File(packed, "w") as new:
-        new.attrs.update(old.attrs)
-        for name in old:
-            old.copy(name, new)
-        for name in [n for n in _datasets(new) if new[n].ndim > 1]:
-            values = new[name][()]
-            del new[name]
-            new.create_dataset(name, data=values, compression="gzip", shuffle=True)
+    compress(checkpoints("keras2", "text_encoder") / "legacy.h5", packed)
     heads = {"text_encoder": {"num_attention_heads": 2}}
     (tmp_path / "kcv2diffusers.json").write_text(json.dumps(heads))
     sources = [packed, plain / "model.keras", checkpoints("keras3", "vae_encoder") / "export"]
@@ -81,12 +68,6 @@ def test_the_same_files(checkpoints: Checkpoints, tmp_path: Path) -> None:
         )
     forked, portable = files(tmp_path / "forked"), files(tmp_path / "portable")
     assert len(forked) > 5 and forked == portable
-
-
-def _datasets(file: h5py.File) -> list[str]:
-    names: list[str] = []
-    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    return names
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def dreambooth(**given: Any) -> None:
 
     The result is exported as a diffusers pipeline.
     """
-    from kcv2diffusers.errors import MissingExtra
+    from kcv2diffusers.fine_tuning import trainer
     from kcv2diffusers.sources.pipeline import prediction_of
 
     file, as_json = given.pop("config"), given.pop("json")
@@ -86,11 +86,7 @@ def dreambooth(**given: Any) -> None:
         name: str(v) if isinstance(v, StrEnum) else v for name, v in given.items() if v not in (None, [])
     }
     config = make_config(values, file)
-    choose_backend(note, config.backend)
-    try:
-        from kcv2diffusers.dreambooth.train import train
-    except ModuleNotFoundError as error:
-        raise MissingExtra(str(error.name), "keras") from error
+    train = trainer(config, note)
     report = Path(config.out) / "verify"
     if config.verify:
         require_packages(report)

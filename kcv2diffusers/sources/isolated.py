@@ -175,7 +175,8 @@ def serve() -> None:
         faulthandler.dump_traceback_later(seconds, exit=True)
         result = memoryview(attrgetter(name)(import_module(module))(*arguments))
         faulthandler.cancel_dump_traceback_later()
-        sys.stdout.buffer.write(result.nbytes.to_bytes(_SIZE, "little") + result)
+        sys.stdout.buffer.write(result.nbytes.to_bytes(_SIZE, "little"))
+        sys.stdout.buffer.write(result)
         sys.stdout.buffer.flush()
 
 
