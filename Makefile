@@ -47,7 +47,8 @@ test-quick: venv venv-sprint venv-space
 	$(PYTEST) -m 'not full_size and not slow'
 
 # The tests of conversions once more, without what Windows does not have (tests/portable).
-PORTABLE := portable exactness round_trip to_keras several_models pipeline bad_input not_weights stream tensor_bundle
+PORTABLE := fuzz portable exactness round_trip to_keras several_models pipeline bad_input not_weights stream \
+	tensor_bundle
 test-portable: venv venv-sprint
 	PYTHONPATH=$(CURDIR)/tests/portable $(PYTEST) -m 'not full_size' -k 'not kerascv_loads_it' \
 		$(PORTABLE:%=tests/test_%.py)

@@ -27,6 +27,7 @@ from conftest import Checkpoints
 
 from kcv2diffusers import convert
 from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.processes import FORKS
 from kcv2diffusers.recognise import recognise_all
 from kcv2diffusers.sources import hdf5, open_all, open_sources, tensorflow
 from kcv2diffusers.sources import isolated as isolation
@@ -36,6 +37,7 @@ from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.sources.tensor_bundle import Attribute, Child, Node
 
 pytestmark = pytest.mark.slow
+FORKED = pytest.mark.skipif(not FORKS, reason="of forks; spawned children are those of test_portable")
 
 INTERESTING = [0, 1, 2, 4, 8, 16, 32, 64, 0x7F, 0x80, 0xFE, 0xFF]
 
@@ -204,6 +206,7 @@ def mutate(rng: random.Random, data: bytes, positions: list[int], used: list[int
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loops without end are cut off soon: there are dozens of them here."""
     monkeypatch.setattr(isolation, "CPU_SECONDS", 0.1)
+    monkeypatch.setattr(isolation, "_SPAWNED_SECONDS", 2.0)  # where there are no forks
 
 
 @pytest.mark.parametrize("container", CASES)
@@ -332,6 +335,7 @@ def test_random_bytes_are_refused(suffix: str, tmp_path: Path) -> None:
         assert read(path) is None
 
 
+@FORKED
 def test_a_child_that_crashes_is_told() -> None:
     with pytest.raises(Died, match=f"{-signal.SIGSEGV}"):
         isolated(lambda: os.kill(os.getpid(), signal.SIGSEGV) or b"")
@@ -339,6 +343,7 @@ def test_a_child_that_crashes_is_told() -> None:
         isolated(lambda: os.abort())
 
 
+@FORKED
 @pytest.mark.parametrize("kind", ["busy", "asleep"])
 def test_a_child_that_never_ends_is_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def work() -> bytes:
@@ -352,12 +357,14 @@ def test_a_child_that_never_ends_is_told(kind: str, monkeypatch: pytest.MonkeyPa
         isolated(work)
 
 
+@FORKED
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux' /proc")
 def test_a_child_that_wants_all_memory_is_told() -> None:
     with pytest.raises(Died):
         isolated(lambda: bytes(bytearray(isolation.MEMORY + (1 << 28))[:1]))
 
 
+@FORKED
 def test_a_child_that_raises_says_nothing_and_cleans_nothing_up(capfd: pytest.CaptureFixture[str]) -> None:
     cleaned = []
     try:
@@ -369,11 +376,13 @@ def test_a_child_that_raises_says_nothing_and_cleans_nothing_up(capfd: pytest.Ca
     assert capfd.readouterr() == ("", "")
 
 
+@FORKED
 def test_a_large_result_comes_back_whole() -> None:
     values = np.arange(3 << 20, dtype=np.uint8)
     assert isolated(lambda: memoryview(values.data)) == values.tobytes()
 
 
+@FORKED
 def test_an_interrupted_parent_leaves_no_child(tmp_path: Path) -> None:
     """As Ctrl-C does while the child works."""
     note = tmp_path / "pid"
@@ -391,6 +400,7 @@ def test_an_interrupted_parent_leaves_no_child(tmp_path: Path) -> None:
         os.kill(int(note.read_text()), 0)
 
 
+@FORKED
 def test_files_parsed_side_by_side_leave_no_child(tmp_path: Path) -> None:
     """One of them given twice, more than are parsed at once, and the first of them refused."""
     paths = [tmp_path / f"{number}.h5" for number in range(6)]
