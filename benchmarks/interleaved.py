@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from kcv2diffusers.processes import ALLOCATOR
+from kcv2diffusers.system.processes import ALLOCATOR
 
 ROOT = Path(__file__).parents[1]
 Figures = dict[str, float]

@@ -1,10 +1,10 @@
 """Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.
 
-The modules, in the order a checkpoint passes them: `sources` (readers, one a container), `tables` and
-`layouts` (the weight maps), `recognise` (what a checkpoint is), `plan` and `keras_files` (what goes where),
-`stream` and `transfer` (the bytes), `pipeline` and `tokenizer` (what stands around the weights), `output`
-(all or nothing). `to_diffusers` and `to_kerascv` put them together, `verification` compares the two sides.
-`models` are the networks in Keras 3, `hub` reads from the Hugging Face Hub and publishes there.
+The subpackages are rooms of one house; each imports only from those before it:
+`system` (files, processes, signals), `maps` (the weight maps), `hub` (reads the Hugging Face Hub), `sources`
+(readers, and what a checkpoint holds), `pipeline` (configs, scheduler, tokenizer), `targets` (writers),
+`conversion` (both directions), `models` (the networks in Keras 3), `dreambooth` (the trainer), `verification`
+(both sides compared), `publish` (to the Hub), `cli` (the commands).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kcv2diffusers.conversion.inspection import Inspected, inspect
+    from kcv2diffusers.conversion.to_diffusers import Converted, convert
+    from kcv2diffusers.conversion.to_kerascv import ToKeras, to_keras
+    from kcv2diffusers.dreambooth.fine_tuning import fine_tune
     from kcv2diffusers.errors import Error
-    from kcv2diffusers.fine_tuning import fine_tune
-    from kcv2diffusers.hub.push import Pushed, push
-    from kcv2diffusers.inspection import Inspected, inspect
     from kcv2diffusers.models.base import load_base
+    from kcv2diffusers.models.generation import generate
+    from kcv2diffusers.publish.push import Pushed, push
     from kcv2diffusers.sources.locate import locate
-    from kcv2diffusers.stock_pipeline import replay
-    from kcv2diffusers.to_diffusers import Converted, convert
-    from kcv2diffusers.to_kerascv import ToKeras, to_keras
-    from kcv2diffusers.to_pictures import generate
     from kcv2diffusers.verification.result import Verified
     from kcv2diffusers.verification.run import verify
+    from kcv2diffusers.verification.stock_pipeline import replay
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,21 +46,21 @@ __all__ = [
 ]
 
 _HOME = {
-    "Converted": "to_diffusers",
+    "Converted": "conversion.to_diffusers",
     "Error": "errors",
-    "Inspected": "inspection",
-    "Pushed": "hub.push",
-    "ToKeras": "to_kerascv",
+    "Inspected": "conversion.inspection",
+    "Pushed": "publish.push",
+    "ToKeras": "conversion.to_kerascv",
     "Verified": "verification.result",
-    "convert": "to_diffusers",
-    "fine_tune": "fine_tuning",
-    "generate": "to_pictures",
-    "inspect": "inspection",
+    "convert": "conversion.to_diffusers",
+    "fine_tune": "dreambooth.fine_tuning",
+    "generate": "models.generation",
+    "inspect": "conversion.inspection",
     "load_base": "models.base",
     "locate": "sources.locate",
-    "push": "hub.push",
-    "replay": "stock_pipeline",
-    "to_keras": "to_kerascv",
+    "push": "publish.push",
+    "replay": "verification.stock_pipeline",
+    "to_keras": "conversion.to_kerascv",
     "verify": "verification.run",
 }
 

@@ -2,8 +2,8 @@
 
 import sys
 
-from kcv2diffusers.interruption import hold_signals, interruptible
-from kcv2diffusers.processes import let_threads_sleep, restart_to_train
+from kcv2diffusers.system.interruption import hold_signals, interruptible
+from kcv2diffusers.system.processes import let_threads_sleep, restart_to_train
 
 
 def start() -> None:

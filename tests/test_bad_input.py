@@ -33,8 +33,8 @@ from safetensors.numpy import load_file, save_file
 
 import kcv2diffusers
 from kcv2diffusers.cli import main, progress
+from kcv2diffusers.maps.tables import spec
 from kcv2diffusers.sources import open_sources, tensor_bundle
-from kcv2diffusers.tables import spec
 
 WEIGHTS = Path("text_encoder") / "model.safetensors"
 CONFIG = {"text_encoder": {"num_attention_heads": 2}, "unet": {"attention_head_dim": 2}}
@@ -1208,7 +1208,7 @@ def test_no_space_to_unpack(
 
 SLOW = """
 import sys, time
-from kcv2diffusers import transfer
+from kcv2diffusers.targets import transfer
 from kcv2diffusers.__main__ import start
 do = transfer.Worker.do
 def slowly(self, job):

@@ -13,10 +13,10 @@ from conftest import small_base
 
 from kcv2diffusers import backend, convert, inspect, to_keras
 from kcv2diffusers.dreambooth.config import make_config
-from kcv2diffusers.hub.facts import figures
 from kcv2diffusers.json_text import parse_object
-from kcv2diffusers.provenance import license_of, read
-from kcv2diffusers.tokenizer import find_tokenizer
+from kcv2diffusers.pipeline.record import license_of, read
+from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer
+from kcv2diffusers.publish.card_facts import figures
 
 TEXTS = (".json", ".txt", ".toml", ".md")
 

@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kcv2diffusers.casting import cast, is_finite
 from kcv2diffusers.dtypes import DTYPES
+from kcv2diffusers.targets.casting import cast, is_finite
 
 
 def check(values: np.ndarray, dtype: np.dtype | type = np.float16) -> None:

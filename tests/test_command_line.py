@@ -143,7 +143,7 @@ def test_what_the_system_says_names_the_way_to_debug(cli: Cli, monkeypatch: Patc
     def fail(*_: object) -> None:
         raise OSError(5, "Input/output error", "/dev/x")
 
-    monkeypatch.setattr("kcv2diffusers.inspection.inspect", fail)
+    monkeypatch.setattr("kcv2diffusers.conversion.inspection.inspect", fail)
     code, _, err = cli("inspect", "x")
     assert (code, err) == (
         1,
@@ -153,7 +153,7 @@ def test_what_the_system_says_names_the_way_to_debug(cli: Cli, monkeypatch: Patc
 
 def test_a_mistake_of_ours_says_how_to_report_it(tmp_path: Path) -> None:
     code = (
-        "import sys, kcv2diffusers.inspection as i; sys.argv = ['kcv2diffusers', 'inspect', 'x']\n"
+        "import sys, kcv2diffusers.conversion.inspection as i; sys.argv = ['kcv2diffusers', 'inspect', 'x']\n"
         "def fail(_): raise KeyError('gone')\n"
         "i.inspect = fail\n"
         "from kcv2diffusers.cli import main; main()"
@@ -216,7 +216,7 @@ def test_generate_tells_of_its_pictures(cli: Cli, monkeypatch: Patch) -> None:
     def generate(*_: object, **__: object) -> list[Path]:
         return [Path("x/000.png")]
 
-    monkeypatch.setattr("kcv2diffusers.to_pictures.generate", generate)
+    monkeypatch.setattr("kcv2diffusers.models.generation.generate", generate)
     monkeypatch.setattr("kcv2diffusers.cli.training.choose_backend", lambda say: say("Keras runs on x."))
     arguments = ["generate", "--base", "tiny", "--prompt", "a fox", "--out", "x"]
     assert cli(*arguments) == (0, "x/000.png\n", "Keras runs on x.\n")

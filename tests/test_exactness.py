@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kcv2diffusers.conversion.inspection import inspect
 from kcv2diffusers.errors import PlanError
-from kcv2diffusers.inspection import inspect
-from kcv2diffusers.plan import common_dtype, to_diffusers, write_safetensors
-from kcv2diffusers.recognise import recognise
-from kcv2diffusers.sources import open_sources
-from kcv2diffusers.sources.pipeline import read_safetensors
-from kcv2diffusers.stream import run
+from kcv2diffusers.sources.diffusers_pipeline import read_safetensors
+from kcv2diffusers.sources.open import open_sources
+from kcv2diffusers.sources.recognise import recognise
+from kcv2diffusers.targets.safetensors import common_dtype, to_diffusers, write_safetensors
+from kcv2diffusers.targets.stream import run
 
 KERAS3 = ("weights.weights.h5", "sharded.weights.json", "model.keras", "model.h5", "export", "checkpoint")
 KERAS2 = ("legacy.h5", "weights.weights.h5", "model.keras", "model.h5", "saved_model", "checkpoint")

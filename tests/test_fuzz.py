@@ -27,14 +27,14 @@ from conftest import Checkpoints
 
 from kcv2diffusers import convert
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.processes import FORKS
-from kcv2diffusers.recognise import recognise_all
 from kcv2diffusers.sources import hdf5, open_all, open_sources, tensorflow
-from kcv2diffusers.sources import isolated as isolation
+from kcv2diffusers.sources.diffusers_pipeline import read_pipeline
 from kcv2diffusers.sources.isolated import Died, isolated
-from kcv2diffusers.sources.pipeline import read_pipeline
+from kcv2diffusers.sources.open import isolated as isolation
+from kcv2diffusers.sources.recognise import recognise_all
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.sources.tensor_bundle import Attribute, Child, Node
+from kcv2diffusers.system.processes import FORKS
 
 pytestmark = pytest.mark.slow
 FORKED = pytest.mark.skipif(not FORKS, reason="of forks; spawned children are those of test_portable")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from kcv2diffusers.conversion.to_diffusers import convert
 from kcv2diffusers.sources.locate import TINY
-from kcv2diffusers.to_diffusers import convert
 
 ENVIRONMENT = {**os.environ, "KERAS_BACKEND": "torch", "TF_CPP_MIN_LOG_LEVEL": "3"}
 # The command sends itself a signal at an event of Python: an import, a file opened, a call compiled. At 0 it
@@ -99,7 +99,7 @@ def test_a_library_swallows_it() -> None:
     """As Keras' trace on PyTorch does. Cleaning up afterwards is not disturbed."""
     code = """
 import os, signal, time
-from kcv2diffusers.interruption import interruptible
+from kcv2diffusers.system.interruption import interruptible
 with interruptible():
     try:
         os.kill(os.getpid(), signal.SIGINT)
@@ -122,7 +122,7 @@ with interruptible():
 def test_a_library_swallows_it_and_the_work_ends() -> None:
     code = """
 import os, signal
-from kcv2diffusers.interruption import interruptible, keeps
+from kcv2diffusers.system.interruption import interruptible, keeps
 with interruptible():
     keeps("out is complete")
     try:
@@ -136,7 +136,7 @@ with interruptible():
 
 IN_COMPILED_CODE = """
 import hashlib
-from kcv2diffusers import interruption
+from kcv2diffusers.system import interruption
 interruption._ONE_PRESS = 2  # on a busy machine the two signals of one press may be seen apart
 with interruption.interruptible():
     print("ready", flush=True)

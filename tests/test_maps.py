@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kcv2diffusers import maps, tables
+from kcv2diffusers.conversion import map_check
 from kcv2diffusers.errors import Error
-from kcv2diffusers.tables import Size
+from kcv2diffusers.maps import tables
+from kcv2diffusers.maps.tables import Size
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def raw() -> dict[str, dict[str, Any]]:
 
 def test_every_map_is_complete() -> None:
     """Against the state dicts of the diffusers and transformers that are installed here."""
-    results = maps.check()
+    results = map_check.check()
     assert [(r.name, r.version, r.tensors) for r in results] == [
         ("text_encoder", "sd1", 196),
         ("text_encoder", "sd2", 372),
@@ -71,22 +72,22 @@ def test_planted_mistakes_are_found(raw, monkeypatch, mistake: str, report: str)
     data = copy.deepcopy(raw["unet"])
     _plant(data, mistake)
     table = tables._load("unet", data)
-    monkeypatch.setattr(maps, "tables", lambda: {"unet": table})
-    monkeypatch.setattr(maps, "specs", lambda: [tables.Spec("unet", v, table) for v in table.versions])
-    for result in maps.check():
+    monkeypatch.setattr(map_check, "tables", lambda: {"unet": table})
+    monkeypatch.setattr(map_check, "specs", lambda: [tables.Spec("unet", v, table) for v in table.versions])
+    for result in map_check.check():
         assert report in "\n".join(result.problems)
         assert report in result.text()
 
 
 def test_show_and_list() -> None:
-    shown = maps.show("unet", "sd1")
+    shown = map_check.show("unet", "sd1")
     assert "time_embedding.linear_1.weight [1280, 320]" in shown
     assert len(shown.splitlines()) == 687
-    assert [line.split()[0] for line in maps.listing().splitlines()] == ["text_encoder", "unet", "vae"]
+    assert [line.split()[0] for line in map_check.listing().splitlines()] == ["text_encoder", "unet", "vae"]
     with pytest.raises(Error, match="No map named 'nope'"):
-        maps.show("nope")
+        map_check.show("nope")
     with pytest.raises(Error, match="no version 'sd3'"):
-        maps.show("unet", "sd3")
+        map_check.show("unet", "sd3")
 
 
 symbols = st.sampled_from(["c0", "c1", "width"])

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from kcv2diffusers.conversion.inspection import inspect
+from kcv2diffusers.conversion.to_diffusers import convert
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import parse, readings, website
-from kcv2diffusers.hub.layout import candidates
-from kcv2diffusers.inspection import inspect
-from kcv2diffusers.sources import open_sources
+from kcv2diffusers.hub.listing import candidates
+from kcv2diffusers.sources.diffusers_pipeline import read_pipeline
 from kcv2diffusers.sources.locate import TINY, locate, locate_all
-from kcv2diffusers.sources.pipeline import read_pipeline
-from kcv2diffusers.to_diffusers import convert
+from kcv2diffusers.sources.open import open_sources
 
 POINTER = (
     b"version https://git-lfs.github.com/spec/v1\n"

@@ -26,9 +26,9 @@ from diffusers.models.activations import GEGLU
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
-from kcv2diffusers.maps import nominal
-from kcv2diffusers.pipeline import config_of
-from kcv2diffusers.tables import specs
+from kcv2diffusers.conversion.map_check import nominal
+from kcv2diffusers.maps.tables import specs
+from kcv2diffusers.pipeline.configs import config_of
 
 pytestmark = pytest.mark.slow
 

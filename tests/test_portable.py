@@ -24,16 +24,17 @@ from test_fuzz import compress
 from test_to_keras import datasets
 
 from kcv2diffusers.errors import Error
-from kcv2diffusers.sources import isolated as isolation
 from kcv2diffusers.sources.hdf5 import read_tree
 from kcv2diffusers.sources.isolated import Died, isolated, start
-from kcv2diffusers.workers import _threads
+from kcv2diffusers.sources.open import isolated as isolation
+from kcv2diffusers.system.workers import _threads
 
 HIDING = Path(__file__).parent / "portable"
 
 CONVERT = """
 import sys
-from kcv2diffusers import convert, processes, to_keras
+from kcv2diffusers import convert, to_keras
+from kcv2diffusers.system import processes
 assert processes.FORKS is (sys.argv[1] == "forked")
 *sources, out = sys.argv[2:]
 convert(*sources, out=out + "/there", base="none", dtype="float16")
@@ -181,7 +182,7 @@ def test_threads_stop_at_an_error_or_when_nobody_asks() -> None:
 
 
 def test_positions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kcv2diffusers import positioned
+    from kcv2diffusers.system import positioned
 
     for name in ("pwrite", "preadv", "posix_fallocate"):
         monkeypatch.delattr(os, name, raising=False)

@@ -14,13 +14,13 @@ import pytest
 
 from kcv2diffusers import convert, to_keras
 from kcv2diffusers.errors import Error
-from kcv2diffusers.hub.check import check
 from kcv2diffusers.models.tokenizer import Tokenizer
-from kcv2diffusers.pipeline import write_json
-from kcv2diffusers.scheduler import SCHEDULER
+from kcv2diffusers.pipeline.configs import write_json
+from kcv2diffusers.pipeline.scheduler import SCHEDULER
+from kcv2diffusers.pipeline.tokenizer_files import TokenizerFiles, find_tokenizer, write_tokenizer
+from kcv2diffusers.publish.check import check
+from kcv2diffusers.sources.diffusers_pipeline import read_safetensors
 from kcv2diffusers.sources.locate import TINY, locate
-from kcv2diffusers.sources.pipeline import read_safetensors
-from kcv2diffusers.tokenizer import TokenizerFiles, find_tokenizer, write_tokenizer
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
 ZERO_SNR = {
@@ -366,7 +366,7 @@ def only_unet(folder: Path) -> Path:
 def test_every_spelling_of_a_base_of_the_same_shape(
     base: str, pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kcv2diffusers.shapes.shipped", dict)  # as for widths that no model here has
+    monkeypatch.setattr("kcv2diffusers.pipeline.shapes.shipped", dict)  # as for widths that no model here has
     spelt: dict[str, Any] = {
         "folder": shutil.copytree(locate(TINY), tmp_path / "folder"),
         "pipeline": pipeline,

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.schedule import SD, Schedule, alphas_cumprod, sampling_timesteps
-from kcv2diffusers.scheduler import (
+from kcv2diffusers.pipeline.scheduler import (
     DEFAULTS,
     OTHER_DEFAULTS,
     SCHEDULER,
@@ -21,6 +20,7 @@ from kcv2diffusers.scheduler import (
     schedule_of,
     scheduler_of,
 )
+from kcv2diffusers.schedule import SD, Schedule, alphas_cumprod, sampling_timesteps
 
 BETAS = tuple(np.linspace(0.001, 0.02, 50).tolist())
 HERE = Path("scheduler_config.json")

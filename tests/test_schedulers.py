@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kcv2diffusers import convert
-from kcv2diffusers.scheduler import SCHEDULER
+from kcv2diffusers.pipeline.scheduler import SCHEDULER
 from kcv2diffusers.sources.locate import TINY
 
 STOCK = {  # as published with stable-diffusion-v1-5

@@ -15,17 +15,17 @@ import numpy as np
 import pytest
 from conftest import cached
 
+from kcv2diffusers.conversion.inspection import inspect
+from kcv2diffusers.conversion.to_diffusers import convert
 from kcv2diffusers.errors import Error, PlanError
-from kcv2diffusers.inspection import inspect
-from kcv2diffusers.leftovers import kind_of
-from kcv2diffusers.plan import common_dtype, to_diffusers, write_safetensors
-from kcv2diffusers.recognise import Match, add_part, recognise_all
-from kcv2diffusers.sources import open_sources
+from kcv2diffusers.sources.diffusers_pipeline import read_safetensors
+from kcv2diffusers.sources.leftovers import kind_of
 from kcv2diffusers.sources.locate import TINY, locate
-from kcv2diffusers.sources.pipeline import read_safetensors
+from kcv2diffusers.sources.open import open_sources
+from kcv2diffusers.sources.recognise import Match, add_part, recognise_all
 from kcv2diffusers.sources.tensor import Tensor
-from kcv2diffusers.stream import run
-from kcv2diffusers.to_diffusers import convert
+from kcv2diffusers.targets.safetensors import common_dtype, to_diffusers, write_safetensors
+from kcv2diffusers.targets.stream import run
 
 STACKS = ("keras3", "keras2", "sprint")
 TEXT, BOTH = {"text_encoder": ""}, {"text_encoder": "", "vae_encoder": ""}

@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kcv2diffusers import stream, transfer
+from kcv2diffusers.conversion.map_check import _not_inverse
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.layouts import LAYOUTS, core, reverse
-from kcv2diffusers.maps import _not_inverse
-from kcv2diffusers.processes import FORKS
+from kcv2diffusers.maps.layouts import LAYOUTS, core, reverse
 from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.system.processes import FORKS
+from kcv2diffusers.targets import stream, transfer
 
 FORKED = pytest.mark.skipif(not FORKS, reason="a signal ends threads and the whole process alike")
 DTYPES = [np.dtype(d) for d in ("<f4", "<f2", ml_dtypes.bfloat16)]

@@ -17,7 +17,7 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.models.base import load_base
 from kcv2diffusers.pictures import psnr
 from kcv2diffusers.sources.locate import TINY, locate
-from kcv2diffusers.stock_pipeline import replay
+from kcv2diffusers.verification.stock_pipeline import replay
 
 PROMPTS = ["a red car in a meadow", "a panda in the snow"]
 STEPS, GUIDANCE_SCALE = 10, 5.0  # tools/demo.py and the notebooks draw in 25

@@ -20,7 +20,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kcv2diffusers.errors import Error, SourceError, TargetError
-from kcv2diffusers.tokenizer import BOS, BPE_NAME, EOS, LIMIT, TokenizerFiles, find_tokenizer, write_tokenizer
+from kcv2diffusers.pipeline.tokenizer_files import (
+    BOS,
+    BPE_NAME,
+    EOS,
+    LIMIT,
+    TokenizerFiles,
+    find_tokenizer,
+    write_tokenizer,
+)
 
 PLACEHOLDERS = ["<my-cat>", "<dog>", "sks"]
 
@@ -322,7 +330,9 @@ def test_order_of_search(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_packages_are_not_imported(tmp_path: Path) -> None:
     genuine()
-    code = "import sys; from kcv2diffusers.tokenizer import find_tokenizer as f; o = f().origin\n"
+    code = (
+        "import sys; from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer as f; o = f().origin\n"
+    )
     code += "print(o.parent.name, {'open_clip', 'torch', 'transformers', 'keras'} & set(sys.modules))"
     env = {**os.environ, "HOME": str(tmp_path), "KERAS_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)

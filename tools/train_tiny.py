@@ -37,9 +37,9 @@ from kcv2diffusers.models import (
 from kcv2diffusers.models.sampler import PROMPT_LENGTH, TextToImage
 from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.pictures import grid, psnr
-from kcv2diffusers.pipeline import CONFIG_FILE
+from kcv2diffusers.pipeline.configs import CONFIG_FILE
+from kcv2diffusers.pipeline.tokenizer_files import write_tokenizer
 from kcv2diffusers.schedule import alphas_cumprod, timestep_embedding
-from kcv2diffusers.tokenizer import write_tokenizer
 
 SEED = 20240
 VAE = VAEConfig(widths=(24, 48, 64, 64), norm_groups=2)

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from kcv2diffusers.home import expanded
+from kcv2diffusers.system.home import expanded
 
 # Older spellings by command, which still work and which no help shows: a thing has one name everywhere.
 RENAMED = {

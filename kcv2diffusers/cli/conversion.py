@@ -144,8 +144,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Convert KerasCV checkpoints into a diffusers pipeline."""
-    from kcv2diffusers.recognise import NAMES
-    from kcv2diffusers.to_diffusers import convert as run
+    from kcv2diffusers.conversion.to_diffusers import convert as run
+    from kcv2diffusers.sources.recognise import NAMES
 
     if report is not None and not verify:
         raise Error("--report is where --verify writes; give that as well.")
@@ -239,7 +239,7 @@ def to_keras(
 
     They are float32 files that the load_weights of its models takes.
     """
-    from kcv2diffusers.to_kerascv import to_keras as run
+    from kcv2diffusers.conversion.to_kerascv import to_keras as run
 
     with progress_bar("Converting") as progress:
         result = run(
@@ -274,7 +274,7 @@ def inspect(
     Of each part: version, container, dtype, Keras version, sizes. One that cannot be read does not keep the
     others from being shown.
     """
-    from kcv2diffusers.inspection import inspect as run
+    from kcv2diffusers.conversion.inspection import inspect as run
 
     found, refused = [], []
     for source in sources:
@@ -294,9 +294,9 @@ def inspect(
 @maps_app.command("list", cls=Command)
 def maps_list() -> None:
     """List the weight maps with their parts and versions."""
-    from kcv2diffusers import maps
+    from kcv2diffusers.conversion import map_check
 
-    say(maps.listing())
+    say(map_check.listing())
 
 
 @maps_app.command("show", cls=Command)
@@ -308,17 +308,17 @@ def maps_show(
 
     Keras is on the left, diffusers on the right.
     """
-    from kcv2diffusers import maps
+    from kcv2diffusers.conversion import map_check
 
-    say(maps.show(name, version))
+    say(map_check.show(name, version))
 
 
 @maps_app.command("check", cls=Command)
 def maps_check(as_json: Json = False) -> None:
     """Check that every map is bijective, invertible and complete."""
-    from kcv2diffusers import maps
+    from kcv2diffusers.conversion import map_check
 
-    results = maps.check()
+    results = map_check.check()
     if as_json:
         print_json([result.to_dict() for result in results])
     else:

@@ -13,7 +13,7 @@ from kcv2diffusers.cli.options import CARD, HUB, Json, License, Overwrite, Priva
 from kcv2diffusers.cli.progress import progress_bar, say, tell
 
 if TYPE_CHECKING:
-    from kcv2diffusers.hub.push import Pushed
+    from kcv2diffusers.publish.push import Pushed
 
 
 class Stated(StrEnum):
@@ -104,7 +104,7 @@ def space(
 
     The pipeline is a published one; the folder has a card, a Gradio app and its requirements.
     """
-    from kcv2diffusers.hub.space import space as run
+    from kcv2diffusers.publish.space import space as run
 
     run(
         pipeline,
@@ -122,7 +122,7 @@ def space(
 
 
 def publish(pipeline: Path, repository: str, **options: Any) -> Pushed:
-    from kcv2diffusers.hub.push import push as run
+    from kcv2diffusers.publish.push import push as run
 
     with progress_bar("Checking") as progress:
         return run(pipeline, repository, progress=progress, **options)
@@ -130,6 +130,6 @@ def publish(pipeline: Path, repository: str, **options: Any) -> Pushed:
 
 def log_in(repository: str, license: str | None = None) -> None:
     """Refuse now, not after the work, what cannot be published."""
-    from kcv2diffusers.hub.push import log_in
+    from kcv2diffusers.publish.push import log_in
 
     log_in(repository, license=license)

@@ -49,7 +49,7 @@ def generate(
 
     KERAS_BACKEND chooses TensorFlow, JAX or PyTorch.
     """
-    from kcv2diffusers.to_pictures import generate as run
+    from kcv2diffusers.models.generation import generate as run
 
     choose_backend(note)
     with progress_bar("Generating", steps=True) as progress:
@@ -77,8 +77,8 @@ def dreambooth(**given: Any) -> None:
 
     The result is exported as a diffusers pipeline.
     """
-    from kcv2diffusers.fine_tuning import trainer
-    from kcv2diffusers.sources.pipeline import prediction_of
+    from kcv2diffusers.dreambooth.fine_tuning import trainer
+    from kcv2diffusers.sources.diffusers_pipeline import prediction_of
 
     file, as_json = given.pop("config"), given.pop("json")
     del given["quiet"]

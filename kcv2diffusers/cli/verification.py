@@ -144,8 +144,8 @@ def verify(
 
 def keep_figures(pipeline: Path, verified: Verified) -> None:
     """Leave what was found in the pipeline folder, for its model card."""
-    from kcv2diffusers.pipeline import write_json
-    from kcv2diffusers.provenance import VERIFICATION_FILE
+    from kcv2diffusers.pipeline.configs import write_json
+    from kcv2diffusers.pipeline.record import VERIFICATION_FILE
 
     write_json(pipeline / VERIFICATION_FILE, verified.to_dict())
 
@@ -170,7 +170,7 @@ def verify_pipeline(
     """Verify with the options of `Request`; those that are None have their defaults, and a part's name
     stands for its source.
     """
-    from kcv2diffusers.recognise import NAMES
+    from kcv2diffusers.sources.recognise import NAMES
     from kcv2diffusers.verification.run import verify as run
 
     given = {name: value for name, value in options.items() if value is not None}

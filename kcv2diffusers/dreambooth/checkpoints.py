@@ -22,11 +22,11 @@ import numpy as np
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.lora import LORA_FILE, attention_projections, write_lora
 from kcv2diffusers.errors import Error
-from kcv2diffusers.keras_files import write_legacy_h5
-from kcv2diffusers.pipeline import CONFIG_FILE, write_json
-from kcv2diffusers.recognise import Match, recognise
-from kcv2diffusers.sources import open_sources
-from kcv2diffusers.stream import run
+from kcv2diffusers.pipeline.configs import CONFIG_FILE, write_json
+from kcv2diffusers.sources.open import open_sources
+from kcv2diffusers.sources.recognise import Match, recognise
+from kcv2diffusers.targets.keras_h5 import write_legacy_h5
+from kcv2diffusers.targets.stream import run
 
 _STATE = ("trainable", "optimizer")
 

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from kcv2diffusers.backend import BACKENDS
 from kcv2diffusers.errors import Error, is_unicode, no_choice, plain
-from kcv2diffusers.home import expanded
+from kcv2diffusers.system.home import expanded
 
 
 def _option(

@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from kcv2diffusers.conversion.to_diffusers import convert, is_output
 from kcv2diffusers.dreambooth.batches import Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, least_bytes, saved_steps
 from kcv2diffusers.dreambooth.config import RUN_FILE, Config
@@ -26,14 +27,13 @@ from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
 from kcv2diffusers.dreambooth.record import keep_record
 from kcv2diffusers.errors import Error
-from kcv2diffusers.interruption import SIGNALS, keeps
 from kcv2diffusers.models import rematerialise
 from kcv2diffusers.models.base import Base, BaseFiles, open_base
 from kcv2diffusers.models.config import Gelu
 from kcv2diffusers.models.layers import dtype_policy
-from kcv2diffusers.output import check_folder, check_target
 from kcv2diffusers.pictures import chart
-from kcv2diffusers.to_diffusers import convert, is_output
+from kcv2diffusers.system.interruption import SIGNALS, keeps
+from kcv2diffusers.system.output import check_folder, check_target
 
 
 @dataclass

@@ -13,11 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kcv2diffusers.errors import Error, MissingExtra, SourceError, plain
-from kcv2diffusers.hub import layout
 from kcv2diffusers.hub.address import Address, parse, readings
 from kcv2diffusers.hub.client import NoRevision, NotThere, Unreachable, asking, connect
-from kcv2diffusers.recognise import NAMES
-from kcv2diffusers.sources import NOT_KERAS
+from kcv2diffusers.hub.listing import (
+    Listing,
+    candidates,
+    chosen,
+    is_pipeline,
+    pipeline_files,
+    small_files,
+    tokenizer_files,
+    unsafe,
+)
+from kcv2diffusers.sources.open import NOT_KERAS
+from kcv2diffusers.sources.recognise import NAMES
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -51,7 +60,7 @@ def _fetch(
     api = connect()
     address = parse(source)
     address, commit, listing = _found(api, source, address)
-    if not pipelines and layout.is_pipeline(listing, address.path):
+    if not pipelines and is_pipeline(listing, address.path):
         raise SourceError(source, NOT_KERAS, "Give it with --base, or to to-keras.")
     names, found = _needed(address, listing, parts, variant)
     with asking(source):
@@ -59,7 +68,7 @@ def _fetch(
     return tuple(folder / path for path in found)
 
 
-def _found(api: HfApi, source: str, address: Address) -> tuple[Address, str, layout.Listing]:
+def _found(api: HfApi, source: str, address: Address) -> tuple[Address, str, Listing]:
     """The address with its commit and files. A branch may have slashes: user/repo@feature/x."""
     first: NoRevision | None = None
     for reading in readings(address):
@@ -73,24 +82,24 @@ def _found(api: HfApi, source: str, address: Address) -> tuple[Address, str, lay
 
 
 def _needed(
-    address: Address, listing: layout.Listing, parts: frozenset[str] | None, variant: str | None
+    address: Address, listing: Listing, parts: frozenset[str] | None, variant: str | None
 ) -> tuple[list[str], list[str]]:
     """The files to download, and the paths among them that are sources."""
-    found = layout.candidates(listing, address.repository, address.path)
+    found = candidates(listing, address.repository, address.path)
     if not (found or not address.path or any(f"{name}/".startswith(f"{address.path}/") for name in listing)):
         raise NotThere(f"{address}: there is no such file or folder in the repository.\nCheck the path.")
-    if layout.is_pipeline(listing, address.path):
-        return layout.pipeline_files(listing, address.path, parts, variant, address), [address.path]
+    if is_pipeline(listing, address.path):
+        return pipeline_files(listing, address.path, parts, variant, address), [address.path]
     if parts is not None and not parts:
         either = (address.path, f"{address.path}/tokenizer".lstrip("/"))
-        inside = [name for folder in either for name in layout.tokenizer_files(listing, folder)]
+        inside = [name for folder in either for name in tokenizer_files(listing, folder)]
         return ([address.path] if address.path in listing else inside), [address.path]
     if not found:
         raise Error(f"{address}: no checkpoint that is read here.\nGive the path of one in the repository.")
-    chosen = layout.chosen(found, parts, address)
-    folders = {"", *(c.path.rpartition("/")[0] for c in chosen)}
-    small = [name for folder in folders for name in layout.small_files(listing, folder)]
-    return [*(name for c in chosen for name in c.files), *small], [c.path for c in chosen]
+    picked = chosen(found, parts, address)
+    folders = {"", *(c.path.rpartition("/")[0] for c in picked)}
+    small = [name for folder in folders for name in small_files(listing, folder)]
+    return [*(name for c in picked for name in c.files), *small], [c.path for c in picked]
 
 
 def sd1_base(missing: Sequence[str], variant: str | None) -> Path:
@@ -152,7 +161,7 @@ def _listing(api: HfApi, address: Address) -> tuple[str, dict[str, int]]:
             entries = [entry for entry in tree if isinstance(entry, RepoFile)]
         except (OfflineModeIsEnabled, httpx2.TransportError):  # the cache of an older huggingface_hub
             return commit, _cached_files(address.repository, commit)
-    if bad := next((entry.path for entry in entries if layout.unsafe(entry.path)), None):
+    if bad := next((entry.path for entry in entries if unsafe(entry.path)), None):
         raise Error(
             f"{address}: the Hub lists a file outside of the repository: {plain(bad)}.\nDo not use it."
         )

@@ -16,11 +16,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from kcv2diffusers import pipeline
 from kcv2diffusers.dtypes import full_name
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.hub.address import snapshots
-from kcv2diffusers.layouts import core, reverse
+from kcv2diffusers.maps.layouts import core, reverse
+from kcv2diffusers.maps.tables import spec
 from kcv2diffusers.models.config import (
     PIXELS_PER_LATENT,
     Gelu,
@@ -35,17 +35,17 @@ from kcv2diffusers.models.text_encoder import build_text_encoder
 from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.models.unet import build_unet
 from kcv2diffusers.models.vae import build_decoder, build_image_encoder
-from kcv2diffusers.recognise import NAMES, Match, add_part, recognise_all
+from kcv2diffusers.pipeline.configs import IMAGE_SIZE, require_heads, scheduler_with, untold
+from kcv2diffusers.pipeline.scheduler import deviations, prediction_in, schedule_of
+from kcv2diffusers.pipeline.shapes import stated_beside
+from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer
+from kcv2diffusers.pipeline.vocabulary import check_enough_rows, homes
 from kcv2diffusers.schedule import SD, Schedule
-from kcv2diffusers.scheduler import deviations, prediction_in, schedule_of
-from kcv2diffusers.shapes import stated_beside
-from kcv2diffusers.sources import open_all
+from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_pipeline
 from kcv2diffusers.sources.locate import locate, locate_all
-from kcv2diffusers.sources.pipeline import is_pipeline, read_pipeline
+from kcv2diffusers.sources.open import open_all
+from kcv2diffusers.sources.recognise import NAMES, Match, add_part, recognise_all
 from kcv2diffusers.sources.tensor import Tensor
-from kcv2diffusers.tables import spec
-from kcv2diffusers.tokenizer import find_tokenizer
-from kcv2diffusers.vocabulary import check_enough_rows, homes
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact", "gelu_pytorch_tanh": "tanh"}
 
@@ -193,9 +193,9 @@ def open_base(
     named = None if tokenizer is None else locate(tokenizer, parts=())
     files = find_tokenizer(named, [*homes(text), *paths, *snapshots(paths)])
     check_enough_rows(text, files)
-    scheduler, stating = pipeline.scheduler_with(unet)
+    scheduler, stating = scheduler_with(unet)
     prediction_type, schedule = prediction_in(scheduler, stating), schedule_of(scheduler, stating)
-    latents = configs["unet"][1].get("sample_size", pipeline.IMAGE_SIZE // PIXELS_PER_LATENT)
+    latents = configs["unet"][1].get("sample_size", IMAGE_SIZE // PIXELS_PER_LATENT)
     return BaseFiles(
         configs, config, PIXELS_PER_LATENT * latents, prediction_type, schedule, Tokenizer.of_files(files)
     )
@@ -266,13 +266,13 @@ def _stated(match: Match, stated: Mapping[str, Any], name: str) -> Any:
 def _beside(match: Match) -> dict[str, Any]:
     """Entries of the `kcv2diffusers.json` beside a checkpoint, which must state heads that are unusual."""
     stated = stated_beside(match)
-    pipeline.require_heads(match, stated)
+    require_heads(match, stated)
     return stated
 
 
 def _stateable(match: Match, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config that a kcv2diffusers.json may state."""
-    stated = pipeline.untold(match.spec.table, config)
+    stated = untold(match.spec.table, config)
     return {name: value for name, value in stated.items() if value is not None}
 
 

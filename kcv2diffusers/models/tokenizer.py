@@ -1,5 +1,5 @@
 """CLIP's byte-pair tokenizer at work: prompts to ids. Its files are the business of
-`kcv2diffusers.tokenizer`.
+`kcv2diffusers.pipeline.tokenizer_files`.
 
 It gives the ids of OpenAI's tokenizer, which KerasCV's `SimpleTokenizer` and transformers' `CLIPTokenizer`
 also give, without needing either.
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kcv2diffusers.errors import Error, is_unicode, plain
-from kcv2diffusers.tokenizer import BOS, EOS, TokenizerFiles
+from kcv2diffusers.pipeline.tokenizer_files import BOS, EOS, TokenizerFiles
 
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kcv2diffusers.errors import Error
-from kcv2diffusers.processes import FORKS, fork, start_module
+from kcv2diffusers.system.processes import FORKS, fork, start_module
 
 if TYPE_CHECKING:
     from subprocess import Popen

@@ -13,10 +13,10 @@ import re
 from dataclasses import replace
 
 from kcv2diffusers.errors import SourceError
+from kcv2diffusers.maps.tables import layer_classes
 from kcv2diffusers.sources.hdf5 import Tree
 from kcv2diffusers.sources.source import Source, StoredLayer, Style, counted
 from kcv2diffusers.sources.tensor import Tensor
-from kcv2diffusers.tables import layer_classes
 
 _NUMBER = re.compile(r"^(.+?)(?:_([0-9]{1,9}))?$", re.DOTALL)
 

@@ -20,8 +20,8 @@ from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from kcv2diffusers.maps.tables import Slot
 from kcv2diffusers.sources.tensor import Tensor
-from kcv2diffusers.tables import Slot
 
 
 class Style(Enum):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from kcv2diffusers.recognise import Match
+from kcv2diffusers.sources.recognise import Match
 
 
 @dataclass(frozen=True)

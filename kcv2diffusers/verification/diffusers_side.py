@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import transformers
 
-from kcv2diffusers import stock_pipeline
 from kcv2diffusers.schedule import Array
+from kcv2diffusers.verification import stock_pipeline
 from kcv2diffusers.verification.blocks import modules_of
 from kcv2diffusers.verification.distance import relative_error
 from kcv2diffusers.verification.exchange import Arrays, Progress, side_main

@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from kcv2diffusers.errors import Error, MissingExtra
-from kcv2diffusers.processes import start_module
 from kcv2diffusers.schedule import Array
+from kcv2diffusers.system.processes import start_module
 from kcv2diffusers.verification.request import Request
 
 Progress = Callable[[str, int, int, str], None]

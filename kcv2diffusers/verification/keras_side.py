@@ -18,8 +18,8 @@ from kcv2diffusers.models.base import load_weights, text_encoder_config, unet_co
 from kcv2diffusers.models.layers import zeros
 from kcv2diffusers.models.sampler import TextToImage
 from kcv2diffusers.models.tokenizer import Tokenizer
+from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer
 from kcv2diffusers.schedule import Array, timestep_embedding
-from kcv2diffusers.tokenizer import find_tokenizer
 from kcv2diffusers.verification.blocks import modules_of
 from kcv2diffusers.verification.exchange import Arrays, Progress, side_main
 from kcv2diffusers.verification.inputs import Inputs, batches, block_inputs

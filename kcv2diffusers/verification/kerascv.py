@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from kcv2diffusers.models.sampler import TextToImage
+from kcv2diffusers.pipeline.tokenizer_files import BPE_NAME
 from kcv2diffusers.schedule import Array
-from kcv2diffusers.tokenizer import BPE_NAME
 from kcv2diffusers.verification.sides import Side
 
 _HOME = "keras_cv.src.models.stable_diffusion"

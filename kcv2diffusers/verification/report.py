@@ -16,8 +16,8 @@ from markupsafe import escape
 from PIL import Image
 
 from kcv2diffusers.hub.address import cached, shown
-from kcv2diffusers.recognise import NAMES
 from kcv2diffusers.schedule import Array
+from kcv2diffusers.sources.recognise import NAMES
 from kcv2diffusers.verification.bars import BARS
 from kcv2diffusers.verification.chart import log_chart
 from kcv2diffusers.verification.exchange import Arrays

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kcv2diffusers.recognise import NAMES
+from kcv2diffusers.sources.recognise import NAMES
 from kcv2diffusers.verification.images import Images
 from kcv2diffusers.verification.modules import Part
 from kcv2diffusers.verification.request import Request

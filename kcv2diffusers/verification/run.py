@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from kcv2diffusers.errors import Error
-from kcv2diffusers.recognise import NAMES
-from kcv2diffusers.scheduler import deviations
+from kcv2diffusers.pipeline.scheduler import deviations
 from kcv2diffusers.sources.locate import locate_all
+from kcv2diffusers.sources.recognise import NAMES
 from kcv2diffusers.verification import weights
 from kcv2diffusers.verification.bars import BARS
 from kcv2diffusers.verification.exchange import Arrays, Progress, require, run_side

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.pipeline import model_index
-from kcv2diffusers.sources.pipeline import read_json
-from kcv2diffusers.tables import tables
-from kcv2diffusers.tokenizer import EOS, TokenizerFiles, find_tokenizer
+from kcv2diffusers.maps.tables import tables
+from kcv2diffusers.pipeline.configs import model_index
+from kcv2diffusers.pipeline.tokenizer_files import EOS, TokenizerFiles, find_tokenizer
+from kcv2diffusers.sources.diffusers_pipeline import read_json
 from kcv2diffusers.verification.sides import Side
 
 # Entries that do not change what a UNet is given or computes: choices, and what only training reads.

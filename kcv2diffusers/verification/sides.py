@@ -9,15 +9,21 @@ from typing import Any
 
 import numpy as np
 
+from kcv2diffusers.conversion.to_diffusers import Filler, check_together, config_for, find_base, gather
 from kcv2diffusers.errors import Error
-from kcv2diffusers.pipeline import HEADS, scheduler_with
-from kcv2diffusers.recognise import NAMES, Match
+from kcv2diffusers.maps.tables import table_of
+from kcv2diffusers.pipeline.configs import HEADS, scheduler_with
+from kcv2diffusers.pipeline.scheduler import (
+    SCHEDULER_FILE,
+    prediction_in,
+    read_scheduler,
+    schedule_of,
+    scheduler_of,
+)
 from kcv2diffusers.schedule import Schedule
-from kcv2diffusers.scheduler import SCHEDULER_FILE, prediction_in, read_scheduler, schedule_of, scheduler_of
+from kcv2diffusers.sources.diffusers_pipeline import Component, read_pipeline
 from kcv2diffusers.sources.locate import locate_all
-from kcv2diffusers.sources.pipeline import Component, read_pipeline
-from kcv2diffusers.tables import table_of
-from kcv2diffusers.to_diffusers import Filler, check_together, config_for, find_base, gather
+from kcv2diffusers.sources.recognise import NAMES, Match
 from kcv2diffusers.verification.request import Request
 
 _UNTOLD = {"norm_num_groups", *HEADS.values()}

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kcv2diffusers.errors import plain
-from kcv2diffusers.plan import to_diffusers
-from kcv2diffusers.positioned import read_at
 from kcv2diffusers.sources.tensor import Tensor
-from kcv2diffusers.stream import run
-from kcv2diffusers.transfer import Finding, Job, Worker
+from kcv2diffusers.system.positioned import read_at
+from kcv2diffusers.targets.safetensors import to_diffusers
+from kcv2diffusers.targets.stream import run
+from kcv2diffusers.targets.transfer import Finding, Job, Worker
 from kcv2diffusers.verification.sides import Side
 
 Advance = Callable[[int, int], None]

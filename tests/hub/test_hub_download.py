@@ -18,13 +18,13 @@ from hub import ALICE, BOB, Hub
 import kcv2diffusers
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import Address, cached, parse
-from kcv2diffusers.hub.card import model_card
-from kcv2diffusers.hub.check import Checked
-from kcv2diffusers.hub.facts import gather
-from kcv2diffusers.hub.layout import candidates, chosen, pipeline_files, unsafe
-from kcv2diffusers.recognise import NAMES as PARTS
+from kcv2diffusers.hub.listing import candidates, chosen, pipeline_files, unsafe
+from kcv2diffusers.publish.card import model_card
+from kcv2diffusers.publish.card_facts import gather
+from kcv2diffusers.publish.check import Checked
+from kcv2diffusers.sources.diffusers_pipeline import read_pipeline
 from kcv2diffusers.sources.locate import TINY, locate
-from kcv2diffusers.sources.pipeline import read_pipeline
+from kcv2diffusers.sources.recognise import NAMES as PARTS
 
 pytestmark = pytest.mark.slow
 
@@ -228,7 +228,7 @@ def test_card_of_a_checkpoint_of_the_sprint(expected: Path) -> None:
 
 DEFAULT = """
 import sys
-from kcv2diffusers import recognise
+from kcv2diffusers.sources import recognise
 from kcv2diffusers.cli import main
 # The tiny base passes for Stable Diffusion 1, whose own weights are 4 GB.
 recognise.Match.known = property(lambda self: True)

@@ -21,11 +21,11 @@ import yaml
 from hub import ALICE, BOB, READER, Hub
 
 import kcv2diffusers
-import kcv2diffusers.hub.push
+import kcv2diffusers.publish.push
 from kcv2diffusers.errors import Error
-from kcv2diffusers.hub.check import check
 from kcv2diffusers.hub.client import connect, redact
-from kcv2diffusers.hub.facts import figures
+from kcv2diffusers.publish.card_facts import figures
+from kcv2diffusers.publish.check import check
 from kcv2diffusers.sources.locate import TINY, locate
 
 pytest_plugins = ["hub_fixtures"]
@@ -169,7 +169,7 @@ def test_license_is_never_invented(hub: Hub, pipeline: Path) -> None:
 def test_damaged_records(pipeline: Path, name: str, text: str, message: str) -> None:
     (pipeline / name).write_text(text)
     with pytest.raises(kcv2diffusers.Error, match=message):
-        kcv2diffusers.hub.push.push(pipeline, "alice/x", license="mit", dry_run=True)
+        kcv2diffusers.publish.push.push(pipeline, "alice/x", license="mit", dry_run=True)
 
 
 def test_nothing_in_a_card_is_markup(pipeline: Path) -> None:
@@ -178,7 +178,7 @@ def test_nothing_in_a_card_is_markup(pipeline: Path) -> None:
     record["tool"] = f"tool {ALICE}"
     (pipeline / "conversion.json").write_text(json.dumps(record))
     (pipeline / "dreambooth.toml").write_text('instance_prompt = "a \\"b\\": <i>"\nsample_prompt = ["x|y"]')
-    text = kcv2diffusers.hub.push.push(pipeline, "alice/x", license="mit", dry_run=True).card
+    text = kcv2diffusers.publish.push.push(pipeline, "alice/x", license="mit", dry_run=True).card
     assert "<script>" not in text and "a\\|b&lt;script>" in text and ALICE not in text
     assert yaml.safe_load(text.split("---\n")[1])["instance_prompt"] == 'a "b": <i>'
     assert 'pipeline("a \\"b\\": <i>").images' in text
@@ -486,7 +486,7 @@ def test_names_come_first(
 ) -> None:
     """Before the folder is looked at, which is none here."""
     with pytest.raises(Error, match=message) as refused:
-        kcv2diffusers.hub.push.push(tmp_path, repository, license=license, dry_run=dry)
+        kcv2diffusers.publish.push.push(tmp_path, repository, license=license, dry_run=dry)
     assert len(str(refused.value).splitlines()) == 2
 
 

@@ -21,7 +21,7 @@ from conftest import ROOT
 from PIL import Image
 
 import kcv2diffusers
-from kcv2diffusers.hub.space import GRADIO, space
+from kcv2diffusers.publish.space import GRADIO, space
 from kcv2diffusers.sources.locate import TINY
 
 pytestmark = pytest.mark.slow

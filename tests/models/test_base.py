@@ -10,9 +10,9 @@ import pytest
 from conftest import small_base
 
 from kcv2diffusers import models
+from kcv2diffusers.conversion.to_diffusers import convert
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models.base import load_base
-from kcv2diffusers.to_diffusers import convert
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +55,7 @@ def test_the_pipeline_made_of_it_gives_the_same_model(folder: Path, tmp_path: Pa
 def test_a_pipeline_that_predicts_v(folder: Path, tmp_path: Path) -> None:
     """Ours beside diffusers on the same UNet; a UNet of KerasCV predicts noise, whatever the base does."""
     pytest.importorskip("diffusers")
-    from kcv2diffusers.stock_pipeline import replay
+    from kcv2diffusers.verification.stock_pipeline import replay
 
     options = {"tokenizer": folder / "tokenizer", "image_size": 64}
     convert(folder, out=tmp_path / "v", prediction_type="v_prediction", **options)

@@ -15,10 +15,10 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.models.base import load_base
 from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.pictures import psnr
+from kcv2diffusers.pipeline.tokenizer_files import write_tokenizer
 from kcv2diffusers.schedule import SD, Schedule
 from kcv2diffusers.sources.locate import TINY, locate
-from kcv2diffusers.stock_pipeline import replay
-from kcv2diffusers.tokenizer import write_tokenizer
+from kcv2diffusers.verification.stock_pipeline import replay
 
 LINEAR = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 TRAILING = {"timestep_spacing": "trailing"}

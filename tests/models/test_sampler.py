@@ -18,7 +18,7 @@ from kcv2diffusers import models, schedule
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models import sampler
 from kcv2diffusers.models.tokenizer import BYTES, Tokenizer
-from kcv2diffusers.tokenizer import find_tokenizer, write_tokenizer
+from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer, write_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -230,7 +230,7 @@ def test_gelu_of_a_unet_mixed_up(
     """The exact GELU where KerasCV's is expected."""
     from contextlib import nullcontext
 
-    from kcv2diffusers import stock_pipeline
+    from kcv2diffusers.verification import stock_pipeline
 
     monkeypatch.setattr(stock_pipeline, "kerascv_gelu", lambda model: nullcontext())
     result = check(made[1], made[0] / "unet.weights.h5", level="modules")

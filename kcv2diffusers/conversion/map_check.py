@@ -1,0 +1,166 @@
+"""The weight maps as a user sees them: listed, expanded, and checked."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from kcv2diffusers.errors import Error
+from kcv2diffusers.maps.layouts import LAYOUTS, core, reverse
+from kcv2diffusers.maps.tables import REPEAT, Slot, Spec, Table, specs, tables
+from kcv2diffusers.sources.recognise import NAMES
+
+
+def listing() -> str:
+    """One line a map."""
+    lines = []
+    for table in tables().values():
+        parts = ", ".join(NAMES[part] for part in table.parts)
+        versions = " ".join(v.upper() for v in table.versions if v != "any") or "SD1 SD2"
+        lines.append(f"{table.name:14} {parts:26} {versions:8} {table.diffusers}")
+    return "\n".join(lines)
+
+
+def nominal(spec: Spec) -> dict[str, int]:
+    """The sizes of Stable Diffusion itself; CLIP's vocabulary is not one of a version's marks."""
+    return {"vocabulary": 49408, **spec.table.versions[spec.version].dims}
+
+
+def existing(spec: Spec, dims: dict[str, int]) -> list[Slot]:
+    """The slots that a model of these sizes has."""
+    return [slot for slot in spec.slots(dims.get(REPEAT, 0)) if slot.exists(dims)]
+
+
+def show(name: str, version: str | None = None) -> str:
+    """A map expanded at Stable Diffusion's sizes: Keras name, layout, shape, diffusers name and shape."""
+    if name not in tables():
+        raise Error(f"No map named {name!r}; there are {', '.join(tables())}.")
+    chosen = [s for s in specs() if s.table.name == name and version in (None, s.version)]
+    if not chosen:
+        raise Error(f"{name} has no version {version!r}; it has {', '.join(tables()[name].versions)}.")
+    blocks = []
+    for spec in chosen:
+        dims = nominal(spec)
+        lines = [f"# {NAMES[spec.part]}{'' if spec.version == 'any' else ' ' + spec.version.upper()}"]
+        for slot in existing(spec, dims):
+            turn = "reversed" if slot.variable.reverses else "as is"
+            shapes = [[size.value(dims) for size in side] for side in (slot.shape, slot.diffusers_shape)]
+            lines.append(f"{slot.keras_name} {shapes[0]} -> {turn} -> {slot.target} {shapes[1]}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+@dataclass
+class Checked:
+    """The check of one map in one version."""
+
+    name: str
+    version: str
+    tensors: int = 0
+    compared: bool = False
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+    def text(self) -> str:
+        label = f"{self.name}{'' if self.version == 'any' else ' ' + self.version.upper()}"
+        if self.problems:
+            return "\n".join([f"{label}: {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
+        against = (
+            "keys and shapes as in the library"
+            if self.compared
+            else "not compared with the library (pip install 'kcv2diffusers[diffusers]')"
+        )
+        return f"{label}: {self.tensors} tensors, one to one, invertible; {against}"
+
+
+def check() -> list[Checked]:
+    """Check every map: one to one, invertible, and, where diffusers is installed, complete.
+
+    Complete means that the targets and their shapes are exactly the keys of the state dict that
+    diffusers or transformers builds from the config.json written beside them.
+    """
+    return [_check(table, version) for table in tables().values() for version in table.versions]
+
+
+def _check(table: Table, version: str) -> Checked:
+    result = Checked(table.name, version)
+    targets: dict[str, tuple[int, ...]] = {}
+    for spec in (s for s in specs() if s.table is table and s.version == version):
+        dims = nominal(spec)
+        slots = existing(spec, dims)
+        result.tensors += len(slots)
+        for problem in (*_twice("source", (s.keras_name for s in slots)), *_unused_blocks(spec)):
+            result.problems.append(problem)
+        for slot in slots:
+            unknown = [s for s in (*slot.shape, *slot.diffusers_shape) if s.value(dims) is None]
+            if unknown:
+                result.problems.append(f"{slot.target}: size {unknown[0]} is not defined")
+                continue
+            if slot.target in targets:
+                result.problems.append(f"target {slot.target} is produced twice")
+            targets[slot.target] = tuple(size.value(dims) or 0 for size in slot.diffusers_shape)
+    result.problems += _not_inverse()
+    expected = _expected(table, version)
+    if expected is not None:
+        result.compared = True
+        result.problems += [f"the library has no {k}" for k in sorted(targets.keys() - expected.keys())]
+        result.problems += [f"nothing produces {k}" for k in sorted(expected.keys() - targets.keys())]
+        result.problems += [
+            f"{k}: shape {targets[k]}, the library has {expected[k]}"
+            for k in sorted(targets.keys() & expected.keys())
+            if targets[k] != expected[k]
+        ]
+    return result
+
+
+def _twice(what: str, names: Iterator[str]) -> list[str]:
+    return [f"{what} {name} is used twice" for name, count in Counter(names).items() if count > 1]
+
+
+def _unused_blocks(spec: Spec) -> list[str]:
+    used = {row.layer for rows in spec.table.parts.values() for row in rows}
+    return [f"block {name} is used by no row" for name in spec.table.blocks if name not in used]
+
+
+def _not_inverse() -> list[str]:
+    """Layouts whose way there and back does not give the same array."""
+    sizes = {"1": 1, "size": 3, "in": 5, "out": 7, "width": 5, "rows": 4}
+    problems = []
+    for name, layout in LAYOUTS.items():
+        for variable in layout.variables:
+            keras, other = (tuple(sizes[s] for s in side) for side in (variable.keras, variable.diffusers))
+            array = np.arange(np.prod(keras)).reshape(keras)
+            if variable.reverses:
+                there = reverse(array, core(keras), other)
+                back = reverse(there, core(keras)[::-1], keras)
+                if not np.array_equal(array, back) or there.shape != other:
+                    problems.append(f"layout {name}: {variable.name} is not inverted")
+            elif np.prod(keras) != np.prod(other):
+                problems.append(f"layout {name}: {variable.name} changes size")
+    return problems
+
+
+def _expected(table: Table, version: str) -> dict[str, tuple[int, ...]] | None:
+    """Keys and shapes of the library's own model for our config.json; None if it is not installed."""
+    from kcv2diffusers.pipeline.configs import config_of
+
+    library, name = table.diffusers.split(".")
+    if any(importlib.util.find_spec(module) is None for module in ("torch", library)):
+        return None
+    import torch
+
+    dims = {k: v for s in specs() if s.table is table and s.version == version for k, v in nominal(s).items()}
+    entries = config_of(table, version, dims, image_size=512)
+    cls = getattr(importlib.import_module(library), name)
+    with torch.device("meta"):
+        model = cls.from_config(entries) if library == "diffusers" else cls(cls.config_class(**entries))
+    keys = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    # transformers 5 has no text_model. prefix any more and adds it while loading.
+    return {table.rename(key) or key: shape for key, shape in keys.items() if table.rename(key)}

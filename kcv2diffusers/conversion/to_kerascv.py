@@ -1,0 +1,130 @@
+"""A diffusers pipeline -> weight files for KerasCV: the same tables, run backwards."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+from kcv2diffusers.conversion.outline import PLAN, Moved, moved, plan_text
+from kcv2diffusers.errors import no_choice
+from kcv2diffusers.hub.address import shown
+from kcv2diffusers.pipeline.configs import CONFIG_FILE, carried, write_json
+from kcv2diffusers.pipeline.scheduler import SCHEDULER_FILE, read_scheduler
+from kcv2diffusers.pipeline.tokenizer_files import copy_tokenizer
+from kcv2diffusers.pipeline.vocabulary import CLIP_VOCABULARY
+from kcv2diffusers.sources.diffusers_pipeline import Component, read_pipeline
+from kcv2diffusers.sources.locate import locate_all
+from kcv2diffusers.sources.recognise import NAMES, Match
+from kcv2diffusers.system.output import check_target, new_folder
+from kcv2diffusers.targets.keras_h5 import WRITERS
+from kcv2diffusers.targets.safetensors import common_dtype
+from kcv2diffusers.targets.stream import Progress, run_finite
+
+_SLACK = 32 << 20
+
+
+@dataclass(frozen=True)
+class ToKeras:
+    """What was written, or after a dry run would be: a file for each part, and the KerasCV class that loads
+    it. Sizes in bytes. `moved`, `scheduler` and `tokenizer` are as in `Converted`.
+    """
+
+    out: Path
+    files: dict[str, str]
+    models: dict[str, str]
+    bytes_written: int
+    seconds: float
+    moved: list[Moved] = field(default_factory=list)
+    scheduler: str | None = None
+    tokenizer: str | None = None
+    dry_run: bool = False
+
+    def plan(self) -> str:
+        """What a dry run found, for a person."""
+        origins = {"scheduler": self.scheduler, "tokenizer": self.tokenizer}
+        return plan_text(f"To write: weights for KerasCV, {self.out}", self.moved, origins)
+
+    def to_dict(self) -> dict[str, Any]:
+        told = asdict(self) | {"out": str(self.out)}
+        return {name: value for name, value in told.items() if self.dry_run or name not in PLAN}
+
+
+def to_keras(
+    pipeline: str | PathLike[str],
+    *,
+    out: str | PathLike[str],
+    format: Literal["weights.h5", "h5"] = "weights.h5",
+    variant: str | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> ToKeras:
+    """Write the parts of a diffusers pipeline as float32 files that KerasCV's `load_weights` takes.
+
+    `pipeline` is a folder or hf://user/repo. `format` is "weights.h5" (Keras 3) or "h5" (Keras 2 and 3).
+    Beside them stand the pipeline's `tokenizer/` and, for what `convert` could not know otherwise, a
+    kcv2diffusers.json, so that it makes the same pipeline of the folder again. A `dry_run` makes all checks
+    but those of the values, writes nothing, and returns what would be done. Raises Error with a message
+    for the user; `out` is then as it was.
+    """
+    started = time.monotonic()
+    if format not in WRITERS:
+        raise no_choice("--format", format, WRITERS)
+    source = locate_all(pipeline, pipelines=True, variant=variant)[0]
+    components = read_pipeline(source, variant=variant)
+    parts = {p: m.require_complete() for component in components.values() for p, m in component.parts.items()}
+    needed = sum(4 * math.prod(t.shape) for match in parts.values() for _, t in match.slots())
+    ours = {CONFIG_FILE, "tokenizer", *(f"{part}.{name}" for part in NAMES for name in WRITERS)}
+    stated = _stated(source, components)
+
+    def is_output(path: Path) -> bool:
+        return all(entry.name in ours for entry in path.iterdir())
+
+    files = {part: f"{part}.{format}" for part in parts}
+    models = {part: _keras_class(match) for part, match in parts.items()}
+    planned = ToKeras(
+        Path(out),
+        files,
+        models,
+        needed,
+        time.monotonic() - started,
+        moved=[moved(match, files[part]) for part, match in parts.items()],
+        scheduler=f"as {shown(source / SCHEDULER_FILE)} states" if "scheduler" in stated else None,
+        tokenizer=shown(source / "tokenizer") if (source / "tokenizer").is_dir() else None,
+        dry_run=dry_run,
+    )
+    if dry_run:
+        check_target(Path(out), overwrite=overwrite, replaceable=is_output, needed=needed + _SLACK)
+        return planned
+    with new_folder(Path(out), overwrite=overwrite, replaceable=is_output, needed=needed + _SLACK) as folder:
+        jobs = [job for part, match in parts.items() for job in WRITERS[format](folder / files[part], match)]
+        if stated:
+            write_json(folder / CONFIG_FILE, stated)
+        copy_tokenizer(source / "tokenizer", folder / "tokenizer")
+        run_finite(jobs, progress, allow_nonfinite=allow_nonfinite)
+    return replace(planned, seconds=time.monotonic() - started)
+
+
+def _keras_class(match: Match) -> str:
+    """The class in KerasCV, with the size of an unusual vocabulary."""
+    words = match.dims.get("vocabulary", CLIP_VOCABULARY)
+    return match.spec.keras_class + (f" (vocab_size={words})" if words != CLIP_VOCABULARY else "")
+
+
+def _stated(source: Path, components: Mapping[str, Component]) -> dict[str, Any]:
+    """The kcv2diffusers.json to write: configs, and the dtypes that are not those of the files here."""
+    held = {folder: list(component.parts.values()) for folder, component in components.items()}
+    configs = {folder: (matches[0], components[folder].config) for folder, matches in held.items()}
+    dtypes = {folder: _dtype(matches) for folder, matches in held.items()}
+    halved = {folder: name for folder, name in dtypes.items() if name != "float32"}
+    return carried(configs, read_scheduler(source)) | ({"dtypes": halved} if halved else {})
+
+
+def _dtype(matches: Sequence[Match]) -> str:
+    return common_dtype(tensor for match in matches for tensor in match.found.values()).name

@@ -1,0 +1,212 @@
+"""What a repository holds, told by its listing: checkpoints, which part each seems to be, the files of each.
+
+Names and sizes only narrow down what is downloaded; what a checkpoint is, its contents say afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import PurePosixPath
+
+from kcv2diffusers.conversion.map_check import existing, nominal
+from kcv2diffusers.errors import Error, plain
+from kcv2diffusers.hub.address import Address
+from kcv2diffusers.maps.tables import specs, table_of, tables
+from kcv2diffusers.pipeline.configs import CONFIG_FILE
+from kcv2diffusers.pipeline.tokenizer_files import TOKENIZER_FILES
+from kcv2diffusers.sources.recognise import NAMES
+
+Listing = Mapping[str, int]
+"""Path in the repository to size in bytes."""
+
+# What people call the parts, tried in this order on a path ("vae_decoder.h5") and on a repository's name.
+_HINTS = (
+    ("text_encoder", re.compile(r"text[-_. ]?(encoder|model)|clip", re.I)),
+    ("vae_decoder", re.compile(r"decoder", re.I)),
+    ("vae_encoder", re.compile(r"encoder", re.I)),
+    ("unet", re.compile(r"unet|diffus(ion|er)[-_. ]?model|diffuser", re.I)),
+)
+# Per parameter: float32, float16, float32 twice (Keras 3's export), float32 with an optimizer's two moments.
+_BYTES = (4, 2, 8, 12)
+_TOLERANCE = 0.02
+_SMALL = ("model_index.json", CONFIG_FILE, "README.md")
+_CHECKPOINT = re.compile(r"\.(h5|hdf5|keras)$")
+_SHARD = re.compile(r"_\d{5}\.weights\.h5$")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint in a repository: its path as the readers take it ("" is the root), its files, their bytes,
+    and the part it seems to be.
+    """
+
+    path: str
+    files: tuple[str, ...]
+    size: int
+    part: str | None
+
+    @property
+    def name(self) -> str:
+        """A path that means this checkpoint only: a SavedModel's root may hold others."""
+        root = self.path and f"{self.path}/"
+        inner = (f"{root}saved_model.pb", f"{root}variables/variables.index")
+        return next((name for name in inner if name in self.files), self.path)
+
+
+def candidates(listing: Listing, repository: str, below: str = "") -> list[Candidate]:
+    """The Keras checkpoints at or below a path of a repository; a file of one means it."""
+    found = []
+    for path, files in sorted(_checkpoints(listing).items()):
+        size = sum(listing[name] for name in files)
+        saved_model = _join(path, "variables/variables.index") in files
+        part = _part(path, repository, max(listing[name] for name in files), saved_model)
+        found.append(Candidate(path, tuple(files), size, part))
+    named = [c for c in found if below in c.files or (below and below == c.path)]
+    return named or [c for c in found if not below or c.path.startswith(f"{below}/")]
+
+
+def is_pipeline(listing: Listing, below: str = "") -> bool:
+    """Whether a diffusers pipeline, or components of one, lies at a path of a repository."""
+    names = ["model_index.json", *(f"{table.folder}/config.json" for table in tables().values())]
+    return any(_join(below, name) in listing for name in names)
+
+
+def chosen(found: Sequence[Candidate], parts: Collection[str] | None, source: Address) -> list[Candidate]:
+    """One candidate a part, of the `parts` wanted (None: all). Raises Error where there are several."""
+    by_part: dict[str | None, list[Candidate]] = defaultdict(list)
+    for candidate in found:
+        if parts is None or candidate.part is None or candidate.part in parts:
+            by_part[candidate.part].append(candidate)
+    for part, several in by_part.items():
+        if len(several) > 1:
+            what = f"{len(several)} checkpoints for the {NAMES[part]}" if part else "several checkpoints"
+            raise Error(f"{source}: {what}; give one by name:\n{_listed(several, source)}")
+    if not by_part and found and parts:
+        wanted = " or ".join(NAMES[part] for part in parts)
+        raise Error(f"{source}: none seems to be a {wanted}; give one by name:\n{_listed(found, source)}")
+    return [candidate for several in by_part.values() for candidate in several]
+
+
+def pipeline_files(
+    listing: Listing, below: str, parts: Collection[str] | None, variant: str | None, source: Address
+) -> list[str]:
+    """The files of a diffusers pipeline that hold `parts` (None: all), one weight file a component, and its
+    small files. Raises Error if a component has no `.safetensors` file.
+    """
+    folders = {table_of(part).folder for part in (NAMES if parts is None else parts)}
+    files = small_files(listing, below)
+    for table in tables().values():
+        config = _join(below, f"{table.folder}/config.json")
+        if table.folder not in folders or config not in listing:
+            continue
+        weights = _weights(listing, _join(below, table.folder), table.weights, variant)
+        if weights is None:
+            raise Error(
+                f"{source}: no {table.folder}/{table.weights}; pickled or sharded weights are not read.\n"
+                "Look for a revision with it, or save it again with diffusers' save_pretrained."
+            )
+        files += [config, weights]
+    return files
+
+
+def _weights(listing: Listing, folder: str, name: str, variant: str | None) -> str | None:
+    """The weight file of a component: the variant, the plain one, any variant of it, in this order."""
+    stem, suffix = name.rsplit(".", 1)
+    variants = [
+        path
+        for path in sorted(listing)
+        if path.startswith(f"{folder}/{stem}.") and path.endswith(f".{suffix}")
+    ]
+    first = [f"{folder}/{stem}.{variant}.{suffix}"] if variant else []
+    wanted = [*first, f"{folder}/{name}", *(path for path in variants if "non_ema" not in path)]
+    return next((path for path in wanted if path in listing), None)
+
+
+def small_files(listing: Listing, below: str) -> list[str]:
+    """What identifies a model beside its weights: configs, card, tokenizer."""
+    names = [_join(below, name) for name in (*_SMALL, "scheduler/scheduler_config.json")]
+    return [name for name in names if name in listing] + tokenizer_files(listing, _join(below, "tokenizer"))
+
+
+def tokenizer_files(listing: Listing, folder: str) -> list[str]:
+    """The files of a tokenizer in a folder of the repository."""
+    return [name for file in TOKENIZER_FILES if (name := _join(folder, file)) in listing]
+
+
+def unsafe(path: str) -> bool:
+    """Whether a path of a listing could lead out of the folder it is downloaded to."""
+    parts = PurePosixPath(path).parts
+    return not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path
+
+
+def _checkpoints(listing: Listing) -> dict[str, list[str]]:
+    """Path of a checkpoint, as the readers take it, to its files."""
+    found: dict[str, list[str]] = {}
+    inside = set()
+    listing = {name: size for name, size in listing.items() if not _foreign(name)}
+    for name in listing:
+        if PurePosixPath(name).parts[-2:] == ("variables", "variables.index"):
+            root = name.removesuffix("variables/variables.index").rstrip("/")
+            files = [n for n in listing if n.startswith(_join(root, "variables/variables."))]
+            found[root] = [*files, *(n for n in [_join(root, "saved_model.pb")] if n in listing)]
+            inside.update(files)
+    for name in listing.keys() - inside:
+        if name.endswith(".weights.json"):
+            stem = name.removesuffix(".weights.json")
+            found[name] = [name, *(n for n in listing if n.startswith(f"{stem}_") and _SHARD.search(n))]
+        elif name.endswith(".index"):
+            prefix = name.removesuffix(".index")
+            if data := [n for n in listing if n.startswith(f"{prefix}.data-")]:
+                found[prefix] = [name, *data]
+        elif _CHECKPOINT.search(name):
+            found[name] = [name]
+    shards = {n for name, files in found.items() if name.endswith(".weights.json") for n in files[1:]}
+    return {path: sorted(files) for path, files in found.items() if path not in shards}
+
+
+def _foreign(name: str) -> bool:
+    """Whether a file is none that people put there: macOS's notes beside each file, and hidden ones."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def _part(path: str, repository: str, size: int, saved_model: bool) -> str | None:
+    """The part by what the path says, by the size of the weights, by what the repository's name says; a
+    SavedModel that none of them explains is a UNet, which is what the repositories of 2023 hold.
+    """
+    guess = _hinted(path) or _by_size(size) or (_hinted(repository) if saved_model else None)
+    return guess or ("unet" if saved_model else None)
+
+
+def _hinted(text: str) -> str | None:
+    return next((part for part, pattern in _HINTS if pattern.search(text)), None)
+
+
+def _by_size(size: int) -> str | None:
+    for part, parameters in _parameters():
+        if any(abs(size - each * parameters) <= _TOLERANCE * each * parameters for each in _BYTES):
+            return part
+    return None
+
+
+@cache
+def _parameters() -> tuple[tuple[str, int], ...]:
+    """Number of parameters of each part and version."""
+    counts = []
+    for spec in specs():
+        dims = nominal(spec)
+        slots = existing(spec, dims)
+        counts.append((spec.part, sum(prod(size.value(dims) or 0 for size in s.shape) for s in slots)))
+    return tuple(counts)
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _listed(found: Sequence[Candidate], source: Address) -> str:
+    return "\n".join(f"  {plain(source.at(c.name))}  {c.size / 1e6:.1f} MB" for c in found)

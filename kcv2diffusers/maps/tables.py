@@ -1,0 +1,339 @@
+"""The weight maps: TOML tables read into slots, one for each tensor on both sides.
+
+A table says, for each KerasCV layer in model order, which diffusers module it is; blocks say, for each
+variable inside a layer, its name and layout. Shapes are written in symbols (c0, width, ...) whose
+values are found in the checkpoint, so that one table serves every width. Expanding a table for a part
+and a version gives `Slot`s: the same slots drive Keras -> diffusers and diffusers -> Keras.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.maps.layouts import LAYOUTS, Layout, Variable
+
+REPEAT = "repeat"
+Condition = tuple["Size", "Size"]
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A size as a sum of symbols with factors, such as 4*c0 or c3+c2; the symbol "" is the number one."""
+
+    terms: tuple[tuple[str, int], ...]
+
+    @classmethod
+    @cache
+    def parse(cls, text: str) -> Size:
+        terms: dict[str, int] = {}
+        for term in text.split("+"):
+            *factor, last = term.split("*")
+            count = int(factor[0]) if factor else 1
+            if last.isdigit():
+                count, last = count * int(last), ""
+            elif not last.isidentifier():
+                raise ValueError(f"not a size: {text!r}")
+            terms[last] = terms.get(last, 0) + count
+        return cls(tuple(sorted(terms.items())))
+
+    def substitute(self, values: Mapping[str, Size]) -> Size:
+        if len(self.terms) == 1 and self.terms[0][1] == 1:  # most are
+            return values.get(self.terms[0][0], self)
+        terms: dict[str, int] = {}
+        for symbol, count in self.terms:
+            inner = values[symbol].terms if symbol in values else ((symbol, 1),)
+            for name, factor in inner:
+                terms[name] = terms.get(name, 0) + count * factor
+        return Size(tuple(sorted(terms.items())))
+
+    def value(self, dims: Mapping[str, int]) -> int | None:
+        """The number, or None while one of its symbols is unknown."""
+        total = 0
+        for symbol, count in self.terms:
+            if symbol and symbol not in dims:
+                return None
+            total += count * (dims[symbol] if symbol else 1)
+        return total
+
+    def solve(self, value: int) -> tuple[str, int] | None:
+        """The symbol and its value, where the size is one symbol with a factor that divides `value`."""
+        if len(self.terms) == 1:
+            symbol, count = self.terms[0]
+            if symbol and value % count == 0:
+                return symbol, value // count
+        return None
+
+    def __str__(self) -> str:
+        return "+".join(
+            (f"{count}*{symbol}" if count > 1 else symbol) if symbol else str(count)
+            for symbol, count in self.terms
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One layer inside a block: where it is in Keras, what it is called in diffusers."""
+
+    path: str
+    attribute: str
+    module: str
+    layout: Layout
+    sizes: tuple[Size, ...]
+    condition: Condition | None
+    version: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One tensor on both sides.
+
+    On the Keras side it is variable `index` (called `variable.name`) of the layer at `path` inside the
+    `ordinal`-th layer of class `layer`; `attribute` is the same path as TensorFlow spells it, and
+    (`stem`, `rank`) says the `rank`-th layer of class `stem` inside that layer. On the diffusers side it
+    is `target`. `shape` is the Keras shape in symbols, `condition` two sizes that differ if it exists.
+    """
+
+    layer: str
+    ordinal: int
+    path: str
+    attribute: str
+    stem: str
+    rank: int
+    index: int
+    variable: Variable
+    target: str
+    shape: tuple[Size, ...]
+    diffusers_shape: tuple[Size, ...]
+    condition: Condition | None
+
+    @property
+    def keras_name(self) -> str:
+        """The name Keras 3 gives it in a .weights.h5 file."""
+        number = f"_{self.ordinal}" if self.ordinal else ""
+        inner = f"{self.path}/" if self.path else ""
+        return f"layers/{self.layer}{number}/{inner}vars/{self.index}"
+
+    def exists(self, dims: Mapping[str, int]) -> bool:
+        if self.condition is None:
+            return True
+        left, right = (size.value(dims) for size in self.condition)
+        return left != right
+
+
+@dataclass(frozen=True)
+class Row:
+    """A KerasCV layer in model order and its diffusers module; {i} in the module means repeated."""
+
+    layer: str
+    module: str
+    sizes: tuple[Size, ...]
+
+    @property
+    def repeated(self) -> bool:
+        return "{i}" in self.module
+
+
+@dataclass(frozen=True)
+class Version:
+    """Stable Diffusion 1 or 2: the sizes by which its checkpoints are known, and its config entries."""
+
+    name: str
+    dims: Mapping[str, int]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """One diffusers component: its folder, the KerasCV parts it is made of, versions and config."""
+
+    name: str
+    folder: str
+    weights: str
+    diffusers: str
+    versions: Mapping[str, Version]
+    parts: Mapping[str, tuple[Row, ...]]
+    keras: Mapping[str, Mapping[str, str]]
+    blocks: Mapping[str, tuple[tuple[str, ...], tuple[Leaf, ...]]]
+    config: Mapping[str, Any]
+    aliases: Mapping[str, Any] = field(default_factory=dict)
+
+    def leaves(self, layer: str, version: str) -> tuple[Leaf, ...]:
+        return tuple(leaf for leaf in self.blocks[layer][1] if leaf.version in (None, version))
+
+    def rename(self, name: str) -> str | None:
+        """The name this table uses for a diffusers tensor, None for one that carries no weight."""
+        if name in self.aliases.get("ignore", ()):
+            return None
+        for old, new in self.aliases.get("prefix", {}).items():
+            if name.startswith(old):
+                return str(new) + name[len(old) :]
+        for old, new in self.aliases.get("part", {}).items():
+            name = name.replace(old, new)
+        return name
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One part in one version: what a reader has to find."""
+
+    part: str
+    version: str
+    table: Table
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return self.table.parts[self.part]
+
+    @property
+    def keras_class(self) -> str:
+        """The KerasCV class of the model."""
+        return self.table.keras[self.part][self.version]
+
+    @cached_property
+    def repeated_layer(self) -> str | None:
+        return next((row.layer for row in self.rows if row.repeated), None)
+
+    def block(self, row: Row, ordinal: int, repeat: int | None = None) -> list[Slot]:
+        """The slots of one layer."""
+        params, _ = self.table.blocks[row.layer]
+        bound = dict(zip(params, row.sizes, strict=True))
+        module = row.module.replace("{i}", str(repeat))
+        slots, ranks = [], dict[str, int]()
+        for leaf in self.table.leaves(row.layer, self.version):
+            rank = ranks.get(leaf.layout.layer, 0)
+            ranks[leaf.layout.layer] = rank + 1
+            sizes = {
+                name: size.substitute(bound) for name, size in zip(leaf.layout.sizes, leaf.sizes, strict=True)
+            }
+            condition = leaf.condition and (
+                leaf.condition[0].substitute(bound),
+                leaf.condition[1].substitute(bound),
+            )
+            for index, variable in enumerate(leaf.layout.variables):
+                slots.append(
+                    Slot(
+                        layer=row.layer,
+                        ordinal=ordinal,
+                        path=leaf.path,
+                        attribute=leaf.attribute,
+                        stem=leaf.layout.layer,
+                        rank=rank,
+                        index=index,
+                        variable=variable,
+                        target=".".join(p for p in (module, leaf.module, variable.suffix) if p),
+                        shape=tuple(Size.parse(s).substitute(sizes) for s in variable.keras),
+                        diffusers_shape=tuple(Size.parse(s).substitute(sizes) for s in variable.diffusers),
+                        condition=condition,
+                    )
+                )
+        return slots
+
+    @cache  # noqa: B019  (specs live as long as the process)
+    def slots(self, repeat: int) -> tuple[Slot, ...]:
+        """All slots in Keras' weight order, repeated rows `repeat` times."""
+        slots: list[Slot] = []
+        ordinals: dict[str, int] = {}
+        for row in self.rows:
+            for i in range(repeat) if row.repeated else (None,):
+                ordinal = ordinals.get(row.layer, 0)
+                ordinals[row.layer] = ordinal + 1
+                slots += self.block(row, ordinal, i)
+        return tuple(slots)
+
+
+def _leaf(entry: list[str], lists: Mapping[str, list[str]]) -> Leaf:
+    path, module, layout, sizes, *tag = entry
+    version, condition = (tag[0] if tag else None), None
+    if version and version.startswith("if "):
+        left, right = version.removeprefix("if ").split(" != ")
+        version, condition = None, (Size.parse(left), Size.parse(right))
+    return Leaf(
+        path=path,
+        attribute=_attribute(path, lists),
+        module=module,
+        layout=LAYOUTS[layout],
+        sizes=tuple(Size.parse(s) for s in sizes.split()),
+        condition=condition,
+        version=version,
+    )
+
+
+def _attribute(path: str, lists: Mapping[str, list[str]]) -> str:
+    """entry_flow/padded_conv2d/conv2d, as TensorFlow numbers list items: entry_flow/2/conv2d."""
+    first, *rest = path.split("/")
+    if first in lists:
+        rest[0] = str(lists[first].index(rest[0]))
+    return "/".join([first, *rest])
+
+
+def _load(name: str, data: Mapping[str, Any]) -> Table:
+    return Table(
+        name=name,
+        folder=data["folder"],
+        weights=data["weights"],
+        diffusers=data["diffusers"],
+        versions={n: Version(n, v["dims"], v["config"]) for n, v in data["versions"].items()},
+        parts={
+            part: tuple(
+                Row(layer, module, tuple(Size.parse(s) for s in sizes.split()))
+                for layer, module, sizes in entry["rows"]
+            )
+            for part, entry in data["parts"].items()
+        },
+        keras={part: entry["keras"] for part, entry in data["parts"].items()},
+        blocks={
+            name: (
+                tuple(block["params"]),
+                tuple(_leaf(entry, block.get("lists", {})) for entry in block["leaves"]),
+            )
+            for name, block in data["blocks"].items()
+        },
+        config=data["config"],
+        aliases=data.get("aliases", {}),
+    )
+
+
+def folder() -> Path:
+    """Where the tables are: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    inside = package / "weight_maps"
+    return inside if inside.is_dir() else package.parent / "weight_maps"
+
+
+@cache
+def tables() -> dict[str, Table]:
+    """Every table by name."""
+    return {
+        path.stem: _load(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(folder().glob("*.toml"))
+    }
+
+
+@cache
+def specs() -> tuple[Spec, ...]:
+    """Every part in every version."""
+    return tuple(
+        Spec(part, version, table)
+        for table in tables().values()
+        for part in table.parts
+        for version in table.versions
+    )
+
+
+@cache
+def layer_classes() -> frozenset[str]:
+    """The classes of the layers that models are made of, in snake case."""
+    return frozenset(row.layer for spec in specs() for row in spec.rows)
+
+
+def table_of(part: str) -> Table:
+    return next(table for table in tables().values() if part in table.parts)
+
+
+def spec(part: str, version: str) -> Spec:
+    return next(s for s in specs() if s.part == part and s.version in (version, "any"))

@@ -1,0 +1,1 @@
+"""What stands around the weights in a diffusers pipeline: configs, scheduler, tokenizer, provenance."""

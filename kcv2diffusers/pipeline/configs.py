@@ -1,0 +1,234 @@
+"""What stands around the weights in a diffusers pipeline: configs, scheduler, model_index.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.dtypes import DTYPES
+from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.json_text import parse_object
+from kcv2diffusers.maps.tables import Size, Table
+from kcv2diffusers.pipeline.scheduler import SCHEDULER, SCHEDULER_FILE, read_scheduler, scheduler_of
+from kcv2diffusers.sources.recognise import NAMES, Match
+
+CONFIG_FILE = "kcv2diffusers.json"
+# What transformers loads in where the user asks for nothing, whatever the weights are stored in. diffusers
+# takes float32 then, and a pipeline of two dtypes fails.
+LOADED = {"torch_dtype": "float32"}
+IMAGE_SIZE = 512  # height and width in pixels where nobody states another
+# What cannot be read off the shapes of a model of unusual widths, by component folder.
+HEADS = {"unet": "attention_head_dim", "text_encoder": "num_attention_heads"}
+
+# Entries of a config.json that say nothing about the model.
+NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}
+# Sizes in the tables that no shape of a tensor follows from.
+FREE_SIZES = {"sample_size", "bos_token_id", "eos_token_id"}
+_STRUCTURE = {"down_block_types", "up_block_types", "layers_per_block", "use_linear_projection"}
+_SAVE_AGAIN = "Correct it, or save the pipeline again with diffusers' save_pretrained."
+# Sections of kcv2diffusers.json beside those of the components, as `to_keras` writes them: entries of
+# config.json files that no table has, by component; the scheduler's config; the dtypes of a pipeline.
+_OTHERS, _SCHEDULER, _DTYPES = "others", "scheduler", "dtypes"
+_MODEL_INDEX: dict[str, Any] = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+}
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
+
+
+def model_index(tables: Mapping[str, Table], scheduler: str = SCHEDULER["_class_name"]) -> dict[str, Any]:
+    """model_index.json of a pipeline of these components and a scheduler of this class."""
+    components = {name: table.diffusers.split(".") for name, table in tables.items()}
+    return _MODEL_INDEX | components | {"scheduler": ["diffusers", scheduler]}
+
+
+def config_of(
+    table: Table,
+    version: str,
+    dims: Mapping[str, int],
+    *,
+    image_size: int,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """config.json of a component from its table's entries, sizes filled in.
+
+    `dims` are the table's symbols; "words" among them is the vocabulary without placeholder tokens, "bos" and
+    "eos" the ids of its special tokens (default: its last two).
+    `image_size` is in pixels; `overrides` replace entries.
+    """
+    words = dims.get("words", dims.get("vocabulary", 0))
+    sizes = {
+        **dims,
+        "image_size": image_size,
+        "sample_size": image_size // 8,
+        "bos": dims.get("bos", words - 2),
+        "eos": dims.get("eos", words - 1),
+    }
+    module, name = table.diffusers.split(".")
+    own = {"_class_name": name} if module == "diffusers" else LOADED
+    entries = {**table.config, **table.versions[version].config, **(overrides or {})}
+    return own | {key: _value(value, sizes) for key, value in entries.items()}
+
+
+def untold(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a component's config.json that its weights do not tell."""
+    names = {
+        "norm_num_groups",
+        "sample_size",
+        *(name for version in table.versions.values() for name in version.config),
+    }
+    return {name: value for name, value in config.items() if name in names}
+
+
+def check_sizes(path: Path, match: Match, config: Mapping[str, Any], remedy: str = _SAVE_AGAIN) -> None:
+    """Raise SourceError unless a model built from the config at `path` has the tensors that are there.
+
+    What the shapes of a model follow from are its entries that have sizes in the table, and `_STRUCTURE`;
+    an entry that is left out has Stable Diffusion's own value.
+    """
+    table = match.spec.table
+    wanted = config_of(table, match.version, match.dims, image_size=IMAGE_SIZE)
+    for name in {**table.config, **table.versions[match.version].config}:
+        shapes = _follows(table, name)
+        if not (shapes or name in _STRUCTURE) or (name not in config and (match.known or not shapes)):
+            continue
+        if (has := config.get(name)) != wanted[name]:
+            raise SourceError(path, f"{name} is {has}, the weights have {wanted[name]}.", remedy)
+
+
+def require_heads(match: Match, overrides: Mapping[str, Any]) -> None:
+    """Raise Error for a model of unusual widths whose number of heads nobody states, or states wrongly."""
+    folder = match.spec.table.folder
+    heads = HEADS.get(folder)
+    if not heads or (match.known and heads not in overrides):
+        return
+    if heads not in overrides:
+        raise Error(
+            f"{match.source.path}: a {NAMES[match.part]} of unusual widths, whose number of heads cannot be "
+            f"read off the weights.\nPut {{{json.dumps(folder)}: {{{json.dumps(heads)}: N}}}} into "
+            f"{_beside(match.source.path) / CONFIG_FILE}, or give a --base pipeline of the same shape."
+        )
+    widths = [match.dims[name] for name in ("width", "c0", "c1", "c2", "c3") if name in match.dims]
+    stated = overrides[heads]
+    numbers = stated if isinstance(stated, list) else [stated] * len(widths)
+    if len(numbers) != len(widths) or not all(
+        type(number) is int and number > 0 and width % number == 0
+        for number, width in zip(numbers, widths, strict=True)
+    ):
+        raise Error(
+            f"{match.source.path}: {heads} {stated} does not divide widths {', '.join(map(str, widths))}.\n"
+            f"Correct it in {_beside(match.source.path) / CONFIG_FILE}."
+        )
+
+
+def _value(value: Any, dims: Mapping[str, int]) -> Any:
+    if isinstance(value, list):
+        return [_value(item, dims) for item in value]
+    if isinstance(value, str) and value.startswith("$"):
+        return Size.parse(value[1:]).value(dims)
+    return value
+
+
+def _beside(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
+
+
+def user_config(path: Path, table: Table) -> dict[str, Any]:
+    """The entries for this component in the `kcv2diffusers.json` beside a checkpoint, if there is one.
+
+    The file maps a component folder to entries of its config.json. Raises SourceError for anything else.
+    """
+    file, entries = _section(path, table.folder)
+    known = {*table.config, *(k for v in table.versions.values() for k in v.config)}
+    if unknown := sorted(entries.keys() - known):
+        problem = f"{table.folder}: unknown entries {', '.join(unknown)}."
+        raise SourceError(file, problem, f"Known are {', '.join(sorted(known))}.")
+    others = _section(path, _OTHERS)[1].get(table.folder, {})
+    if not isinstance(others, dict):
+        raise SourceError(file, f"{_OTHERS}: {table.folder} is not a JSON object.", "Correct it.")
+    return {k: v for k, v in others.items() if _is_entry(k) and k not in known} | entries
+
+
+def user_scheduler(path: Path) -> dict[str, Any]:
+    """The scheduler's config that goes with a checkpoint: as the `kcv2diffusers.json` beside it states it,
+    where that has no class with Stable Diffusion's own entries for the rest. Raises SourceError for a config
+    that makes no sense.
+    """
+    file, stated = _section(path, _SCHEDULER)
+    config = stated if "_class_name" in stated else SCHEDULER | stated
+    scheduler_of(config, file)
+    return config
+
+
+def scheduler_with(unet: Match) -> tuple[dict[str, Any], Path]:
+    """The config of the scheduler to write beside a UNet, which was trained with its noise schedule, and the
+    file that states it: beside a checkpoint, or in the pipeline that it is from.
+    """
+    if unet.keras:
+        return user_scheduler(unet.source.path), _beside(unet.source.path) / CONFIG_FILE
+    file = unet.source.path.parent.parent / SCHEDULER_FILE
+    return scheduler_of(read_scheduler(file.parent.parent), file), file
+
+
+def user_dtype(path: Path, table: Table) -> str | None:
+    """The dtype of this component in the pipeline that `to_keras` made a checkpoint of, where it says so."""
+    file, stated = _section(path, _DTYPES)
+    name = stated.get(table.folder)
+    if name is not None and (not isinstance(name, str) or name not in DTYPES):
+        problem = f"{_DTYPES}: {str(name)[:40]!r} is none of {', '.join(DTYPES)}."
+        raise SourceError(file, problem, "Correct it.")
+    return name
+
+
+def carried(
+    components: Mapping[str, tuple[Match, Mapping[str, Any]]], scheduler: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `kcv2diffusers.json` with which `convert` finds back: what it would not write by itself into the
+    config.json of each component, given with one of its parts, and into the scheduler's.
+    """
+    stated: dict[str, dict[str, Any]] = {_OTHERS: {}}
+    for folder, (match, config) in components.items():
+        table = match.spec.table
+        written = config_of(table, match.version, match.dims, image_size=IMAGE_SIZE)
+        kept = {name: value for name, value in config.items() if _is_entry(name)}
+        own = {k: v for k, v in kept.items() if k in written and v != written[k] and not _follows(table, k)}
+        stated[folder] = ({} if match.known else untold(table, config)) | own
+        stated[_OTHERS][folder] = {k: v for k, v in kept.items() if k not in written}
+    stated[_OTHERS] = {folder: entries for folder, entries in stated[_OTHERS].items() if entries}
+    kept = {name: value for name, value in scheduler.items() if name not in NOT_KEPT}
+    stated[_SCHEDULER] = {} if kept == SCHEDULER else kept
+    return {name: entries for name, entries in stated.items() if entries}
+
+
+def _is_entry(name: str) -> bool:
+    return not name.startswith("_") and name not in NOT_KEPT
+
+
+def _follows(table: Table, name: str) -> bool:
+    """Whether an entry of config.json follows from the shapes of the weights."""
+    return "$" in str(table.config.get(name)) and name not in FREE_SIZES
+
+
+def _section(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    """The `kcv2diffusers.json` beside a checkpoint and one of its sections, empty where there is none."""
+    folder = _beside(path)
+    file = next((f for f in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE) if f.is_file()), None)
+    if file is None or (file.parent != folder and not path.is_dir()):
+        return folder / CONFIG_FILE, {}
+    data = parse_object(file.read_bytes()[: 1 << 20])
+    section = None if data is None else data.get(name, {})
+    if not isinstance(section, dict):
+        example = '{"text_encoder": {"num_attention_heads": 12}}'
+        problem = "not a JSON object of component names and their config entries."
+        raise SourceError(file, problem, f"Correct it; for example: {example}")
+    return file, section

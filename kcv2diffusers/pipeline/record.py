@@ -1,0 +1,192 @@
+"""`conversion.json` in a pipeline folder: what it was converted from, for its model card.
+
+Hashes are not computed here: SHA-256 (0.8 GB/s on the machine of the benchmark) would take longer than the
+conversion. `push` computes them from the files if they are still as they were. For that the record has their
+paths, relative to the pipeline; `push` publishes it without. What came from the Hub brings its hash along.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from kcv2diffusers.errors import SourceError
+from kcv2diffusers.hub.address import cached
+from kcv2diffusers.json_text import parse_object
+from kcv2diffusers.sources.recognise import Match
+from kcv2diffusers.sources.source import Source
+
+CONVERSION_FILE = "conversion.json"
+# What `--verify` found: figures for the card. It is not published, because it holds paths.
+VERIFICATION_FILE = "verification.json"
+_BLOCK = 16 << 20  # bytes hashed at a time
+_LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*['\"]?([\w.:/-]+)['\"]?[ \t]*$", re.M)
+_FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.S)
+_FORM = {
+    "tool": str,
+    "parts": {
+        "*": {
+            "from": str,
+            "container": str,
+            "keras": (str, NoneType),
+            "checkpoint": bool,
+            "files": [{"name": str, "bytes": int, "?sha256": str, "?modified": int, "?path": str}],
+            "?inside": str,
+            "?left_out": {"*": int},
+        }
+    },
+    "bases": [str],
+    "origins": [{"source": str, "?license": str, "?license_name": str, "?license_link": str}],
+    "dtypes": {"*": str},
+}
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def record(
+    parts: Mapping[str, Match], bases: Sequence[Path], dtypes: Mapping[str, str], out: Path
+) -> dict[str, Any]:
+    """What to write: the tool, the source of each part, the bases and the licenses that they state.
+
+    `out` is where the pipeline will be, `bases` the paths that filled in for missing parts.
+    """
+    from kcv2diffusers import __version__
+
+    homes = {_home(path): None for path in (*(m.source.path for m in parts.values()), *bases)}
+    stated = {home: license_of(home) for home in homes}
+    return {
+        "tool": f"kcv2diffusers {__version__}",
+        "parts": {part: _part(match, out) for part, match in parts.items()},
+        "bases": sorted({_named(_home(path)) for path in bases}),
+        "origins": [
+            {"source": _named(home), **stated[home]} for home in homes if stated[home] or cached(home)
+        ],
+        "dtypes": dict(dtypes),
+    }
+
+
+def _home(path: Path) -> Path:
+    """The folder where a source's model card would be."""
+    found = cached(path)
+    return found[1] if found else path if path.is_dir() else path.parent
+
+
+def _named(path: Path) -> str:
+    """A folder by its address or its name: where it lies on this machine is nobody's business."""
+    found = cached(path)
+    return str(found[0]) if found else path.name
+
+
+def license_of(folder: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` of a model card in a folder, where it states them."""
+    try:
+        text = (folder / "README.md").read_bytes()[: 1 << 20].decode("utf-8-sig", "replace")
+    except OSError:
+        return {}
+    front = _FRONT_MATTER.match(text)
+    return dict(_LICENSE.findall(front[1])) if front else {}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The record in a pipeline folder; empty if there is none. Raises SourceError if it is not one."""
+    path = folder / CONVERSION_FILE
+    try:
+        found = parse_object(path.read_bytes()[: 4 << 20])
+    except FileNotFoundError:
+        return {}
+    if found is None or not _fits(found, _FORM):
+        raise SourceError(path, "not what `convert` writes.", "Remove it, or convert again.")
+    return found
+
+
+def _fits(data: Any, form: Any) -> bool:
+    """Whether JSON has a form: types, [form of each], {"*": form of each}, or {name: form, "?name": form},
+    where those with "?" may be absent.
+    """
+    if isinstance(form, list):
+        return isinstance(data, list) and all(_fits(item, form[0]) for item in data)
+    if not isinstance(form, dict):
+        return isinstance(data, form)
+    if not isinstance(data, dict):
+        return False
+    if "*" in form:
+        return all(_fits(item, form["*"]) for item in data.values())
+    needed = {name for name in form if not name.startswith("?")}
+    known = {name.lstrip("?"): inner for name, inner in form.items()}
+    return needed <= data.keys() <= known.keys() and all(_fits(data[name], known[name]) for name in data)
+
+
+def published(folder: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
+    """The record as it may be published: hashes of the source files that are still as they were, no paths.
+
+    `progress` is told bytes hashed and in total.
+    """
+    data = read(folder)
+    files = [file for part in data.get("parts", {}).values() for file in part["files"]]
+    there = [(path, file) for file in files if (path := _unchanged(folder, file))]
+    total, done = sum(file["bytes"] for _, file in there), 0
+    for path, file in there:
+        digest = hashlib.sha256()
+        with path.open("rb") as opened:
+            while block := opened.read(_BLOCK):
+                digest.update(block)
+                progress(done := done + len(block), total)
+        file["sha256"] = digest.hexdigest()
+    for file in files:
+        file.pop("path", None), file.pop("modified", None)
+    return data
+
+
+def _unchanged(folder: Path, file: Mapping[str, Any]) -> Path | None:
+    """Where a file of the record is, if it needs a hash and is as it was at the conversion."""
+    if "path" not in file or "sha256" in file:
+        return None
+    path = folder / str(file["path"])
+    with suppress(OSError):
+        state = path.stat()
+        if (state.st_size, state.st_mtime_ns) == (file["bytes"], file.get("modified")):
+            return path
+    return None
+
+
+def _part(match: Match, out: Path) -> dict[str, Any]:
+    source = match.source
+    more = {
+        "inside": source.inside,
+        "left_out": {kind: len(tensors) for kind, tensors in match.leftovers.items()},
+    }
+    return {
+        "from": _named(source.path),
+        "container": source.container,
+        "keras": source.keras_version,
+        "checkpoint": match.keras,
+        "files": [_file(path, source.path, out) for path in _files(source)],
+        **{name: value for name, value in more.items() if value},
+    }
+
+
+def _files(source: Source) -> list[Path]:
+    """The files of the checkpoint that hold tensors; an archive that had to be unpacked is itself."""
+    if source.spool is not None or source.path.is_file():
+        return [source.path]
+    return sorted({tensor.path for tensor in source.tensors})
+
+
+def _file(path: Path, source: Path, out: Path) -> dict[str, Any]:
+    state = path.stat()
+    name = path.relative_to(source.parent).as_posix() if source.parent in path.parents else path.name
+    if found := cached(path):
+        blob = path.resolve().name
+        known = {"sha256": blob} if _SHA256.fullmatch(blob) else {}
+        return {"name": str(found[0]), "bytes": state.st_size, **known}
+    return {
+        "name": name,
+        "bytes": state.st_size,
+        "modified": state.st_mtime_ns,
+        "path": os.path.relpath(path, out),
+    }

@@ -1,0 +1,122 @@
+"""`scheduler_config.json`: what `convert` writes, and what the one of a pipeline says of its UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.errors import SourceError
+from kcv2diffusers.schedule import Schedule
+from kcv2diffusers.sources.diffusers_pipeline import PREDICTION_TYPES, read_json
+
+SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
+# KerasCV's sampler visits integer timesteps of its own choosing. This scheduler, given those as
+# `timesteps=`, replays it; DDIM cannot, because it derives the previous timestep by itself. Without
+# `timesteps=` the offset counts, and diffusers warns of any but 1. Entries that Euler does not have are for
+# the classes that people derive from it (DDIM, DDPM, PNDM): their defaults are not Stable Diffusion's.
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "EulerDiscreteScheduler",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "trained_betas": None,
+    "use_karras_sigmas": False,
+}
+# What a class takes where its config states nothing: all but those below.
+DEFAULTS: dict[str, Any] = {
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "steps_offset": 0,
+    "timestep_spacing": "linspace",
+    "trained_betas": None,
+}
+_LEADING = {"timestep_spacing": "leading"}
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012}
+_CONSISTENCY = _LEADING | _SD_BETAS | {"beta_schedule": "scaled_linear"}
+OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": _LEADING,
+    "DDPMScheduler": _LEADING,
+    "HeunDiscreteScheduler": _SD_BETAS,
+    "KDPM2AncestralDiscreteScheduler": _SD_BETAS,
+    "KDPM2DiscreteScheduler": _SD_BETAS,
+    "LCMScheduler": _CONSISTENCY,
+    "PNDMScheduler": _LEADING,
+    "TCDScheduler": _CONSISTENCY,
+}
+_NO_BETAS = ("EDM", "FlowMatch")  # how the classes begin whose models are noised in another way
+_NAMES = tuple(entry.name for entry in fields(Schedule))
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The scheduler config of a pipeline folder as it stands; Stable Diffusion's own if there is none."""
+    path = folder / SCHEDULER_FILE
+    return read_json(path) if path.exists() else SCHEDULER
+
+
+def class_of(config: Mapping[str, Any], path: Path) -> str:
+    """The scheduler's class in diffusers. Raises SourceError for what is none of Stable Diffusion's."""
+    name = config.get("_class_name", SCHEDULER["_class_name"])
+    if not isinstance(name, str) or not name.isidentifier() or not name.endswith("Scheduler"):
+        raise SourceError(
+            path, f"_class_name {str(name)[:40]!r} is no scheduler of diffusers.", "Correct it."
+        )
+    if name.startswith(_NO_BETAS):
+        raise SourceError(
+            path, f"{name} is for models with another kind of noise.", "Give a Stable Diffusion pipeline."
+        )
+    return name
+
+
+def schedule_of(config: Mapping[str, Any], path: Path) -> Schedule:
+    """The noise schedule that a scheduler config states, with what its class takes for entries that are left
+    out. Raises SourceError where it makes no sense.
+    """
+    stated = DEFAULTS | OTHER_DEFAULTS.get(class_of(config, path), {}) | dict(config)
+    values = {name: stated[name] for name in _NAMES}
+    if isinstance(values["trained_betas"], list):
+        values["trained_betas"] = tuple(values["trained_betas"])
+    try:
+        return Schedule(**values)
+    except ValueError as error:
+        raise SourceError(path, f"{error}: not a noise schedule that is known here.", "Correct it.") from None
+
+
+def prediction_in(config: Mapping[str, Any], path: Path) -> str:
+    """What a UNet predicts as its scheduler's config says. Raises SourceError for anything unknown."""
+    stated = config.get("prediction_type", PREDICTION_TYPES[0])
+    if stated not in PREDICTION_TYPES:
+        known = " and ".join(PREDICTION_TYPES)
+        raise SourceError(path, f"prediction_type {str(stated)[:40]!r}: known are {known}.", "Correct it.")
+    return str(stated)
+
+
+def scheduler_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The scheduler that replays KerasCV's sampler for the UNet of a pipeline with this scheduler config."""
+    return scheduler_for(prediction_in(config, path), schedule_of(config, path))
+
+
+def scheduler_for(prediction_type: str, schedule: Schedule) -> dict[str, Any]:
+    """The config of the scheduler that replays KerasCV's sampler, for a UNet of this schedule."""
+    return SCHEDULER | deviations(prediction_type, schedule)
+
+
+def deviations(prediction_type: str, schedule: Schedule) -> dict[str, Any]:
+    """The entries that are not Stable Diffusion's own, as JSON has them."""
+    stated = asdict(schedule) | {"prediction_type": prediction_type}
+    if schedule.trained_betas is not None:
+        stated["trained_betas"] = list(schedule.trained_betas)
+    return {name: value for name, value in stated.items() if value != SCHEDULER[name]}

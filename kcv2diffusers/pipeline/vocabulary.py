@@ -1,0 +1,69 @@
+"""Whether a text encoder and a tokenizer belong together: one row of the token embedding for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.pipeline.tokenizer_files import TokenizerFiles
+from kcv2diffusers.sources.recognise import Match
+
+CLIP_VOCABULARY = 49408
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def homes(text: Match) -> list[Path]:
+    """The folders in which the tokenizer of a text encoder may lie, best first."""
+    path = text.source.path
+    if not text.keras:
+        return [path.parent.parent]
+    return [path, path.parent] if path.is_dir() else [path.parent]
+
+
+def check_enough_rows(text: Match, files: TokenizerFiles) -> int:
+    """The number of tokens of `files`. Raises Error if the text encoder has no row for one of them."""
+    rows, tokens = text.dims["vocabulary"], len(files.vocab) + len(files.placeholder_tokens)
+    if tokens > rows:
+        raise Error(
+            f"{text.source.path}: {rows} token embeddings, fewer than the {tokens} tokens of "
+            f"{files.origin}.\n"
+            "Give the text encoder's own tokenizer: --tokenizer FOLDER, or put it into a folder tokenizer/ "
+            "beside it."
+        )
+    return tokens
+
+
+def check_tokenizer(text: Match, files: TokenizerFiles, placeholder_tokens: Sequence[str] = ()) -> None:
+    """Raise Error unless each token of `files` and each of `placeholder_tokens` has its row, and each row its
+    token.
+    """
+    check_rows(text, check_enough_rows(text, files), placeholder_tokens)
+
+
+def check_rows(text: Match, tokens: int, placeholder_tokens: Sequence[str]) -> None:
+    """Raise Error unless `placeholder_tokens` name the rows beyond the first `tokens`."""
+    extra, given = max(0, text.dims["vocabulary"] - tokens), len(placeholder_tokens)
+    if extra == given:
+        return
+    if given:
+        raise Error(
+            f"{text.source.path}: {extra} extra token embeddings and {given} --placeholder-token.\n"
+            f"Give {extra} of them."
+        )
+    raise Error(
+        f"{text.source.path}: {extra} token embedding{'s' if extra > 1 else ''} beyond the vocabulary's "
+        f"{tokens} (textual inversion).\nName {'them' if extra > 1 else 'it'} with "
+        f"{extra} time{'s' if extra > 1 else ''} --placeholder-token TOKEN, in order."
+    )
+
+
+def check_ids(path: Path, config: Mapping[str, Any], rows: int) -> None:
+    """Raise SourceError where the config of a text encoder names tokens that it has no row for."""
+    for name in _IDS:
+        value = config.get(name)
+        if value is not None and not (type(value) is int and 0 <= value < rows):
+            raise SourceError(
+                path, f"{name} is {repr(value)[:40]}, the text encoder has {rows} tokens.", "Correct it."
+            )

@@ -1,0 +1,151 @@
+"""The model card of a pipeline: metadata and text, from what the folder tells of itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from kcv2diffusers.hub.client import redact
+from kcv2diffusers.publish.card_facts import Facts
+from kcv2diffusers.sources.recognise import NAMES
+
+# What a user of the pipeline has to know: when, and the words. The keys may be stated by whoever publishes.
+CAVEATS: dict[str, tuple[Callable[[Facts], bool], str]] = {
+    "linear-betas": (
+        lambda facts: "linear-betas" in facts.trained_with,
+        "It was trained with linear betas (1e-4 to 0.02), KerasCV's default, not with the scaled linear ones "
+        "of Stable Diffusion, with which it draws: colours and contrast can be off.",
+    ),
+    "old-image-encoder": (
+        lambda facts: "old-image-encoder" in facts.trained_with,
+        "It was trained with the image encoder of KerasCV before 0.5, which padded symmetrically: "
+        "what it learnt is shifted by up to 8 pixels.",
+    ),
+    "old-stack": (
+        lambda facts: facts.old_stack and not facts.trained_with,
+        "Its checkpoint was written by Keras 2.12 or older. If it was trained with KerasCV before 0.5, "
+        "what it learnt is shifted by up to 8 pixels, and scripts of that time often used linear betas, "
+        "not those of Stable Diffusion. The weights do not tell.",
+    ),
+    "gelu": (
+        lambda facts: "unet" in facts.checkpoints and (not facts.run or facts.run.get("unet_gelu") == "tanh"),
+        "Its UNet was trained with KerasCV's approximation of the GELU (tanh); diffusers computes the exact "
+        "one. Pictures differ a little from those of KerasCV.",
+    ),
+    "gelu-text-encoder": (
+        lambda facts: facts.checked.version == "sd2" and "text_encoder" in facts.checkpoints,
+        "KerasCV's SD2 text encoder had the exact GELU up to 0.6.0 and an approximation (tanh) since; "
+        "`hidden_act` in `text_encoder/config.json` says which this pipeline uses.",
+    ),
+}
+STATED = ("linear-betas", "old-image-encoder")
+
+
+def model_card(facts: Facts, repository: str) -> str:
+    """README.md for a repository: metadata, then the text. Nothing in it looks like a token."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "keras"]
+    prompts = [facts.run[name] for name in ("instance_prompt",) if name in facts.run]
+    prompts += [prompt for prompt in facts.run.get("sample_prompt", []) if prompt not in prompts]
+    data = ModelCardData(
+        base_model=facts.base_model,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*tags, *(["dreambooth"] if facts.run else []), *facts.tags],
+        inference=True,
+        instance_prompt=facts.run.get("instance_prompt"),
+        widget=[{"text": prompt} for prompt in prompts] or None,
+        **facts.license,  # type: ignore[arg-type]
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(facts, repository)}")
+    return redact(str(card))
+
+
+def _text(facts: Facts, repository: str) -> str:
+    about = f"A Stable Diffusion {facts.checked.version.removeprefix('sd')} pipeline for diffusers"
+    if facts.run:
+        about += ", fine-tuned with DreamBooth in Keras"
+    if facts.base_model:
+        about += f", from [{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    sections = [
+        f"# {repository.split('/')[-1]}",
+        f"{about}.",
+        _pictures(facts),
+        _section("Use", _snippet(facts, repository)),
+        _section("Read this first", _caveats(facts)),
+        _section("Training", _training(facts)),
+        _section("Conversion", _conversion(facts)),
+        _section("Verification", _verification(facts)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def _pictures(facts: Facts) -> str:
+    return "\n".join(f"![{name.rsplit('.')[0]}]({name})" for name in facts.pictures)
+
+
+def _snippet(facts: Facts, repository: str) -> str:
+    weights = [
+        name for name in facts.checked.files if name.startswith("unet/") and name.endswith(".safetensors")
+    ]
+    variants = {name.removesuffix(".safetensors").partition(".")[2] for name in weights}
+    variant = "" if "" in variants else f', variant="{min(variants)}"'
+    prompt = json.dumps(facts.run.get("instance_prompt", "a photo of a cat"), ensure_ascii=False)
+    return f"""```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{repository}"{variant})
+pipeline({prompt}).images[0].save("picture.png")
+```"""
+
+
+def _caveats(facts: Facts) -> str:
+    return "\n".join(f"- {words}" for applies, words in CAVEATS.values() if applies(facts))
+
+
+def _training(facts: Facts) -> str:
+    if not facts.run:
+        return ""
+    rows = [(f"`{name}`", _plain(value)) for name, value in facts.run.items()]
+    about = (
+        "With `kcv2diffusers dreambooth` ([arXiv:2208.12242](https://arxiv.org/abs/2208.12242)), in Stable "
+        "Diffusion's own noise schedule. Options that are not at their defaults:"
+    )
+    return f"{about}\n\n" + _table(["option", "value"], rows)
+
+
+def _conversion(facts: Facts) -> str:
+    if not facts.conversion:
+        return ""
+    rows = []
+    for part, source in facts.conversion["parts"].items():
+        for file in source["files"]:
+            digest = f"`{file['sha256']}`" if "sha256" in file else "not known"
+            rows.append(
+                (NAMES.get(part, part), f"{_plain(file['name'])} ({_plain(source['container'])})", digest)
+            )
+    head = f"By `{_plain(facts.conversion['tool'])}` from these files:"
+    return f"{head}\n\n" + _table(["part", "file", "SHA-256"], rows)
+
+
+def _verification(facts: Facts) -> str:
+    if not facts.figures:
+        return ""
+    intro = "The Keras model and this pipeline side by side (`kcv2diffusers verify`):"
+    return f"{intro}\n\n" + _table(["what", "figure"], [tuple(map(_plain, row)) for row in facts.figures])
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows))
+
+
+def _plain(value: Any) -> str:
+    """A value in a cell of a table: nothing in it is markup."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

@@ -1,0 +1,142 @@
+"""What a pipeline folder tells of itself, for its model card: its records, nothing guessed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.dreambooth.config import PUBLIC, RUN_FILE, read_options
+from kcv2diffusers.errors import Error
+from kcv2diffusers.hub.address import SCHEME, parse
+from kcv2diffusers.json_text import parse_object
+from kcv2diffusers.pipeline import record
+from kcv2diffusers.publish.check import Checked, Progress, variant_of
+
+_OLD_KERAS = (2, 12)  # the newest that keras-cv before 0.5, the stack of the 2023 DreamBooth sprint, ran on
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`conversion` is conversion.json with hashes, `run` the options of a DreamBooth run that are not at
+    their defaults (empty if it was none), `figures` those of the verification, `pictures` paths in the
+    folder.
+    """
+
+    checked: Checked
+    conversion: dict[str, Any]
+    run: dict[str, Any]
+    figures: list[tuple[str, str]]
+    pictures: list[str]
+    license: dict[str, str]
+    base_model: str | None
+    tags: Sequence[str]
+    trained_with: frozenset[str]
+
+    @property
+    def checkpoints(self) -> dict[str, Any]:
+        """The parts that came from KerasCV files."""
+        parts: dict[str, Any] = self.conversion.get("parts", {})
+        return {name: part for name, part in parts.items() if part["checkpoint"]}
+
+    @property
+    def variant(self) -> str | None:
+        """What `from_pretrained` has to be told if there are no weights of the plain name."""
+        files = [n for n in self.checked.files if n.startswith("unet/") and n.endswith(".safetensors")]
+        variants = {variant_of(name) for name in files}
+        return None if "" in variants else min(variants)
+
+    @property
+    def old_stack(self) -> bool:
+        """Whether a checkpoint was written by a Keras that keras-cv before 0.5 ran on."""
+        versions = [_numbers(part["keras"]) for part in self.checkpoints.values() if part["keras"]]
+        return not self.run and any((2,) <= version[:2] <= _OLD_KERAS for version in versions)
+
+
+def gather(
+    checked: Checked,
+    *,
+    license: str | None = None,
+    base_model: str | None = None,
+    tags: Sequence[str] = (),
+    trained_with: frozenset[str] = frozenset(),
+    progress: Progress = lambda done, total: None,
+) -> Facts:
+    """What is known of a checked pipeline; `progress` is told bytes of its sources that are hashed.
+
+    Raises Error without a license: none is invented.
+    """
+    folder = checked.folder
+    conversion = record.published(folder, progress)
+    stated = {"license": license} if license else _license(folder, conversion)
+    return Facts(
+        checked,
+        conversion,
+        _run(folder / RUN_FILE),
+        figures(folder / record.VERIFICATION_FILE),
+        [name for name in checked.files if name.endswith(".png")],
+        stated,
+        base_model or _base_model(conversion),
+        tags,
+        trained_with,
+    )
+
+
+def figures(path: Path) -> list[tuple[str, str]]:
+    """What a card says of a verification, as (what, figure); empty if there is none that can be read.
+
+    Read are `passed` and `reason`, `weights.tensors` (part to number), of `modules` each `name` and `stock`
+    (its error), and of `images.runs` each `stock.psnr` in dB (or "infinite") and `stock.ssim`.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        data = parse_object(path.read_bytes()[: 16 << 20]) or {}
+        rows = [("verdict", "passed" if data["passed"] else str(data["reason"]))]
+        if tensors := (data.get("weights") or {}).get("tensors"):
+            rows.append(("tensors compared", str(sum(tensors.values()))))
+        rows += [(f"error of {m['name']}", f"{_number(m['stock']):.1e}") for m in data.get("modules") or []]
+        if runs := [run["stock"] for run in (data.get("images") or {}).get("runs") or []]:
+            psnr, ssim = (min(_number(run[name]) for run in runs) for name in ("psnr", "ssim"))
+            rows.append((f"pictures ({len(runs)}), the least alike", f"PSNR {psnr:.1f} dB, SSIM {ssim:.4f}"))
+        return rows
+    return []
+
+
+def _number(value: Any) -> float:
+    """A figure of a verification; JSON has no infinity, so it is a text there."""
+    return {"infinite": math.inf, "not a number": math.nan}.get(value) or float(value)
+
+
+def _license(folder: Path, conversion: Mapping[str, Any]) -> dict[str, str]:
+    """The license that the base and the other sources on the Hub state, where they agree."""
+    stated = {
+        origin["license"]: {k: v for k, v in origin.items() if k.startswith("license")}
+        for origin in conversion.get("origins", [])
+        if "license" in origin
+    }
+    if len(stated) == 1:
+        return next(iter(stated.values()))
+    what = f"its sources state {', '.join(stated)}" if stated else "none of its sources states one"
+    raise Error(
+        f"{folder}: under which license? {what[0].upper()}{what[1:]}.\nGive --license ID, such as "
+        "creativeml-openrail-m, which models made from Stable Diffusion 1 have to keep."
+    )
+
+
+def _base_model(conversion: Mapping[str, Any]) -> str | None:
+    """The base on the Hub, else the repository that the checkpoints came from."""
+    bases = [base for base in conversion.get("bases", []) if base.startswith(SCHEME)]
+    origins = [o["source"] for o in conversion.get("origins", []) if o["source"].startswith(SCHEME)]
+    return next((parse(source).repository for source in [*bases, *origins]), None)
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """The options of a DreamBooth run that may be published."""
+    values = read_options(path) if path.is_file() else {}
+    return {name: values[name] for name in values if name in PUBLIC}
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdecimal())

@@ -1,0 +1,185 @@
+"""A pipeline folder to a repository on the Hub: checked, described, uploaded in one commit.
+
+huggingface_hub sends only what the Hub does not have, so that a push that was interrupted goes on, and one
+of an unchanged folder sends nothing. Files that are only in the repository stay there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kcv2diffusers.errors import Error
+from kcv2diffusers.hub.client import NOT_LOGGED_IN, asking, connect, require_hub, token_of
+from kcv2diffusers.pipeline.record import CONVERSION_FILE
+from kcv2diffusers.publish.card import STATED, model_card
+from kcv2diffusers.publish.card_facts import Facts, gather
+from kcv2diffusers.publish.check import CARD, Progress, check
+from kcv2diffusers.publish.names import check_names
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What a push did: `changed` are the files that the commit has new, `left_out` those that are not a
+    pipeline's; `card` is "written", "kept" or, in a dry run, its text.
+    """
+
+    repository: str
+    url: str
+    commit: str | None
+    changed: list[str]
+    left_out: list[str]
+    card: str
+    pull_request: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        if self.commit is None:
+            return f"{self.card}\nChecked: {len(self.changed)} files; nothing was published (--dry-run)."
+        lines = [f"Not published, not of a pipeline: {', '.join(self.left_out)}"] if self.left_out else []
+        if self.card == "kept":
+            lines.append("README.md was kept; --overwrite-card replaces it.")
+        what = f"{len(self.changed)} files" if self.changed else "Nothing had changed"
+        where = self.pull_request or self.url
+        lines.append(f"{what}: {where}" if self.changed else f"{what} at {where}")
+        return "\n".join(lines)
+
+
+def push(
+    pipeline: str | PathLike[str],
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    token: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    tags: Sequence[str] = (),
+    trained_with: Sequence[str] = (),
+    overwrite_card: bool = False,
+    dry_run: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> Pushed:
+    """Publish a pipeline folder as `repository` ("user/name", or a name of your own account).
+
+    The repository is made if it is not there, `private` or not. `revision` is a branch, made if it is not
+    there; `create_pr` opens a pull request instead. `token` defaults to HF_TOKEN and `hf auth login`.
+    `license` and `base_model` go before what the sources on the Hub state; `tags` are added to the card's;
+    `trained_with` are facts that weights do not tell (`STATED` in card.py). A card that is there is kept
+    unless `overwrite_card`. A `dry_run` asks the Hub nothing. `progress` is told bytes checked. Raises Error
+    with a message for the user; nothing that is not whole, finite and licensed is published.
+    """
+    if create_pr and revision:
+        raise Error("A pull request goes to the default branch.\nLeave --revision or --create-pr away.")
+    if wrong := [fact for fact in trained_with if fact not in STATED]:
+        raise Error(f"--trained-with {wrong[0]}: choose of {', '.join(STATED)}.")
+    require_hub()
+    check_names(repository, license)
+    checked = check(Path(pipeline), progress)
+    facts = gather(
+        checked,
+        license=license,
+        base_model=base_model,
+        tags=tags,
+        trained_with=frozenset(trained_with),
+        progress=progress,
+    )
+    if dry_run:
+        return Pushed(repository, "", None, checked.files, checked.left_out, model_card(facts, repository))
+    api, repository = log_in(repository, token)
+    with asking(repository, token_of(api)):
+        if not create_pr:
+            api.create_repo(repository, private=private or None, exist_ok=True)
+        info = _info(api, repository, made=not create_pr)
+        if private and not info.private:
+            raise Error(
+                f"{repository}: is there already, and public.\nMake it private in its settings first."
+            )
+        if revision:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        before = _tree(api, repository, revision)
+        operations, card = _operations(facts, repository, before, overwrite_card)
+        done = api.create_commit(
+            repository,
+            operations,
+            commit_message=message or f"Upload pipeline with {facts.conversion.get('tool', 'kcv2diffusers')}",
+            revision=revision,
+            create_pr=create_pr,
+        )
+        after = _tree(api, repository, done.oid)
+    return Pushed(
+        repository,
+        f"{api.endpoint}/{repository}",
+        done.oid,
+        [name for name in sorted(after) if after[name] != before.get(name)],
+        checked.left_out,
+        card,
+        done.pr_url,
+    )
+
+
+def log_in(repository: str, token: str | None = None, license: str | None = None) -> tuple[HfApi, str]:
+    """The client of somebody the Hub knows, and the repository's whole name. Raises Error: no token, a wrong
+    one, a name or a license that is none. Long work that ends in a push begins with this.
+    """
+    api = connect(token)
+    check_names(repository, license)
+    with asking(repository, token_of(api)):
+        if api.token is None:
+            raise Error(f"{repository}: to publish you have to say who you are.\n{NOT_LOGGED_IN}")
+        me = api.whoami()["name"]
+    return api, repository if "/" in repository else f"{me}/{repository}"
+
+
+def _info(api: HfApi, repository: str, *, made: bool) -> ModelInfo:
+    """What the Hub knows of a repository; `made` means that it said that it has it."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return api.model_info(repository)
+    except RepositoryNotFoundError:
+        if not made:
+            raise
+        raise Error(
+            f"{repository}: the name is taken by a repository that you cannot see.\nChoose another name."
+        ) from None
+
+
+def _operations(
+    facts: Facts, repository: str, there: dict[str, str], overwrite_card: bool
+) -> tuple[list[CommitOperationAdd], str]:
+    """Every file to be in the commit, and what becomes of the card: the folder's own, else the repository's,
+    else a generated one.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    folder, contents = facts.checked.folder, dict[str, bytes]()
+    if facts.conversion:
+        contents[CONVERSION_FILE] = (json.dumps(facts.conversion, indent=2, sort_keys=True) + "\n").encode()
+    kept = not overwrite_card and (CARD in facts.checked.files or CARD in there)
+    if not kept:
+        contents[CARD] = model_card(facts, repository).encode()
+    names = sorted({*facts.checked.files, *contents})
+    sources = {name: contents.get(name) or folder / name for name in names}
+    operations = [CommitOperationAdd(name, source) for name, source in sources.items()]
+    return operations, "kept" if kept else "written"
+
+
+def _tree(api: HfApi, repository: str, revision: str | None) -> dict[str, str]:
+    """Files of a repository and what git calls their contents."""
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = api.list_repo_tree(repository, revision=revision, recursive=True)
+    return {entry.path: entry.blob_id for entry in tree if isinstance(entry, RepoFile)}

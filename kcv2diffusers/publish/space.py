@@ -1,0 +1,94 @@
+"""The folder of a Space with a demo of a published pipeline: card, app, requirements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import metadata, resources
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.hub.client import require_hub
+from kcv2diffusers.publish.card_facts import Facts, gather
+from kcv2diffusers.publish.check import CARD, check
+from kcv2diffusers.publish.names import check_names
+from kcv2diffusers.system.output import new_folder
+
+GRADIO = "6.31.0"  # what the tests drive
+APP = "app.py"
+_FILES = {CARD, APP, "demo.json", "requirements.txt"}
+
+
+def space(
+    pipeline: str | PathLike[str],
+    repository: str,
+    *,
+    out: str | PathLike[str],
+    title: str | None = None,
+    prompts: Sequence[str] = (),
+    tags: Sequence[str] = (),
+    license: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a Space's folder `out` with a demo of `repository`, where the pipeline folder is published.
+
+    Prompts, pictures and license are those of the pipeline unless given; `tags` go into the Space's card.
+    Raises Error with a message for the user; `out` is then as it was.
+    """
+    require_hub()
+    check_names(repository, license)
+    facts = gather(check(Path(pipeline)), license=license)
+    demo = _demo(facts, repository, title, prompts)
+    texts = {
+        APP: (resources.files("kcv2diffusers.publish") / "space_app" / APP).read_text(encoding="utf-8"),
+        "demo.json": json.dumps(demo, indent=2, ensure_ascii=False) + "\n",
+        "requirements.txt": "\n".join(_requirements()) + "\n",
+        CARD: _card(facts, repository, demo["title"], tags),
+    }
+    with new_folder(Path(out), overwrite=overwrite, replaceable=_is_space, needed=1 << 20) as folder:
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    return Path(out)
+
+
+def _demo(facts: Facts, repository: str, title: str | None, prompts: Sequence[str]) -> dict[str, Any]:
+    """What app.py reads."""
+    trained = [*facts.run.get("sample_prompt", []), facts.run.get("instance_prompt")]
+    asked = [*prompts] or [prompt for prompt in trained if prompt] or ["a photo of a cat"]
+    return {
+        "model": repository,
+        "variant": facts.variant,
+        "title": title or repository.split("/")[-1],
+        "about": f"Pictures by [{repository}](https://huggingface.co/{repository}).",
+        "prompts": asked,
+        "steps": 25,
+        "guidance_scale": facts.run.get("guidance_scale", 7.5),
+    }
+
+
+def _card(facts: Facts, repository: str, title: str, tags: Sequence[str]) -> str:
+    from huggingface_hub import SpaceCard, SpaceCardData
+
+    trained = ["dreambooth"] if facts.run else []
+    data = SpaceCardData(
+        title=title,
+        sdk="gradio",
+        sdk_version=GRADIO,
+        app_file=APP,
+        models=[repository],
+        tags=["stable-diffusion", "text-to-image", "keras", *trained, *tags],
+        **facts.license,  # type: ignore[arg-type]
+    )
+    text = f"A demo of [{repository}](https://huggingface.co/{repository})."
+    return str(SpaceCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n"))
+
+
+def _requirements() -> list[str]:
+    """What app.py needs beside Gradio, which the Space brings: our own extra for diffusers."""
+    lines = [line.partition(";") for line in metadata.requires("kcv2diffusers") or []]
+    return [requirement.strip() for requirement, _, when in lines if "diffusers" in when]
+
+
+def _is_space(path: Path) -> bool:
+    return all(entry.name in _FILES for entry in path.iterdir())

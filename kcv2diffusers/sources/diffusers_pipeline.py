@@ -1,0 +1,196 @@
+"""The diffusers side as a source: a pipeline folder's `.safetensors` files, fitted to the same tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from kcv2diffusers.dtypes import SAFETENSORS
+from kcv2diffusers.errors import SourceError, reading
+from kcv2diffusers.json_text import parse_object
+from kcv2diffusers.maps.tables import Table, specs, tables
+from kcv2diffusers.sources.foreign import require_own
+from kcv2diffusers.sources.recognise import Match, fit_diffusers
+from kcv2diffusers.sources.source import Source, Style
+from kcv2diffusers.sources.tensor import Tensor
+
+_MAX_HEADER = 100 << 20
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+_FAMILIES_READ = "The pipelines of Stable Diffusion 1 and 2 that draw from text are read."
+_MERGE = (
+    "Merge it first: pipe.fuse_lora(), pipe.unload_lora_weights(), then save_pretrained into another folder."
+)
+# Entries of config.json that other families have, and what those are called.
+_FAMILIES = (
+    ("in_channels", 9, "an inpainting model (9 input channels)"),
+    ("in_channels", 8, "an InstructPix2Pix model (8 input channels)"),
+    ("in_channels", 7, "an upscaling model (7 input channels)"),
+    ("in_channels", 5, "a depth model (5 input channels)"),
+    ("addition_embed_type", "text_time", "Stable Diffusion XL"),
+    ("addition_embed_type", "image", "Kandinsky"),
+    ("_class_name", "SD3Transformer2DModel", "Stable Diffusion 3"),
+    ("_class_name", "UNetSpatioTemporalConditionModel", "Stable Video Diffusion"),
+    ("_class_name", "UNet3DConditionModel", "a video model"),
+    ("_class_name", "UNetMotionModel", "AnimateDiff"),
+    ("_class_name", "ControlNetModel", "ControlNet"),
+    ("model_type", "t5", "a model with a T5 text encoder"),
+    ("latent_channels", 16, "a model with 16 latent channels (Stable Diffusion 3, Flux)"),
+    ("time_cond_proj_dim", 256, "a latent consistency model"),
+)
+_RESAVE = "Save the pipeline again with diffusers' save_pretrained."
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component folder of a pipeline: its config.json, the parts its weights hold, and tensors of none."""
+
+    path: Path
+    config: dict[str, Any]
+    parts: dict[str, Match]
+    stray: list[Tensor] = field(default_factory=list)
+
+
+def is_pipeline(path: Path) -> bool:
+    """Whether `path` is a folder with diffusers components (model_index.json may be missing)."""
+    return (path / "model_index.json").is_file() or any(
+        (path / table.folder / "config.json").is_file() for table in tables().values()
+    )
+
+
+def read_pipeline(
+    folder: Path, wanted: Collection[str] | None = None, variant: str | None = None, *, strict: bool = True
+) -> dict[str, Component]:
+    """The components of a diffusers pipeline by folder name: those `wanted` that are there, or all.
+
+    Raises SourceError if the folder is no pipeline, a file is damaged, only pickled weights are there or,
+    where `strict`, tensors belong to no part.
+    """
+    if not folder.is_dir():
+        raise SourceError(folder, "no such folder.", "Check the path.")
+    found = {}
+    for table in tables().values():
+        component = folder / table.folder
+        with reading(component):
+            if component.is_dir() and (wanted is None or table.folder in wanted):
+                found[table.folder] = _component(component, table, variant, strict)
+    if not found and wanted is None:
+        _refuse_family(folder)
+        raise SourceError(
+            folder,
+            "not a diffusers pipeline folder (no unet/, text_encoder/ or vae/ inside).",
+            "Check the path.",
+        )
+    return found
+
+
+def _refuse_family(folder: Path) -> None:
+    """Raise SourceError for a pipeline without any component that Stable Diffusion has."""
+    if (folder / "model_index.json").is_file():
+        name = read_json(folder / "model_index.json").get("_class_name")
+        raise SourceError(folder, f"a pipeline of another family ({name}).", _FAMILIES_READ)
+
+
+def prediction_of(folder: Path) -> str:
+    """What the UNet of a pipeline predicts as its scheduler says: "epsilon" or "v_prediction".
+
+    Raises SourceError for anything else.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    stated = (
+        read_json(path).get("prediction_type", PREDICTION_TYPES[0]) if path.exists() else PREDICTION_TYPES[0]
+    )
+    if stated not in PREDICTION_TYPES:
+        raise SourceError(path, f"prediction_type {stated!r}: known are {' and '.join(PREDICTION_TYPES)}.")
+    return str(stated)
+
+
+def _component(folder: Path, table: Table, variant: str | None, strict: bool) -> Component:
+    weights = _weights(folder, table.weights, variant)
+    source = Source(weights, "diffusers .safetensors", Style.FLAT, flat=read_safetensors(weights))
+    parts = {}
+    for part in table.parts:
+        matches = [fit_diffusers(source, spec) for spec in specs() if spec.part == part]
+        best = max(matches, key=lambda m: (len(m.found) - m.problems, m.known))
+        if best.found:
+            parts[part] = best
+    claimed = {id(t) for match in parts.values() for t in match.found.values()}
+    stray = [t for t in source.flat if id(t) not in claimed and table.rename(t.name)]
+    config = read_json(folder / "config.json")
+    if strict and any(match.problems for match in parts.values()) and (family := _family(config)):
+        raise SourceError(weights, f"of {family}, which is not read here.", _FAMILIES_READ)
+    if strict and any(".base_layer." in t.name for t in source.flat):
+        raise SourceError(weights, "holds a LoRA that is not merged (base_layer).", _MERGE)
+    if not parts or (strict and stray):
+        detail = f" ({stray[0].name}, ...)" if stray else ""
+        raise SourceError(weights, f"tensors that no Stable Diffusion {table.folder} has{detail}.", _RESAVE)
+    return Component(folder, config, parts, stray)
+
+
+def _family(config: dict[str, Any]) -> str | None:
+    """The family that a component's config.json is of, where it is not Stable Diffusion's own."""
+    for name, value, family in _FAMILIES:
+        if config.get(name) == value:
+            return family
+    return None
+
+
+def _weights(folder: Path, name: str, variant: str | None) -> Path:
+    stem, suffix = name.rsplit(".", 1)
+    plain = folder / name
+    wanted = folder / f"{stem}.{variant}.{suffix}"
+    for path in (wanted, plain) if variant else (plain, *sorted(folder.glob(f"{stem}.*.{suffix}"))):
+        if path.is_file():
+            return path
+    if list(folder.glob("*.bin")):
+        raise SourceError(
+            folder,
+            "only pickled weights (.bin), which can run code and are never opened.",
+            "Save the pipeline again with diffusers: save_pretrained(..., safe_serialization=True).",
+        )
+    if list(folder.glob("*.index.json")):
+        raise SourceError(
+            folder, "sharded weights, which are not read here.", "Save it again with a larger max_shard_size."
+        )
+    raise SourceError(folder, f"no {name} in this folder.", _RESAVE)
+
+
+def read_json(path: Path, if_absent: str = "Copy or download it again.") -> dict[str, Any]:
+    """A JSON object of at most a megabyte. Raises SourceError, with the remedy `if_absent` for no file."""
+    try:
+        data = parse_object(path.read_bytes()[: 1 << 20])
+    except FileNotFoundError:
+        raise SourceError(path, "no such file.", if_absent) from None
+    if data is None:
+        require_own(path)
+        raise SourceError(path, "not a JSON object, the file is damaged.")
+    return data
+
+
+def read_safetensors(path: Path) -> list[Tensor]:
+    """The tensors of a `.safetensors` file; the safetensors library checks its header first."""
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(length, _MAX_HEADER)))
+        header.pop("__metadata__", None)
+        tensors = []
+        for name, entry in header.items():
+            dtype, shape = SAFETENSORS.get(entry["dtype"]), tuple(entry["shape"])
+            if dtype is None:
+                raise SourceError(path, f"{name}: dtype {entry['dtype']} is not read here.", _RESAVE)
+            start, end = entry["data_offsets"]
+            if end - start != math.prod(shape) * dtype.itemsize:
+                raise SourceError(path, f"{name}: size and shape disagree, the file is damaged.")
+            tensors.append(Tensor(name, shape, dtype, path, 8 + length + start))
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        require_own(path)
+        raise SourceError(path, f"damaged .safetensors file ({error}).") from error
+    return tensors

@@ -1,0 +1,354 @@
+"""What a checkpoint holds: its tensors fitted to the tables, and everything that does not fit.
+
+Every part in every version is tried; the one that explains the checkpoint best is the answer. Sizes are
+solved from the shapes by majority, so that one wrong tensor stands out against the rest.
+
+A checkpoint may hold several models, copies of them and the state of a training. `recognise_all` says of
+each tensor what it is: of a part, of a known kind that no pipeline has (`leftovers`), or a stranger.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from kcv2diffusers.errors import Error, PlanError, SourceError, plain
+from kcv2diffusers.hub.address import shown
+from kcv2diffusers.maps.tables import REPEAT, Slot, Spec, specs
+from kcv2diffusers.sources.leftovers import EMA, described, is_average, kind_of
+from kcv2diffusers.sources.pieces import pieces_of
+from kcv2diffusers.sources.source import KEYS, Source, StoredLayer, Style
+from kcv2diffusers.sources.tensor import Tensor
+
+_LISTED = 8
+_MAX_REPEAT = 1000  # layers of one kind, so that a layer named so_and_so_999999999 is not taken at its word
+NAMES = {
+    "unet": "UNet",
+    "text_encoder": "text encoder",
+    "vae_decoder": "VAE decoder",
+    "vae_encoder": "VAE encoder",
+}
+
+
+@dataclass(frozen=True)
+class Match:
+    """A source fitted to a part: tensors by slot, the sizes solved, and what does not fit.
+
+    `leftovers` are the tensors of the whole checkpoint that are of no part, by kind, and `strangers` those of
+    no known kind; every match of a checkpoint has the same.
+
+    `dims` holds the table's symbols; `known` says that they are those of Stable Diffusion itself;
+    `keras` is False where the tensors lie as diffusers lays them out.
+    """
+
+    spec: Spec
+    source: Source
+    dims: dict[str, int]
+    found: dict[Slot, Tensor]
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    mismatched: list[str] = field(default_factory=list)
+    keras: bool = True
+    leftovers: dict[str, list[Tensor]] = field(default_factory=dict)
+    strangers: list[str] = field(default_factory=list)
+
+    @property
+    def part(self) -> str:
+        return self.spec.part
+
+    @property
+    def version(self) -> str:
+        return self.spec.version
+
+    @property
+    def known(self) -> bool:
+        nominal = self.spec.table.versions[self.version].dims
+        return all(self.dims.get(name) == value for name, value in nominal.items() if name != "latent")
+
+    @property
+    def problems(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.mismatched)
+
+    @property
+    def place(self) -> str:
+        """The path of the source, and where in it the model is."""
+        inside = self.source.inside
+        return f"{shown(self.source.path)}{f' ({plain(inside)})' if inside else ''}"
+
+    @property
+    def dtypes(self) -> list[str]:
+        return sorted({tensor.dtype.name for tensor in self.found.values()})
+
+    def slots(self) -> Iterator[tuple[Slot, Tensor]]:
+        """Slot and tensor in Keras' weight order."""
+        return iter(self.found.items())
+
+    def report(self) -> str:
+        """One grouped report of everything that does not fit."""
+        if not self.problems:
+            lines = [f"{self.place}: has tensors that belong to no part of Stable Diffusion:"]
+        else:
+            lines = [f"{self.place}: not a complete KerasCV {NAMES[self.part]}:"]
+        for title, entries in (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("mismatched", self.mismatched),
+            ("belong to no part", self.strangers),
+        ):
+            if entries:
+                lines.append(f"  {title} ({len(entries)}):")
+                lines += [f"    {entry}" for entry in entries[:_LISTED]]
+                if len(entries) > _LISTED:
+                    lines.append(f"    and {len(entries) - _LISTED} more")
+        return "\n".join(lines)
+
+    def require_complete(self) -> Match:
+        """Itself, or PlanError with the report."""
+        if self.problems:
+            raise PlanError(f"{self.report()}\nGive all weights of unchanged KerasCV models in each file.")
+        if self.strangers:
+            raise PlanError(f"{self.report()}\nSave the models of Stable Diffusion without them.")
+        return self
+
+
+def recognise(source: Source) -> Match:
+    """The part that explains the source best, problems included.
+
+    Raises SourceError if no part explains half of it.
+    """
+    best = _best(source)
+    if best is None:
+        raise _unknown(source.path, len(source.tensors))
+    return best
+
+
+def _best(source: Source) -> Match | None:
+    matches = [fit(source, spec) for spec in specs()]
+    best = max(matches, key=lambda m: (len(m.found) - m.problems, m.known))
+    return best if len(best.found) > best.problems else None
+
+
+def _unknown(path: Path, count: int) -> SourceError:
+    return SourceError(
+        path,
+        f"its {count} tensors are not those of a KerasCV Stable Diffusion model.",
+        "UNets, text encoders, VAE decoders and VAE encoders of SD1 and SD2 are known.",
+    )
+
+
+def recognise_all(sources: Iterable[Source]) -> list[Match]:
+    """The parts in the checkpoints that `sources` are of, problems included, with what else is in each.
+
+    Raises SourceError for a checkpoint that holds no part.
+    """
+    checkpoints: dict[Path, list[Source]] = {}
+    for source in sources:
+        checkpoints.setdefault(source.path, []).append(source)
+    return [match for path, models in checkpoints.items() for match in _checkpoint(path, models)]
+
+
+def _checkpoint(path: Path, models: list[Source]) -> list[Match]:
+    """The parts among the models of one checkpoint, and its other tensors told apart."""
+    matches = [match for model in models for match in _parts(model)]
+    if not matches:
+        raise _unknown(path, sum(len(model.tensors) for model in models))
+    kept = [match for match in matches if not _is_copy(match, matches)]
+    used = {id(tensor) for match in kept for tensor in match.found.values()}
+    stored = {(t.crc32c, t.shape) for match in kept for t in match.found.values() if t.crc32c is not None}
+    leftovers: dict[str, list[Tensor]] = {}
+    strangers: list[Tensor] = []
+    for model in models:
+        # What is in a model that is kept is not a copy for the name of the whole.
+        is_kept = any(id(tensor) in used for tensor in model.tensors)
+        above = model.inside if is_kept else ""
+        average = (
+            EMA if not is_kept and is_average(model.inside) else None
+        )  # SavedModels only count variables
+        inside = {id(tensor) for tensor in model.tensors}
+        for tensor in (*model.tensors, *model.others):
+            if id(tensor) in used:
+                continue
+            if kind := kind_of(tensor, above) or (average if id(tensor) in inside else None):
+                leftovers.setdefault(kind, []).append(tensor)
+            elif (tensor.crc32c, tensor.shape) not in stored:  # which Keras 3 exports twice
+                strangers.append(tensor)
+    return [_without(match, leftovers, strangers) for match in kept]
+
+
+def _parts(model: Source) -> list[Match]:
+    """The parts that a model is, or that lie one after the other in it."""
+    whole = _best(model)
+    if whole is not None and not whole.problems:
+        return [whole]
+    pieces = [match for piece in pieces_of(model) if (match := _best(piece)) and not match.problems]
+    if whole is not None and len(pieces) < 2 and not (whole.missing or whole.mismatched):
+        return [whole]
+    return pieces or ([whole] if whole else [])
+
+
+def _is_copy(match: Match, matches: list[Match]) -> bool:
+    """Whether it is the moving average of another model of the checkpoint, as its name says."""
+    others = [m for m in matches if m.part == match.part and m is not match]
+    return is_average(match.source.inside) and any(not is_average(m.source.inside) for m in others)
+
+
+def _without(match: Match, leftovers: dict[str, list[Tensor]], strangers: list[Tensor]) -> Match:
+    """The match, with its unexpected tensors only where they are of no known kind."""
+    known = {described(tensor) for tensors in leftovers.values() for tensor in tensors}
+    unexpected = [entry for entry in match.unexpected if entry not in known]
+    rest = [entry for t in strangers if (entry := described(t)) not in unexpected]
+    return replace(match, unexpected=unexpected, leftovers=leftovers, strangers=rest)
+
+
+def fit(source: Source, spec: Spec) -> Match:
+    """The source's tensors on the slots of one part."""
+    if source.style is Style.FLAT:
+        source = _split(source, spec)
+    layers = _classified(source, spec)
+    repeat = max((o + 1 for name, o in layers if name == spec.repeated_layer and o < _MAX_REPEAT), default=0)
+    expected = spec.slots(repeat)
+    key = KEYS[source.style]
+    found: dict[Slot, Tensor] = {}
+    used: set[int] = set()
+    for slot in expected:
+        layer = layers.get((slot.layer, slot.ordinal))
+        tensor = layer.tensors.get(key(slot)) if layer else None
+        if tensor is not None:
+            found[slot] = tensor
+            used.add(id(tensor))
+    match = Match(spec, source, _dims(found, spec, repeat, keras=True), found)
+    short = _short_layers(source, layers, expected, match)
+    _check(match, [slot for slot in expected if slot.layer not in short])
+    match.unexpected.extend(described(t) for t in source.tensors if id(t) not in used)
+    return match
+
+
+def fit_diffusers(source: Source, spec: Spec) -> Match:
+    """The tensors of a diffusers file (`source.flat`) on the slots of one part, by name.
+
+    Tensors of other parts in the same file are nobody's problem here.
+    """
+    by_name = {spec.table.rename(tensor.name): tensor for tensor in source.flat}
+    repeat = 0
+    if spec.repeated_layer:
+        row = next(row for row in spec.rows if row.repeated)
+        first = spec.block(row, 0, 0)[0].target
+        while first.replace(".0.", f".{repeat}.", 1) in by_name:
+            repeat += 1
+    expected = spec.slots(repeat)
+    found = {slot: by_name[slot.target] for slot in expected if slot.target in by_name}
+    match = Match(spec, source, _dims(found, spec, repeat, keras=False), found, keras=False)
+    _check(match, expected)
+    return match
+
+
+def _dims(found: dict[Slot, Tensor], spec: Spec, repeat: int, *, keras: bool) -> dict[str, int]:
+    """Each symbol's value by majority over the shapes it stands in alone."""
+    votes: dict[str, Counter[int]] = {}
+    for slot, tensor in found.items():
+        shape = slot.shape if keras else slot.diffusers_shape
+        if len(shape) == len(tensor.shape):
+            for size, value in zip(shape, tensor.shape, strict=True):
+                solved = size.solve(value)
+                if solved and solved[1]:  # no size of a model is 0
+                    votes.setdefault(solved[0], Counter())[solved[1]] += 1
+    dims = {symbol: counter.most_common(1)[0][0] for symbol, counter in votes.items()}
+    return dims | ({REPEAT: repeat} if spec.repeated_layer else {})
+
+
+def _check(match: Match, expected: Iterable[Slot]) -> None:
+    """Report what is missing, what should not be there and what has another shape."""
+    dims = match.dims
+    for slot in expected:
+        tensor = match.found.get(slot)
+        shape = slot.shape if match.keras else slot.diffusers_shape
+        wanted = "[" + ", ".join(str(v) if (v := size.value(dims)) else "?" for size in shape) + "]"
+        other = f" (for {slot.target})" if match.keras else ""
+        if tensor is None:
+            if slot.exists(dims):
+                name = slot.keras_name if match.keras else slot.target
+                match.missing.append(f"{name} {wanted}{other}")
+        elif not slot.exists(dims):
+            match.unexpected.append(described(tensor))
+        elif tensor.shape != tuple(size.value(dims) for size in shape):
+            match.mismatched.append(f"{described(tensor)}, expected {wanted}{other}")
+
+
+def _short_layers(
+    source: Source, layers: dict[tuple[str, int], StoredLayer], expected: Iterable[Slot], match: Match
+) -> set[str]:
+    """Layer classes of which there are too few, where a container numbers them only by their order.
+
+    Which one is missing cannot be said then, and every later one would be reported as well.
+    """
+    if source.style is Style.PATH:
+        return set()
+    have = Counter(name for name, _ in layers)
+    want: Counter[str] = Counter()
+    for slot in expected:
+        want[slot.layer] = max(want[slot.layer], slot.ordinal + 1)
+    short = {name for name, count in want.items() if have[name] < count}
+    for name in sorted(short):
+        match.missing.append(f"{want[name] - have[name]} of {want[name]} {name} layers")
+    return short
+
+
+def _classified(source: Source, spec: Spec) -> dict[tuple[str, int], StoredLayer]:
+    """Layers by class and number; a class that the container does not name is told by the variables."""
+    if source.style is not Style.ATTRIBUTE:
+        return {(layer.layer or "", layer.ordinal or 0): layer for layer in source.layers}
+    key = KEYS[source.style]
+    keys = {row.layer: {key(slot) for slot in spec.block(row, 0, 0)} for row in spec.rows}
+    counts: Counter[str] = Counter()
+    layers = {}
+    for layer in source.layers:
+        have = set(layer.tensors)
+        name = max(keys, key=lambda n: len(keys[n] & have) / len(keys[n] | have))
+        if keys[name] & have:
+            layers[name, counts[name]] = layer
+            counts[name] += 1
+    return layers
+
+
+def _split(source: Source, spec: Spec) -> Source:
+    """A flat list of variables cut into layers by the table's order; stops where it no longer fits."""
+    fixed = sum(1 for row in spec.rows if not row.repeated for _ in spec.block(row, 0))
+    each = sum(1 for row in spec.rows if row.repeated for _ in spec.block(row, 0))
+    repeat = max(0, len(source.flat) - fixed) // each if each else 0
+    tensors: dict[tuple[str, int], dict[str, Tensor]] = {}
+    key, at = KEYS[Style.PATH], 0
+    skipped: tuple[str, int, str] | None = None
+    for slot in spec.slots(repeat):
+        leaf = (slot.layer, slot.ordinal, slot.path)
+        if at < len(source.flat) and leaf != skipped and _could_be(slot, source.flat[at]):
+            tensors.setdefault((slot.layer, slot.ordinal), {})[key(slot)] = source.flat[at]
+            at += 1
+        elif slot.condition is None:
+            break
+        else:
+            skipped = leaf
+    layers = [StoredLayer(f"{n}_{o}", n, o, inner) for (n, o), inner in tensors.items()]
+    rest = [
+        StoredLayer(tensor.name, None, index, {tensor.name: tensor})
+        for index, tensor in enumerate(source.flat[at:])
+    ]
+    return replace(source, style=Style.PATH, layers=[*layers, *rest], flat=[])
+
+
+def _could_be(slot: Slot, tensor: Tensor) -> bool:
+    return len(slot.shape) == len(tensor.shape) and all(
+        size.value({}) in (None, value) for size, value in zip(slot.shape, tensor.shape, strict=True)
+    )
+
+
+def add_part(parts: dict[str, Match], match: Match) -> None:
+    """Put `match` among `parts`. Raises Error if there is another source for its part."""
+    if match.part in parts:
+        first = parts[match.part]
+        remedy = "Give only one of them."
+        if first.source.path == match.source.path:
+            remedy = "Save the one that is wanted in a file of its own (save_weights of that model)."
+        raise Error(f"Two {NAMES[match.part]}s: {first.place} and {match.place}.\n{remedy}")
+    parts[match.part] = match

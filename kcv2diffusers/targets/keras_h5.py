@@ -1,0 +1,84 @@
+"""Weight files that Keras loads, laid out in advance: HDF5 datasets allocated empty, filled by `stream`.
+
+Keras 3's `.weights.h5` is loaded by path, the legacy `.h5` by the order of layers and weights; both come
+from the slots of a weight map. h5py writes the structure and says where each dataset's bytes will lie.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from kcv2diffusers.dtypes import DTYPES
+from kcv2diffusers.maps.layouts import core
+from kcv2diffusers.maps.tables import Slot
+from kcv2diffusers.sources.recognise import Match
+from kcv2diffusers.targets.transfer import Job
+
+# Keras loads a file without a version as one of Keras 1, and turns its kernels around.
+_LEGACY_VERSION = "2.12.0"
+_DTYPE = DTYPES["float32"]
+
+
+def write_weights_h5(path: Path, match: Match) -> list[Job]:
+    """Lay out a `.weights.h5` and return the jobs that fill it."""
+    with _new_file(path) as file:
+        return list(_lay_out(file, path, match, lambda slot: slot.keras_name))
+
+
+def write_legacy_h5(path: Path, match: Match) -> list[Job]:
+    """Lay out a legacy `.h5` with the names a fresh session would give, and return the jobs that fill it."""
+    layers: dict[str, list[str]] = {}
+
+    def name(slot: Slot) -> str:
+        layer = f"{slot.layer}_{slot.ordinal}" if slot.ordinal else slot.layer
+        inner = f"{slot.stem}_{slot.rank}" if slot.rank else slot.stem
+        weight = "/".join([layer, *([inner] if slot.path else []), f"{slot.variable.name}:0"])
+        layers.setdefault(layer, []).append(weight)
+        return f"{layer}/{weight}"
+
+    with _new_file(path) as file:
+        jobs = list(_lay_out(file, path, match, name))
+        file.attrs["layer_names"] = [layer.encode() for layer in layers]
+        file.attrs["backend"] = b"tensorflow"
+        file.attrs["keras_version"] = _LEGACY_VERSION.encode()
+        for layer, weights in layers.items():
+            file[layer].attrs["weight_names"] = [weight.encode() for weight in weights]
+    return jobs
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[h5py.File]:
+    try:
+        with h5py.File(path, "w") as file:
+            yield file
+    except (RuntimeError, OSError) as error:  # h5py says only in words what the system said
+        found = re.search(r"errno = (\d+)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+def _lay_out(file: h5py.File, path: Path, match: Match, name: Callable[[Slot], str]) -> Iterator[Job]:
+    settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    settings.set_obj_track_times(False)  # the same pipeline makes the same file
+    links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    links.set_create_intermediate_group(True)
+    kind = h5py.h5t.py_create(_DTYPE)
+    for slot, tensor in match.slots():
+        shape = tuple(size.value(match.dims) or 0 for size in slot.shape)
+        space = h5py.h5s.create_simple(shape)
+        dataset = h5py.h5d.create(file.id, name(slot).encode(), kind, space, settings, links)
+        turned = core(shape)[::-1] if slot.variable.reverses and not match.keras else None
+        yield Job(slot.target, tensor, turned, np.dtype(_DTYPE), path, dataset.get_offset())
+
+
+WRITERS = {"weights.h5": write_weights_h5, "h5": write_legacy_h5}

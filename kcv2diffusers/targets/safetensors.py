@@ -1,0 +1,72 @@
+"""What goes where: name, shape, dtype and offset of every tensor in the target, before a byte is written.
+
+The header of a `.safetensors` file (8 bytes of length, JSON padded to 8 bytes) comes from the plan, so the
+file is allocated and its header written first, and the tensors follow in any order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kcv2diffusers.dtypes import DTYPES, SAFETENSORS
+from kcv2diffusers.maps.layouts import core
+from kcv2diffusers.sources.recognise import Match
+from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.system.positioned import allocate
+from kcv2diffusers.targets.transfer import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a target file: its name and shape there, where it comes from, how it is turned."""
+
+    name: str
+    shape: tuple[int, ...]
+    tensor: Tensor
+    core: tuple[int, int, int] | None
+
+
+def to_diffusers(match: Match) -> list[Entry]:
+    """The diffusers tensors of a part, from either side."""
+    entries = []
+    for slot, tensor in match.slots():
+        turned = match.keras and slot.variable.reverses
+        shape = tuple(size.value(match.dims) or 0 for size in slot.diffusers_shape)
+        entries.append(Entry(slot.target, shape, tensor, core(tensor.shape) if turned else None))
+    return entries
+
+
+def common_dtype(tensors: Iterable[Tensor]) -> np.dtype:
+    """The dtype to keep: what all tensors share, else float32."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    found = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
+    return found if found in DTYPES.values() else DTYPES["float32"]
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], dtype: np.dtype) -> list[Job]:
+    """Allocate the file, write its header, and return the jobs that fill it."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    codes = {dtype: code for code, dtype in SAFETENSORS.items()}
+    jobs, offset = [], 0
+    for entry in entries:
+        size = math.prod(entry.shape) * dtype.itemsize
+        header[entry.name] = {
+            "dtype": codes[dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + size],
+        }
+        jobs.append(Job(entry.name, entry.tensor, entry.core, dtype, path, offset))
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        allocate(file.fileno(), start + offset)
+    return [Job(j.name, j.tensor, j.core, j.dtype, j.target, start + j.offset) for j in jobs]

@@ -1,0 +1,230 @@
+"""One tensor's way from a source file to its offset in a target file, in slices.
+
+The source is mapped into memory, which saves a copy of it and lets columns be read as quickly as rows. Change
+the dtype and reverse axes block by block, then write: to write into mapped memory takes longer, because
+the system fills it with zeros first. Buffers do not grow with the tensor.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import mmap
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+
+from kcv2diffusers.errors import SourceError
+from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.system.positioned import write_at
+from kcv2diffusers.targets.casting import cast, is_finite
+
+_SLICE = 1 << 20  # bytes checked at a time, and bytes of target copied where the order of bytes stays
+# Rows transposed at a time, and bytes of each in the target's dtype. Such a block stays in the L2 cache, and
+# the L1 cache holds a line of every row, from which the next columns are read.
+_ROWS, _WIDTH = 400, 1200
+_PIECE = 1 << 18  # bytes of source brought together before they are cast
+_BAND = 16 << 20  # bytes of target collected before they are written
+# The kernel keeps what is written at once in a block of memory of that size. Large free blocks are what a
+# virtual machine has lent back to its host: getting them again can take three times as long as copying.
+# Smaller ones are more work, done by one process at a time.
+_WRITE = 1 << 18
+_POPULATE_READ = 22  # Linux' MADV_POPULATE_READ, which Python does not name
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tensor's way: `tensor` to `offset` of `target` as `dtype`.
+
+    `core` are the three axes to reverse (source order), None where the order of bytes stays.
+    `name` is what messages call it.
+    """
+
+    name: str
+    tensor: Tensor
+    core: tuple[int, int, int] | None
+    dtype: np.dtype
+    target: Path
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong with a tensor."""
+
+    name: str
+    problem: str
+
+
+class NotFinite(Finding):
+    """Values that are NaN or infinite, in the source or only in the target dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Open files by path: sources mapped into memory, descriptors of targets."""
+
+    read: Mapping[Path, mmap.mmap]
+    write: Mapping[Path, int]
+
+
+class Worker:
+    """The buffers of one process, and the work on one tensor at a time."""
+
+    access = os.O_WRONLY  # how it opens target files
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self.buffers: dict[str, np.ndarray] = {}
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """A view of a buffer that is kept: fresh memory costs a page fault every 4 KB."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if name not in self.buffers or self.buffers[name].nbytes < nbytes:
+            self.buffers[name] = np.empty(nbytes, np.uint8)
+        return self.buffers[name][:nbytes].view(dtype).reshape(shape)
+
+    def do(self, job: Job) -> Finding | None:
+        self.finite = True
+        with self.values(job.tensor) as source:
+            if job.tensor.crc32c is not None:
+                self.check(source, job.tensor)
+            if job.core is None:
+                self.copy(job, source)
+            elif job.core[2] == 1:  # a matrix
+                self.reverse(job, source.reshape(1, *job.core[:2]))
+            elif job.core[0] <= job.core[2]:
+                self.reverse(job, source.reshape(job.core))
+            else:
+                self.reverse_back(job, source.reshape(job.core))
+            return None if self.finite else _not_finite(job, source)
+
+    @contextmanager
+    def values(self, tensor: Tensor) -> Iterator[np.ndarray]:
+        """The values of a tensor, one after the other: unpacked, or in mapped memory during the block."""
+        if tensor.load is not None:
+            yield np.ascontiguousarray(tensor.load()).reshape(-1).view(tensor.dtype)
+            return
+        mapped, offset = self.files.read[tensor.path], tensor.offset or 0
+        if offset + tensor.nbytes > len(mapped):
+            raise SourceError(tensor.path, f"{tensor.name}: the file ends within it.")
+        first = offset - offset % mmap.PAGESIZE
+        pages = first, offset + tensor.nbytes - first
+        advise = hasattr(mmap, "MADV_DONTNEED")  # not on Windows
+        if advise and sys.platform == "linux":
+            try:
+                mapped.madvise(_POPULATE_READ, *pages)
+            except OSError as error:
+                if error.errno == errno.EFAULT:  # to touch these pages would end the process
+                    problem = f"{tensor.name}: cannot be read; the file was cut meanwhile, or its disk fails."
+                    raise SourceError(tensor.path, problem) from error
+        yield np.frombuffer(mapped, np.uint8, tensor.nbytes, offset).view(tensor.dtype)
+        if advise:
+            mapped.madvise(mmap.MADV_DONTNEED, *pages)
+
+    def check(self, source: np.ndarray, tensor: Tensor) -> None:
+        checksum, stored = 0, source.view(np.uint8)
+        for start in range(0, stored.size, _SLICE):
+            checksum = google_crc32c.extend(checksum, stored[start : start + _SLICE].tobytes())
+        if checksum != tensor.crc32c:
+            raise SourceError(
+                tensor.path,
+                f"{tensor.name}: the checksum does not match; the file is damaged.",
+                "Copy or download it again.",
+            )
+
+    def write(self, job: Job, values: np.ndarray, start: int) -> None:
+        """Write contiguous target values from element `start` on."""
+        fd, offset = self.files.write[job.target], job.offset + start * values.itemsize
+        view = memoryview(values.reshape(-1).view(np.uint8).data)
+        while view:
+            done = write_at(fd, view[:_WRITE], offset)
+            view, offset = view[done:], offset + done
+
+    def bring(self, values: np.ndarray, into: np.ndarray) -> None:
+        """Copy values into a contiguous array in its dtype, and see whether they are finite there."""
+        if values.dtype == into.dtype or values.flags.c_contiguous:
+            cast(values, into)
+        else:  # to fetch them from apart and cast them at once takes longer
+            step = max(1, _PIECE * len(values) // values.nbytes)
+            for start in range(0, len(values), step):
+                rows = values[start : start + step]
+                together = self.buffer("together", rows.shape, rows.dtype)
+                together[...] = rows
+                cast(together, into[start : start + step])
+        self.finite = self.finite and is_finite(into)
+
+    def copy(self, job: Job, source: np.ndarray) -> None:
+        step = _SLICE // job.dtype.itemsize
+        for start in range(0, source.size, step):
+            part = source[start : start + step]
+            target = self.buffer("target", part.shape, job.dtype)
+            self.bring(part, target)
+            self.write(job, target, start)
+
+    def reverse(self, job: Job, source: np.ndarray) -> None:
+        """(few, rows, columns) -> (columns, rows, few): matrices, and kernels on their way to diffusers.
+
+        A band of target columns at a time; into it, blocks of source rows: bring rows of all planes together,
+        transpose.
+        """
+        planes, rows, columns = source.shape
+        band = _band(columns, job.dtype.itemsize, rows * planes)
+        step = _share(rows, _ROWS // planes)
+        for left in range(0, columns, band):
+            width = min(band, columns - left)
+            target = self.buffer("target", (width, rows * planes), job.dtype)
+            for top in range(0, rows, step):
+                part = source[:, top : top + step, left : left + width].transpose(1, 0, 2)
+                block = self.buffer("block", part.shape, job.dtype)
+                self.bring(part, block)
+                turned = block.reshape(-1, width).T
+                target[:, top * planes : top * planes + turned.shape[1]] = turned
+            self.write(job, target, left * rows * planes)
+
+    def reverse_back(self, job: Job, source: np.ndarray) -> None:
+        """(columns, rows, few) -> (few, rows, columns): kernels on their way to Keras.
+
+        The same with a band of target rows of all planes, and blocks of source columns.
+        """
+        columns, rows, planes = source.shape
+        band = _band(rows, job.dtype.itemsize * planes, columns)
+        step = _share(columns, _ROWS)
+        for top in range(0, rows, band):
+            height = min(band, rows - top)
+            target = self.buffer("target", (planes, height, columns), job.dtype)
+            for left in range(0, columns, step):
+                part = source[left : left + step, top : top + height]
+                block = self.buffer("block", part.shape, job.dtype)
+                self.bring(part, block)
+                target[:, :, left : left + len(part)] = block.transpose(2, 1, 0)
+            for plane in range(planes):
+                self.write(job, target[plane], (plane * rows + top) * columns)
+
+
+def _share(length: int, most: int) -> int:
+    """`length` in as few equal shares as are at most `most` each (and at least 1): the size of a share."""
+    return -(-length // -(-length // max(1, most)))
+
+
+def _band(length: int, size: int, times: int) -> int:
+    """How many of `length` columns to turn at a time, of `size` bytes in each of the `times` rows: an odd
+    number, as the rows of a block would push each other out of the cache if a large power of two divided
+    their distance.
+    """
+    return _share(length, min(_WIDTH // size, -(-length // 2), _BAND // (times * size))) | 1
+
+
+def _not_finite(job: Job, source: np.ndarray) -> NotFinite:
+    """Why a target of these values is not finite."""
+    with np.errstate(all="ignore"):
+        most = max(abs(float(source.max())), abs(float(source.min())))
+    if math.isfinite(most):
+        return NotFinite(job.name, f"reaches {most:.4g}, too large for {job.dtype.name}")
+    return NotFinite(job.name, "has NaN or infinite values")

@@ -1,0 +1,153 @@
+"""The diffusers side of a comparison: the stock pipeline, started where KerasCV's sampler starts.
+
+Given the same noise and KerasCV's integer timesteps, the pipeline's `EulerDiscreteScheduler` makes the steps
+of KerasCV's sampler, so that pictures differ only by what the models compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kcv2diffusers.errors import MissingExtra
+from kcv2diffusers.pipeline.scheduler import SCHEDULER, schedule_of
+from kcv2diffusers.schedule import Array
+
+KERASCV_EPSILON = 1e-5  # of every group normalisation; diffusers has 1e-6 in transformer blocks and the VAE
+
+
+def replay(
+    pipeline: str | PathLike[str],
+    prompts: Sequence[str],
+    noise: Array,
+    *,
+    tanh_gelu: bool = False,
+    **options: Any,
+) -> Array:
+    """Pictures (prompts, height, width, 3) uint8 by `StableDiffusionPipeline` from folder `pipeline`.
+
+    `noise` is (prompts, height / 8, width / 8, 4) float32. `tanh_gelu` gives the UNet KerasCV's approximation
+    of the GELU in place of the exact one. `options` are those of `draw`.
+    """
+    pipe = load(pipeline)
+    with kerascv_gelu(pipe.unet) if tanh_gelu else nullcontext():
+        return draw(pipe, prompts, noise, **options)
+
+
+def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
+    """The `StableDiffusionPipeline` of a folder in float32, without its safety checker. Nothing pickled is
+    opened. Raises MissingExtra if diffusers is not installed.
+    """
+    try:
+        import torch  # noqa: F401  (without it diffusers has only a dummy)
+        from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+    except ModuleNotFoundError as error:
+        raise MissingExtra(str(error.name), "diffusers") from error
+
+    stock: Any = StableDiffusionPipeline
+    pipe = stock.from_pretrained(
+        pipeline,
+        variant=variant,
+        local_files_only=True,
+        use_safetensors=True,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    for model in (pipe.unet, pipe.vae, pipe.text_encoder):
+        in_float32(model)
+    if type(pipe.scheduler) is not EulerDiscreteScheduler:  # no other visits given timesteps as KerasCV does
+        scheduler: Any = EulerDiscreteScheduler
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
+    return pipe
+
+
+def in_float32(model: Any) -> Any:
+    """A loaded torch model in float32, which diffusers loads in and transformers where its config says so."""
+    import torch
+
+    return model if model.dtype == torch.float32 else model.to(torch.float32)
+
+
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    noise: Array,
+    *,
+    negative_prompt: str = "",
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    progress: Callable[[int, int], None] | None = None,
+    observe: Callable[[Array], None] | None = None,
+) -> Array:
+    """Pictures (prompts, height, width, 3) uint8 by a loaded pipeline from `noise`, as in `replay`.
+
+    Fractions of colours are cut off, as KerasCV does. `progress` is told the steps done and in total,
+    `observe` is given the latents after each step, (prompts, height / 8, width / 8, 4), as KerasCV has them.
+    """
+    import torch
+
+    def step_end(_: Any, step: int, __: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if progress is not None:
+            progress(step + 1, steps)
+        if observe is not None:
+            # Euler's latents are noise added to the picture; KerasCV's are of about unit variance.
+            sigma = float(pipe.scheduler.sigmas[step + 1])
+            observe((values["latents"] / (sigma**2 + 1) ** 0.5).permute(0, 2, 3, 1).numpy())
+        return values
+
+    schedule = schedule_of(pipe.scheduler.config, Path(SCHEDULER["_class_name"]))
+    timesteps = schedule.timesteps(steps)[::-1].tolist()
+    pipe.scheduler.set_timesteps(timesteps=timesteps)
+    # KerasCV starts from variance 1. Euler starts from that of noise and picture, or, by spacing, of noise.
+    unit = (pipe.scheduler.sigmas.max() ** 2 + 1) ** 0.5 / pipe.scheduler.init_noise_sigma
+    images = pipe(
+        prompt=list(prompts),
+        negative_prompt=[negative_prompt] * len(prompts),
+        latents=torch.from_numpy(np.ascontiguousarray(noise.transpose(0, 3, 1, 2))) * unit,
+        timesteps=timesteps,
+        guidance_scale=guidance_scale,
+        output_type="np",
+        callback_on_step_end=step_end,
+    ).images
+    return np.asarray(images * 255).astype("uint8")
+
+
+@contextmanager
+def kerascv_gelu(model: Any) -> Iterator[None]:
+    """Within the block the gated feed-forward layers of a torch model have KerasCV's GELU, the tanh
+    approximation, in place of the exact one.
+    """
+    from diffusers.models.activations import GEGLU
+    from torch.nn.functional import gelu
+
+    gated: list[Any] = [module for module in model.modules() if isinstance(module, GEGLU)]
+    for module in gated:
+        module.gelu = partial(gelu, approximate="tanh")
+    try:
+        yield
+    finally:
+        for module in gated:
+            del module.gelu  # the method of its class is there again
+
+
+@contextmanager
+def kerascv_epsilon(model: Any) -> Iterator[None]:
+    """Within the block the group normalisations of a torch model have KerasCV's epsilon."""
+    from torch.nn import GroupNorm
+
+    before = {module: module.eps for module in model.modules() if isinstance(module, GroupNorm)}
+    for module in before:
+        module.eps = KERASCV_EPSILON
+    try:
+        yield
+    finally:
+        for module, eps in before.items():
+            module.eps = eps
