@@ -34,7 +34,8 @@ from safetensors.numpy import load_file, save_file
 import kcv2diffusers
 from kcv2diffusers.cli import main, progress
 from kcv2diffusers.maps.tables import spec
-from kcv2diffusers.sources import open_sources, tensor_bundle
+from kcv2diffusers.sources import tensor_bundle
+from kcv2diffusers.sources.open import open_sources
 
 WEIGHTS = Path("text_encoder") / "model.safetensors"
 CONFIG = {"text_encoder": {"num_attention_heads": 2}, "unet": {"attention_head_dim": 2}}

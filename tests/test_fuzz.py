@@ -27,10 +27,11 @@ from conftest import Checkpoints
 
 from kcv2diffusers import convert
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.sources import hdf5, open_all, open_sources, tensorflow
+from kcv2diffusers.sources import hdf5, tensorflow
+from kcv2diffusers.sources import isolated as isolation
 from kcv2diffusers.sources.diffusers_pipeline import read_pipeline
 from kcv2diffusers.sources.isolated import Died, isolated
-from kcv2diffusers.sources.open import isolated as isolation
+from kcv2diffusers.sources.open import open_all, open_sources
 from kcv2diffusers.sources.recognise import recognise_all
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.sources.tensor_bundle import Attribute, Child, Node

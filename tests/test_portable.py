@@ -24,9 +24,9 @@ from test_fuzz import compress
 from test_to_keras import datasets
 
 from kcv2diffusers.errors import Error
+from kcv2diffusers.sources import isolated as isolation
 from kcv2diffusers.sources.hdf5 import read_tree
 from kcv2diffusers.sources.isolated import Died, isolated, start
-from kcv2diffusers.sources.open import isolated as isolation
 from kcv2diffusers.system.workers import _threads
 
 HIDING = Path(__file__).parent / "portable"
