@@ -12,8 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from kcv2diffusers.conversion.inspection import Inspected, inspect
-    from kcv2diffusers.conversion.to_diffusers import Converted, convert
+    from kcv2diffusers.conversion.result import Converted
+    from kcv2diffusers.conversion.to_diffusers import convert
     from kcv2diffusers.conversion.to_kerascv import ToKeras, to_keras
     from kcv2diffusers.dreambooth.fine_tuning import fine_tune
     from kcv2diffusers.errors import Error
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from kcv2diffusers.verification.run import verify
     from kcv2diffusers.verification.stock_pipeline import replay
 
-__version__ = "0.1.0"
 __all__ = [
     "Converted",
     "Error",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "Converted": "conversion.to_diffusers",
+    "Converted": "conversion.result",
     "Error": "errors",
     "Inspected": "conversion.inspection",
     "Pushed": "publish.push",
@@ -67,6 +68,10 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that `kcv2diffusers --help` does not wait for NumPy and h5py.
+    if name == "__version__":
+        from kcv2diffusers.environment import own_version
+
+        return own_version()
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

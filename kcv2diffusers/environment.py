@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from kcv2diffusers import __version__
 from kcv2diffusers.backend import VARIABLE, installed, taken
 
 PACKAGES = (
@@ -82,7 +81,7 @@ def environment() -> Environment:
     named = os.environ.get(VARIABLE)
     backend = (named if named in backends else None) if named else taken(backends)
     return Environment(
-        kcv2diffusers=__version__,
+        kcv2diffusers=own_version(),
         python=f"{platform.python_version()} ({platform.python_implementation()})",
         system=platform.platform(),
         cpus=os.cpu_count(),
@@ -91,6 +90,11 @@ def environment() -> Environment:
         backend=backend,
         devices={name: _devices(ask) for name, ask in _ASK.items() if name in backends},
     )
+
+
+def own_version() -> str:
+    """The version of this package, as it is installed."""
+    return version("kcv2diffusers")
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -53,6 +53,12 @@ class SourceError(Error):
         return type(self), (self.path, self.problem, self.remedy)  # it crosses from process to process
 
 
+def pipeline_given(source: str | Path) -> SourceError:
+    """The refusal of a diffusers pipeline where Keras checkpoints are expected."""
+    problem = "a diffusers pipeline, not a Keras checkpoint."
+    return SourceError(source, problem, "Give it with --base, or to to-keras.")
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """What the system says about `path`, or about a file below it, as a SourceError."""

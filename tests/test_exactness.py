@@ -18,7 +18,7 @@ from kcv2diffusers.errors import PlanError
 from kcv2diffusers.sources.diffusers_pipeline import read_safetensors
 from kcv2diffusers.sources.open import open_sources
 from kcv2diffusers.sources.recognise import recognise
-from kcv2diffusers.targets.safetensors import common_dtype, to_diffusers, write_safetensors
+from kcv2diffusers.targets.safetensors import common_dtype, diffusers_entries, write_safetensors
 from kcv2diffusers.targets.stream import run
 
 KERAS3 = ("weights.weights.h5", "sharded.weights.json", "model.keras", "model.h5", "export", "checkpoint")
@@ -102,7 +102,7 @@ def test_bit_for_bit(
         with pytest.raises(PlanError, match="res_block layers"):
             match.require_complete()
         return
-    entries = to_diffusers(match.require_complete())
+    entries = diffusers_entries(match.require_complete())
     kind = common_dtype(entry.tensor for entry in entries)
     assert kind.name == dtype
     out = tmp_path / "out.safetensors"
@@ -125,7 +125,7 @@ def test_narrower_dtypes_round_to_nearest(checkpoints, tmp_path: Path, dtype: st
 
     folder = checkpoints("keras3", "unet", 1)
     (source,) = open_sources(folder / "weights.weights.h5")
-    entries = to_diffusers(recognise(source).require_complete())
+    entries = diffusers_entries(recognise(source).require_complete())
     outs = {name: tmp_path / name for name in ("float32", dtype)}
     for name, out in outs.items():
         run(write_safetensors(out, entries, DTYPES[name]))

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from kcv2diffusers.conversion import map_check
 from kcv2diffusers.errors import Error
-from kcv2diffusers.maps import tables
+from kcv2diffusers.maps import parts, tables
 from kcv2diffusers.maps.tables import Size
 
 
 @pytest.fixture
 def raw() -> dict[str, dict[str, Any]]:
-    return {p.stem: tomllib.loads(p.read_text()) for p in tables.folder().glob("*.toml")}
+    return {p.stem: tomllib.loads(p.read_text()) for p in parts.folders()[0].glob("*.toml")}
 
 
 def test_every_map_is_complete() -> None:

@@ -26,7 +26,6 @@ from diffusers.models.activations import GEGLU
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig
 
-from kcv2diffusers.conversion.map_check import nominal
 from kcv2diffusers.maps.tables import specs
 from kcv2diffusers.pipeline.configs import config_of
 
@@ -294,7 +293,7 @@ CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
 @pytest.mark.parametrize(("name", "version"), PUBLISHED)
 def test_config_is_the_published_one(name: str, version: str) -> None:
     spec = next(s for s in specs() if s.table.name == name and s.version == version)
-    ours = config_of(spec.table, version, nominal(spec), image_size=512)
+    ours = config_of(spec.table, version, spec.nominal, image_size=512)
     published = PUBLISHED[name, version]
 
     def effective(config: Mapping[str, Any]) -> dict[str, Any]:

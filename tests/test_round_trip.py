@@ -14,8 +14,8 @@ import pytest
 
 from kcv2diffusers import convert, to_keras
 from kcv2diffusers.errors import Error
+from kcv2diffusers.json_text import write_json
 from kcv2diffusers.models.tokenizer import Tokenizer
-from kcv2diffusers.pipeline.configs import write_json
 from kcv2diffusers.pipeline.scheduler import SCHEDULER
 from kcv2diffusers.pipeline.tokenizer_files import TokenizerFiles, find_tokenizer, write_tokenizer
 from kcv2diffusers.publish.check import check

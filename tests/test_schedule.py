@@ -10,6 +10,7 @@ import diffusers
 import numpy as np
 import pytest
 
+from kcv2diffusers.diffusion import SD, Schedule, alphas_cumprod, sampling_timesteps
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.pipeline.scheduler import (
     DEFAULTS,
@@ -20,7 +21,6 @@ from kcv2diffusers.pipeline.scheduler import (
     schedule_of,
     scheduler_of,
 )
-from kcv2diffusers.schedule import SD, Schedule, alphas_cumprod, sampling_timesteps
 
 BETAS = tuple(np.linspace(0.001, 0.02, 50).tolist())
 HERE = Path("scheduler_config.json")

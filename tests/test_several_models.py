@@ -19,12 +19,13 @@ from kcv2diffusers.conversion.inspection import inspect
 from kcv2diffusers.conversion.to_diffusers import convert
 from kcv2diffusers.errors import Error, PlanError
 from kcv2diffusers.sources.diffusers_pipeline import read_safetensors
+from kcv2diffusers.sources.gather import add_part
 from kcv2diffusers.sources.leftovers import kind_of
 from kcv2diffusers.sources.locate import TINY, locate
 from kcv2diffusers.sources.open import open_sources
-from kcv2diffusers.sources.recognise import Match, add_part, recognise_all
+from kcv2diffusers.sources.recognise import Match, recognise_all
 from kcv2diffusers.sources.tensor import Tensor
-from kcv2diffusers.targets.safetensors import common_dtype, to_diffusers, write_safetensors
+from kcv2diffusers.targets.safetensors import common_dtype, diffusers_entries, write_safetensors
 from kcv2diffusers.targets.stream import run
 
 STACKS = ("keras3", "keras2", "sprint")
@@ -65,7 +66,7 @@ def checkpoints_of(folder: Path) -> dict[str, Path]:
 
 
 def digests(match: Match, out: Path) -> dict[str, list[object]]:
-    entries = to_diffusers(match.require_complete())
+    entries = diffusers_entries(match.require_complete())
     assert run(write_safetensors(out, entries, common_dtype(entry.tensor for entry in entries))) == []
     data = out.read_bytes()
     return {

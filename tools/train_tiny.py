@@ -23,6 +23,7 @@ import tiny_pictures
 import tiny_quality
 import torch
 
+from kcv2diffusers.diffusion import alphas_cumprod, timestep_embedding
 from kcv2diffusers.models import (
     LATENT_SCALE,
     ModelConfig,
@@ -37,9 +38,8 @@ from kcv2diffusers.models import (
 from kcv2diffusers.models.sampler import PROMPT_LENGTH, TextToImage
 from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.pictures import grid, psnr
-from kcv2diffusers.pipeline.configs import CONFIG_FILE
 from kcv2diffusers.pipeline.tokenizer_files import write_tokenizer
-from kcv2diffusers.schedule import alphas_cumprod, timestep_embedding
+from kcv2diffusers.pipeline_files import CONFIG_FILE
 
 SEED = 20240
 VAE = VAEConfig(widths=(24, 48, 64, 64), norm_groups=2)

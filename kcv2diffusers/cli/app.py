@@ -30,9 +30,9 @@ _BUG = (
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from kcv2diffusers import __version__
+        from kcv2diffusers.environment import own_version
 
-        say(f"kcv2diffusers {__version__}")
+        say(f"kcv2diffusers {own_version()}")
         raise typer.Exit
 
 

@@ -23,11 +23,11 @@ from kcv2diffusers.cli.options import (
     Json,
     License,
     Overwrite,
-    Part,
     PredictionTypeOption,
     Private,
     Quiet,
     Report,
+    with_part_options,
 )
 from kcv2diffusers.cli.progress import progress_bar, say, tell
 from kcv2diffusers.cli.verification import (
@@ -46,6 +46,7 @@ class KerasFormat(StrEnum):
     h5 = "h5"
 
 
+@with_part_options
 def convert(
     sources: Annotated[
         list[str] | None,
@@ -56,10 +57,6 @@ def convert(
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="The pipeline folder to write.", rich_help_panel=RESULT)
     ] = ...,  # type: ignore[assignment]
-    unet: Part = None,
-    text_encoder: Part = None,
-    vae_decoder: Part = None,
-    vae_encoder: Part = None,
     base: Annotated[
         list[str] | None,
         typer.Option(
@@ -142,10 +139,11 @@ def convert(
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
+    **parts: str | None,
 ) -> None:
     """Convert KerasCV checkpoints into a diffusers pipeline."""
     from kcv2diffusers.conversion.to_diffusers import convert as run
-    from kcv2diffusers.sources.recognise import NAMES
+    from kcv2diffusers.maps.parts import label
 
     if report is not None and not verify:
         raise Error("--report is where --verify writes; give that as well.")
@@ -157,10 +155,6 @@ def convert(
         result = run(
             *(sources or ()),
             out=out,
-            unet=unet,
-            text_encoder=text_encoder,
-            vae_decoder=vae_decoder,
-            vae_encoder=vae_encoder,
             base=base or None,
             tokenizer=tokenizer,
             dtype=dtype and dtype.value,
@@ -174,6 +168,7 @@ def convert(
             allow_nonfinite=allow_nonfinite,
             dry_run=dry_run,
             progress=progress,
+            **parts,
         )
     if dry_run:
         return print_json(result.to_dict()) if as_json else say(result.plan())
@@ -201,7 +196,7 @@ def convert(
     version = "" if result.version == "any" else f" ({result.version.upper()})"
     tell(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
     for part, source in result.parts.items():
-        tell(f"  {NAMES[part]}: {source}")
+        tell(f"  {label(part)}: {source}")
     for note in result.notes:
         tell(note)
     if result.complete:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from kcv2diffusers.cli.progress import be_quiet
+from kcv2diffusers.maps.parts import parts
 
 # Groups of options in the help of a command.
 SOURCES, RESULT, DRAWING = "Sources", "Result", "What is drawn"
@@ -69,9 +72,6 @@ Tag = Annotated[
     typer.Option(metavar="TEXT", help="A tag for the card, such as keras-dreambooth.", rich_help_panel=CARD),
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository private.", rich_help_panel=HUB)]
-Part = Annotated[
-    str | None, typer.Option(metavar="SRC", help="The source for this part.", rich_help_panel=SOURCES)
-]
 Report = Annotated[
     Path | None,
     typer.Option(
@@ -85,3 +85,27 @@ PredictionTypeOption = Annotated[
         rich_help_panel=SOURCES,
     ),
 ]
+
+
+def with_part_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each part of a model, such as --unet, in place of its `**parts`."""
+    signature = inspect.signature(command, eval_str=True)
+    params = list(signature.parameters.values())
+    assert params.pop().kind is inspect.Parameter.VAR_KEYWORD
+    options = [
+        inspect.Parameter(
+            part.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                str | None,
+                typer.Option(metavar="SRC", help=f"The source of the {part.label}.", rich_help_panel=SOURCES),
+            ],
+        )
+        for part in parts().values()
+    ]
+    params = [param.replace(kind=inspect.Parameter.KEYWORD_ONLY) for param in params]
+    at = next(at for at, param in enumerate(params) if param.name == "base")
+    typed: Any = command
+    typed.__signature__ = signature.replace(parameters=[*params[:at], *options, *params[at:]])
+    return command

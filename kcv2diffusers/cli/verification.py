@@ -15,10 +15,10 @@ from kcv2diffusers.cli.options import (
     VERIFICATION,
     Gelu,
     Json,
-    Part,
     PredictionTypeOption,
     Quiet,
     Report,
+    with_part_options,
 )
 from kcv2diffusers.cli.progress import say, stages
 from kcv2diffusers.errors import Error
@@ -38,6 +38,7 @@ class Reference(StrEnum):
     keras_cv = "keras-cv"
 
 
+@with_part_options
 def verify(
     pipeline: Annotated[
         str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or hf://user/repo.")
@@ -46,10 +47,6 @@ def verify(
         list[str] | None,
         typer.Argument(metavar="SRC", help="The KerasCV checkpoints it was made of, or folders of them."),
     ] = None,
-    unet: Part = None,
-    text_encoder: Part = None,
-    vae_decoder: Part = None,
-    vae_encoder: Part = None,
     base: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,6 +106,7 @@ def verify(
     report: Report = None,
     quiet: Quiet = False,
     as_json: Json = False,
+    **parts: str | None,
 ) -> None:
     """Compare a pipeline with the checkpoints it was made of.
 
@@ -118,10 +116,6 @@ def verify(
         pipeline,
         *(sources or ()),
         report=report,
-        unet=unet,
-        text_encoder=text_encoder,
-        vae_decoder=vae_decoder,
-        vae_encoder=vae_encoder,
         base=base or [],
         variant=variant,
         level=level.value,
@@ -134,6 +128,7 @@ def verify(
         gelu=gelu.value if gelu else None,
         unet_gelu=unet_gelu.value,
         prediction_type=prediction_type and prediction_type.value,
+        **parts,
     )
     if as_json:
         print_json(result.to_dict())
@@ -144,8 +139,8 @@ def verify(
 
 def keep_figures(pipeline: Path, verified: Verified) -> None:
     """Leave what was found in the pipeline folder, for its model card."""
-    from kcv2diffusers.pipeline.configs import write_json
-    from kcv2diffusers.pipeline.record import VERIFICATION_FILE
+    from kcv2diffusers.json_text import write_json
+    from kcv2diffusers.pipeline_files import VERIFICATION_FILE
 
     write_json(pipeline / VERIFICATION_FILE, verified.to_dict())
 
@@ -170,10 +165,10 @@ def verify_pipeline(
     """Verify with the options of `Request`; those that are None have their defaults, and a part's name
     stands for its source.
     """
-    from kcv2diffusers.sources.recognise import NAMES
+    from kcv2diffusers.maps.parts import parts as all_parts
     from kcv2diffusers.verification.run import verify as run
 
     given = {name: value for name, value in options.items() if value is not None}
-    named = {part: given.pop(part) for part in NAMES if part in given}
+    named = {part: given.pop(part) for part in all_parts() if part in given}
     with stages() as progress:
         return run(pipeline, *sources, report=report, progress=progress, named=named, **given)

@@ -9,10 +9,11 @@ from typing import Any
 
 from kcv2diffusers.errors import plain
 from kcv2diffusers.hub.address import shown
+from kcv2diffusers.maps.parts import label
 from kcv2diffusers.sources.leftovers import summary
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.open import open_all
-from kcv2diffusers.sources.recognise import NAMES, recognise_all
+from kcv2diffusers.sources.recognise import recognise_all
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Inspected:
         keras = f", Keras {plain(self.keras_version)}" if self.keras_version else ""
         lines = [
             shown(self.path) + (f" ({plain(self.inside)})" if self.inside else ""),
-            f"  {NAMES[self.part]}{version}{'' if self.standard else ' of unusual sizes'}",
+            f"  {label(self.part)}{version}{'' if self.standard else ' of unusual sizes'}",
             f"  {self.container}{keras}, {', '.join(self.dtypes)}",
             f"  {self.tensors} tensors, {self.parameters / 1e6:.1f} M parameters, {self.bytes / 1e9:.2f} GB",
             "  " + ", ".join(f"{name} {value}" for name, value in sorted(self.sizes.items())),

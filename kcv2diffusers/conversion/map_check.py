@@ -12,28 +12,19 @@ import numpy as np
 
 from kcv2diffusers.errors import Error
 from kcv2diffusers.maps.layouts import LAYOUTS, core, reverse
-from kcv2diffusers.maps.tables import REPEAT, Slot, Spec, Table, specs, tables
-from kcv2diffusers.sources.recognise import NAMES
+from kcv2diffusers.maps.parts import family_of, label
+from kcv2diffusers.maps.tables import Spec, Table, specs, tables
+from kcv2diffusers.pipeline.configs import config_of
 
 
 def listing() -> str:
     """One line a map."""
     lines = []
     for table in tables().values():
-        parts = ", ".join(NAMES[part] for part in table.parts)
+        parts = ", ".join(label(part) for part in table.parts)
         versions = " ".join(v.upper() for v in table.versions if v != "any") or "SD1 SD2"
         lines.append(f"{table.name:14} {parts:26} {versions:8} {table.diffusers}")
     return "\n".join(lines)
-
-
-def nominal(spec: Spec) -> dict[str, int]:
-    """The sizes of Stable Diffusion itself; CLIP's vocabulary is not one of a version's marks."""
-    return {"vocabulary": 49408, **spec.table.versions[spec.version].dims}
-
-
-def existing(spec: Spec, dims: dict[str, int]) -> list[Slot]:
-    """The slots that a model of these sizes has."""
-    return [slot for slot in spec.slots(dims.get(REPEAT, 0)) if slot.exists(dims)]
 
 
 def show(name: str, version: str | None = None) -> str:
@@ -45,9 +36,9 @@ def show(name: str, version: str | None = None) -> str:
         raise Error(f"{name} has no version {version!r}; it has {', '.join(tables()[name].versions)}.")
     blocks = []
     for spec in chosen:
-        dims = nominal(spec)
-        lines = [f"# {NAMES[spec.part]}{'' if spec.version == 'any' else ' ' + spec.version.upper()}"]
-        for slot in existing(spec, dims):
+        dims = spec.nominal
+        lines = [f"# {label(spec.part)}{'' if spec.version == 'any' else ' ' + spec.version.upper()}"]
+        for slot in spec.existing(dims):
             turn = "reversed" if slot.variable.reverses else "as is"
             shapes = [[size.value(dims) for size in side] for side in (slot.shape, slot.diffusers_shape)]
             lines.append(f"{slot.keras_name} {shapes[0]} -> {turn} -> {slot.target} {shapes[1]}")
@@ -93,8 +84,8 @@ def _check(table: Table, version: str) -> Checked:
     result = Checked(table.name, version)
     targets: dict[str, tuple[int, ...]] = {}
     for spec in (s for s in specs() if s.table is table and s.version == version):
-        dims = nominal(spec)
-        slots = existing(spec, dims)
+        dims = spec.nominal
+        slots = spec.existing(dims)
         result.tensors += len(slots)
         for problem in (*_twice("source", (s.keras_name for s in slots)), *_unused_blocks(spec)):
             result.problems.append(problem)
@@ -149,15 +140,13 @@ def _not_inverse() -> list[str]:
 
 def _expected(table: Table, version: str) -> dict[str, tuple[int, ...]] | None:
     """Keys and shapes of the library's own model for our config.json; None if it is not installed."""
-    from kcv2diffusers.pipeline.configs import config_of
-
     library, name = table.diffusers.split(".")
     if any(importlib.util.find_spec(module) is None for module in ("torch", library)):
         return None
     import torch
 
-    dims = {k: v for s in specs() if s.table is table and s.version == version for k, v in nominal(s).items()}
-    entries = config_of(table, version, dims, image_size=512)
+    dims = {k: v for s in specs() if s.table is table and s.version == version for k, v in s.nominal.items()}
+    entries = config_of(table, version, dims, image_size=family_of(table.parts).image_size)
     cls = getattr(importlib.import_module(library), name)
     with torch.device("meta"):
         model = cls.from_config(entries) if library == "diffusers" else cls(cls.config_class(**entries))

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from kcv2diffusers.dtypes import DTYPES
-from kcv2diffusers.sources.recognise import NAMES, Match
+from kcv2diffusers.maps.parts import label
+from kcv2diffusers.sources.recognise import Match
 
+SLACK = 32 << 20
+"""Bytes that a conversion may need on disk for everything that is not weights."""
 # Entries of a result that only a dry run has in its JSON.
 PLAN = ("moved", "scheduler", "tokenizer", "dry_run")
 
@@ -33,7 +36,7 @@ class Moved:
     def text(self) -> str:
         """Two lines."""
         return (
-            f"  {NAMES[self.part]}: {self.source} ({self.container}) -> {self.target}\n"
+            f"  {label(self.part)}: {self.source} ({self.container}) -> {self.target}\n"
             f"    {self.tensors} tensors, {_megabytes(self.from_bytes)} {', '.join(self.from_dtypes)} -> "
             f"{_megabytes(self.to_bytes)} {self.to_dtype}"
         )

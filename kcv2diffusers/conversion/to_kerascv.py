@@ -10,22 +10,22 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
-from kcv2diffusers.conversion.outline import PLAN, Moved, moved, plan_text
+from kcv2diffusers.conversion.outline import PLAN, SLACK, Moved, moved, plan_text
 from kcv2diffusers.errors import no_choice
 from kcv2diffusers.hub.address import shown
-from kcv2diffusers.pipeline.configs import CONFIG_FILE, carried, write_json
-from kcv2diffusers.pipeline.scheduler import SCHEDULER_FILE, read_scheduler
+from kcv2diffusers.json_text import write_json
+from kcv2diffusers.maps.parts import parts as all_parts
+from kcv2diffusers.pipeline.configs import carried
+from kcv2diffusers.pipeline.scheduler import read_scheduler
 from kcv2diffusers.pipeline.tokenizer_files import copy_tokenizer
-from kcv2diffusers.pipeline.vocabulary import CLIP_VOCABULARY
+from kcv2diffusers.pipeline_files import CONFIG_FILE, SCHEDULER_FILE, TOKENIZER
 from kcv2diffusers.sources.diffusers_pipeline import Component, read_pipeline
 from kcv2diffusers.sources.locate import locate_all
-from kcv2diffusers.sources.recognise import NAMES, Match
+from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.system.output import check_target, new_folder
 from kcv2diffusers.targets.keras_h5 import WRITERS
 from kcv2diffusers.targets.safetensors import common_dtype
 from kcv2diffusers.targets.stream import Progress, run_finite
-
-_SLACK = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class ToKeras:
         return plan_text(f"To write: weights for KerasCV, {self.out}", self.moved, origins)
 
     def to_dict(self) -> dict[str, Any]:
-        told = asdict(self) | {"out": str(self.out)}
-        return {name: value for name, value in told.items() if self.dry_run or name not in PLAN}
+        shown = asdict(self) | {"out": str(self.out)}
+        return {name: value for name, value in shown.items() if self.dry_run or name not in PLAN}
 
 
 def to_keras(
@@ -80,7 +80,7 @@ def to_keras(
     components = read_pipeline(source, variant=variant)
     parts = {p: m.require_complete() for component in components.values() for p, m in component.parts.items()}
     needed = sum(4 * math.prod(t.shape) for match in parts.values() for _, t in match.slots())
-    ours = {CONFIG_FILE, "tokenizer", *(f"{part}.{name}" for part in NAMES for name in WRITERS)}
+    ours = {CONFIG_FILE, TOKENIZER, *(f"{part}.{name}" for part in all_parts() for name in WRITERS)}
     stated = _stated(source, components)
 
     def is_output(path: Path) -> bool:
@@ -96,25 +96,25 @@ def to_keras(
         time.monotonic() - started,
         moved=[moved(match, files[part]) for part, match in parts.items()],
         scheduler=f"as {shown(source / SCHEDULER_FILE)} states" if "scheduler" in stated else None,
-        tokenizer=shown(source / "tokenizer") if (source / "tokenizer").is_dir() else None,
+        tokenizer=shown(source / TOKENIZER) if (source / TOKENIZER).is_dir() else None,
         dry_run=dry_run,
     )
     if dry_run:
-        check_target(Path(out), overwrite=overwrite, replaceable=is_output, needed=needed + _SLACK)
+        check_target(Path(out), overwrite=overwrite, replaceable=is_output, needed=needed + SLACK)
         return planned
-    with new_folder(Path(out), overwrite=overwrite, replaceable=is_output, needed=needed + _SLACK) as folder:
+    with new_folder(Path(out), overwrite=overwrite, replaceable=is_output, needed=needed + SLACK) as folder:
         jobs = [job for part, match in parts.items() for job in WRITERS[format](folder / files[part], match)]
         if stated:
             write_json(folder / CONFIG_FILE, stated)
-        copy_tokenizer(source / "tokenizer", folder / "tokenizer")
+        copy_tokenizer(source / TOKENIZER, folder / TOKENIZER)
         run_finite(jobs, progress, allow_nonfinite=allow_nonfinite)
     return replace(planned, seconds=time.monotonic() - started)
 
 
 def _keras_class(match: Match) -> str:
     """The class in KerasCV, with the size of an unusual vocabulary."""
-    words = match.dims.get("vocabulary", CLIP_VOCABULARY)
-    return match.spec.keras_class + (f" (vocab_size={words})" if words != CLIP_VOCABULARY else "")
+    usual, words = (sizes.get("vocabulary") for sizes in (match.spec.nominal, match.dims))
+    return match.spec.keras_class + (f" (vocab_size={words})" if words != usual else "")
 
 
 def _stated(source: Path, components: Mapping[str, Component]) -> dict[str, Any]:

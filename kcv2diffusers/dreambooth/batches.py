@@ -10,9 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from kcv2diffusers.diffusion import LATENT_CHANNELS, LATENT_SCALE, TRAIN_STEPS
 from kcv2diffusers.dreambooth.photos import Photo, Size, bucket_of, read_photo
-from kcv2diffusers.models.config import LATENT_CHANNELS, LATENT_SCALE
-from kcv2diffusers.schedule import TRAIN_STEPS
 
 Array = np.ndarray[Any, Any]
 Encode = Callable[[Array], Array]

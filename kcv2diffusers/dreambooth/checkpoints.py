@@ -20,9 +20,10 @@ import ml_dtypes
 import numpy as np
 
 from kcv2diffusers.dreambooth.config import Config
-from kcv2diffusers.dreambooth.lora import LORA_FILE, attention_projections, write_lora
+from kcv2diffusers.dreambooth.lora import attention_projections, write_lora
 from kcv2diffusers.errors import Error
-from kcv2diffusers.pipeline.configs import CONFIG_FILE, write_json
+from kcv2diffusers.json_text import write_json
+from kcv2diffusers.pipeline_files import CONFIG_FILE, LORA_FILE
 from kcv2diffusers.sources.open import open_sources
 from kcv2diffusers.sources.recognise import Match, recognise
 from kcv2diffusers.targets.keras_h5 import write_legacy_h5

@@ -152,7 +152,6 @@ _OWN = (
 _RENAMED = {"gelu": "unet_gelu"}
 _PRECISIONS = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
 PUBLIC = {f.name for f in fields(Config)} - set(_OWN)
-RUN_FILE = "dreambooth.toml"  # in an exported pipeline: the run's options, for its model card
 
 
 def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:

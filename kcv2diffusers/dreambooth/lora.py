@@ -9,8 +9,6 @@ import keras
 import numpy as np
 from safetensors.numpy import save_file
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
 
 def add_lora(model: keras.Model, rank: int, alpha: float, seed: int = 0) -> None:
     """Freeze `model` and give the attention projections of its transformer blocks low-rank updates of `rank`,

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from kcv2diffusers.diffusion import SD, Array, Schedule, min_snr_weights
 from kcv2diffusers.models.layers import Tensor
-from kcv2diffusers.schedule import SD, Array, Schedule, min_snr_weights
 
 
 def _free_after_compiling() -> None:

@@ -17,12 +17,12 @@ import keras
 from kcv2diffusers.conversion.to_diffusers import convert, is_output
 from kcv2diffusers.dreambooth.batches import Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, least_bytes, saved_steps
-from kcv2diffusers.dreambooth.config import RUN_FILE, Config
+from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.devices import allow_tf32, best_precision, memory_errors, spread
 from kcv2diffusers.dreambooth.drawings import Drawings, samples
 from kcv2diffusers.dreambooth.examples import Progress, class_photos, encode, make_examples, usable_photos
 from kcv2diffusers.dreambooth.follow import LOG, Follow, Unread, read_log
-from kcv2diffusers.dreambooth.lora import LORA_FILE, add_lora
+from kcv2diffusers.dreambooth.lora import add_lora
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
 from kcv2diffusers.dreambooth.record import keep_record
@@ -32,6 +32,7 @@ from kcv2diffusers.models.base import Base, BaseFiles, open_base
 from kcv2diffusers.models.config import Gelu
 from kcv2diffusers.models.layers import dtype_policy
 from kcv2diffusers.pictures import chart
+from kcv2diffusers.pipeline_files import LORA_FILE, MODEL_INDEX, RUN_FILE, SAMPLES_FILE
 from kcv2diffusers.system.interruption import SIGNALS, keeps
 from kcv2diffusers.system.output import check_folder, check_target
 
@@ -161,7 +162,7 @@ def _finished_before(config: Config, prediction_type: str) -> Result | None:
     result = Result(out, checkpoint, last, True, notes=["The run has ended before; nothing is trained."])
     if config.export:
         result.export = Path(config.export)
-        if not (result.export / "model_index.json").exists():
+        if not (result.export / MODEL_INDEX).exists():
             _export(config, last, prediction_type)
     return result
 
@@ -182,7 +183,7 @@ def _export(config: Config, step: int, prediction_type: str) -> Path:
         shutil.copy(checkpoint / LORA_FILE, export)
     (export / RUN_FILE).write_text(config.toml(public=True), encoding="utf-8")
     if config.sample_prompt:
-        shutil.copy(samples(out, step), export / "samples.png")
+        shutil.copy(samples(out, step), export / SAMPLES_FILE)
     return export
 
 

@@ -69,7 +69,7 @@ def connect(token: str | None = None) -> HfApi:
     from huggingface_hub.utils import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from kcv2diffusers import __version__
+    from kcv2diffusers.environment import own_version
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():
@@ -77,7 +77,7 @@ def connect(token: str | None = None) -> HfApi:
     token = token or huggingface_hub.get_token()
     if token is not None and not re.fullmatch("[!-~]+", token):
         raise Error(f"The token holds a space or a sign that no token has.\n{NOT_LOGGED_IN}")
-    return huggingface_hub.HfApi(token=token, library_name="kcv2diffusers", library_version=__version__)
+    return huggingface_hub.HfApi(token=token, library_name="kcv2diffusers", library_version=own_version())
 
 
 def token_of(api: HfApi) -> str | None:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kcv2diffusers.errors import Error, MissingExtra, SourceError, plain
+from kcv2diffusers.errors import Error, MissingExtra, pipeline_given, plain
 from kcv2diffusers.hub.address import Address, parse, readings
 from kcv2diffusers.hub.client import NoRevision, NotThere, Unreachable, asking, connect
 from kcv2diffusers.hub.listing import (
@@ -25,15 +25,11 @@ from kcv2diffusers.hub.listing import (
     tokenizer_files,
     unsafe,
 )
-from kcv2diffusers.sources.open import NOT_KERAS
-from kcv2diffusers.sources.recognise import NAMES
+from kcv2diffusers.maps.parts import label
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-# What fills in for SD1 where nothing is named. Its plain files are float32 and the averaged weights (EMA; the
-# others are the non_ema variant); --variant fp16 takes those of half the size.
-SD1_BASE = "hf://stable-diffusion-v1-5/stable-diffusion-v1-5"
 SIBLINGS = ("-text-encoder", "-text_encoder", "_text_encoder")
 
 
@@ -61,7 +57,7 @@ def _fetch(
     address = parse(source)
     address, commit, listing = _found(api, source, address)
     if not pipelines and is_pipeline(listing, address.path):
-        raise SourceError(source, NOT_KERAS, "Give it with --base, or to to-keras.")
+        raise pipeline_given(source)
     names, found = _needed(address, listing, parts, variant)
     with asking(source):
         folder = _download(api, address.repository, commit, names)
@@ -102,16 +98,16 @@ def _needed(
     return [*(name for c in picked for name in c.files), *small], [c.path for c in picked]
 
 
-def sd1_base(missing: Sequence[str], variant: str | None) -> Path:
-    """The folder with the `missing` parts of Stable Diffusion 1 from the Hub, or Error with the ways to do
-    without it.
+def default_base(source: str, missing: Sequence[str], variant: str | None) -> Path:
+    """The folder with the `missing` parts of the default base `source` from the Hub, or Error with the ways
+    to do without it.
     """
     try:
-        return fetch(SD1_BASE, missing, variant)[0]
+        return fetch(source, missing, variant)[0]
     except (Unreachable, NotThere, MissingExtra) as error:
         options = " ".join(f"--{part.replace('_', '-')} SRC" for part in missing)
         raise Error(
-            f"A pipeline still needs: {', '.join(NAMES[part] for part in missing)}; no way to the default "
+            f"A pipeline still needs: {', '.join(label(part) for part in missing)}; no way to the default "
             f"base, {str(error).splitlines()[0].rstrip('.')}.\n"
             f"Give --base PIPELINE (a folder here), or {options}, or run this once online (then the cache "
             "serves); --base none writes only the rest."

@@ -13,28 +13,28 @@ from functools import cache
 from math import prod
 from pathlib import PurePosixPath
 
-from kcv2diffusers.conversion.map_check import existing, nominal
 from kcv2diffusers.errors import Error, plain
 from kcv2diffusers.hub.address import Address
+from kcv2diffusers.maps.parts import families, label, parts
 from kcv2diffusers.maps.tables import specs, table_of, tables
-from kcv2diffusers.pipeline.configs import CONFIG_FILE
-from kcv2diffusers.pipeline.tokenizer_files import TOKENIZER_FILES
-from kcv2diffusers.sources.recognise import NAMES
+from kcv2diffusers.pipeline_files import (
+    CARD,
+    COMPONENT_CONFIG,
+    CONFIG_FILE,
+    MODEL_INDEX,
+    SCHEDULER_FILE,
+    TOKENIZER,
+    TOKENIZER_FILES,
+    weight_names,
+)
 
 Listing = Mapping[str, int]
 """Path in the repository to size in bytes."""
 
-# What people call the parts, tried in this order on a path ("vae_decoder.h5") and on a repository's name.
-_HINTS = (
-    ("text_encoder", re.compile(r"text[-_. ]?(encoder|model)|clip", re.I)),
-    ("vae_decoder", re.compile(r"decoder", re.I)),
-    ("vae_encoder", re.compile(r"encoder", re.I)),
-    ("unet", re.compile(r"unet|diffus(ion|er)[-_. ]?model|diffuser", re.I)),
-)
 # Per parameter: float32, float16, float32 twice (Keras 3's export), float32 with an optimizer's two moments.
 _BYTES = (4, 2, 8, 12)
 _TOLERANCE = 0.02
-_SMALL = ("model_index.json", CONFIG_FILE, "README.md")
+_SMALL = (MODEL_INDEX, CONFIG_FILE, CARD, SCHEDULER_FILE.as_posix())
 _CHECKPOINT = re.compile(r"\.(h5|hdf5|keras)$")
 _SHARD = re.compile(r"_\d{5}\.weights\.h5$")
 
@@ -72,36 +72,36 @@ def candidates(listing: Listing, repository: str, below: str = "") -> list[Candi
 
 def is_pipeline(listing: Listing, below: str = "") -> bool:
     """Whether a diffusers pipeline, or components of one, lies at a path of a repository."""
-    names = ["model_index.json", *(f"{table.folder}/config.json" for table in tables().values())]
+    names = [MODEL_INDEX, *(f"{table.folder}/{COMPONENT_CONFIG}" for table in tables().values())]
     return any(_join(below, name) in listing for name in names)
 
 
-def chosen(found: Sequence[Candidate], parts: Collection[str] | None, source: Address) -> list[Candidate]:
-    """One candidate a part, of the `parts` wanted (None: all). Raises Error where there are several."""
+def chosen(found: Sequence[Candidate], wanted: Collection[str] | None, source: Address) -> list[Candidate]:
+    """One candidate for each part `wanted` (None: all). Raises Error where there are several."""
     by_part: dict[str | None, list[Candidate]] = defaultdict(list)
     for candidate in found:
-        if parts is None or candidate.part is None or candidate.part in parts:
+        if wanted is None or candidate.part is None or candidate.part in wanted:
             by_part[candidate.part].append(candidate)
     for part, several in by_part.items():
         if len(several) > 1:
-            what = f"{len(several)} checkpoints for the {NAMES[part]}" if part else "several checkpoints"
+            what = f"{len(several)} checkpoints for the {label(part)}" if part else "several checkpoints"
             raise Error(f"{source}: {what}; give one by name:\n{_listed(several, source)}")
-    if not by_part and found and parts:
-        wanted = " or ".join(NAMES[part] for part in parts)
-        raise Error(f"{source}: none seems to be a {wanted}; give one by name:\n{_listed(found, source)}")
+    if not by_part and found and wanted:
+        named = " or ".join(label(part) for part in wanted)
+        raise Error(f"{source}: none seems to be a {named}; give one by name:\n{_listed(found, source)}")
     return [candidate for several in by_part.values() for candidate in several]
 
 
 def pipeline_files(
-    listing: Listing, below: str, parts: Collection[str] | None, variant: str | None, source: Address
+    listing: Listing, below: str, wanted: Collection[str] | None, variant: str | None, source: Address
 ) -> list[str]:
-    """The files of a diffusers pipeline that hold `parts` (None: all), one weight file a component, and its
-    small files. Raises Error if a component has no `.safetensors` file.
+    """The files of a diffusers pipeline that hold the parts `wanted` (None: all), one weight file a
+    component, and its small files. Raises Error if a component has no `.safetensors` file.
     """
-    folders = {table_of(part).folder for part in (NAMES if parts is None else parts)}
+    folders = {table_of(part).folder for part in (parts() if wanted is None else wanted)}
     files = small_files(listing, below)
     for table in tables().values():
-        config = _join(below, f"{table.folder}/config.json")
+        config = _join(below, f"{table.folder}/{COMPONENT_CONFIG}")
         if table.folder not in folders or config not in listing:
             continue
         weights = _weights(listing, _join(below, table.folder), table.weights, variant)
@@ -116,21 +116,15 @@ def pipeline_files(
 
 def _weights(listing: Listing, folder: str, name: str, variant: str | None) -> str | None:
     """The weight file of a component: the variant, the plain one, any variant of it, in this order."""
-    stem, suffix = name.rsplit(".", 1)
-    variants = [
-        path
-        for path in sorted(listing)
-        if path.startswith(f"{folder}/{stem}.") and path.endswith(f".{suffix}")
-    ]
-    first = [f"{folder}/{stem}.{variant}.{suffix}"] if variant else []
-    wanted = [*first, f"{folder}/{name}", *(path for path in variants if "non_ema" not in path)]
-    return next((path for path in wanted if path in listing), None)
+    there = [path.removeprefix(f"{folder}/") for path in listing if path.startswith(f"{folder}/")]
+    names = (f"{folder}/{file}" for file in weight_names(name, variant, there))
+    return next((path for path in names if path in listing), None)
 
 
 def small_files(listing: Listing, below: str) -> list[str]:
     """What identifies a model beside its weights: configs, card, tokenizer."""
-    names = [_join(below, name) for name in (*_SMALL, "scheduler/scheduler_config.json")]
-    return [name for name in names if name in listing] + tokenizer_files(listing, _join(below, "tokenizer"))
+    names = [_join(below, name) for name in _SMALL]
+    return [name for name in names if name in listing] + tokenizer_files(listing, _join(below, TOKENIZER))
 
 
 def tokenizer_files(listing: Listing, folder: str) -> list[str]:
@@ -179,11 +173,13 @@ def _part(path: str, repository: str, size: int, saved_model: bool) -> str | Non
     SavedModel that none of them explains is a UNet, which is what the repositories of 2023 hold.
     """
     guess = _hinted(path) or _by_size(size) or (_hinted(repository) if saved_model else None)
-    return guess or ("unet" if saved_model else None)
+    return guess or (families()[0].scheduler_part if saved_model else None)
 
 
 def _hinted(text: str) -> str | None:
-    return next((part for part, pattern in _HINTS if pattern.search(text)), None)
+    """The part that a path or the name of a repository names."""
+    by_rank = sorted(parts().values(), key=lambda part: part.rank)
+    return next((part.name for part in by_rank if part.hint and part.hint.search(text)), None)
 
 
 def _by_size(size: int) -> str | None:
@@ -198,8 +194,7 @@ def _parameters() -> tuple[tuple[str, int], ...]:
     """Number of parameters of each part and version."""
     counts = []
     for spec in specs():
-        dims = nominal(spec)
-        slots = existing(spec, dims)
+        slots = spec.existing(dims := spec.nominal)
         counts.append((spec.part, sum(prod(size.value(dims) or 0 for size in s.shape) for s in slots)))
     return tuple(counts)
 

@@ -8,14 +8,13 @@ and a version gives `Slot`s: the same slots drive Keras -> diffusers and diffuse
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
 from kcv2diffusers.maps.layouts import LAYOUTS, Layout, Variable
+from kcv2diffusers.maps.parts import Family, table_data
 
 REPEAT = "repeat"
 Condition = tuple["Size", "Size"]
@@ -147,9 +146,32 @@ class Version:
     config: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Entries:
+    """What is known of a component's config.json.
+
+    `heads` is the entry with the number of attention heads, which no shape tells, and `head_widths` the
+    symbols of the widths that it divides. `untold` are more entries that no shape tells, `structure` those
+    that the tensors follow from though they are no sizes, `choices` those with a size that may differ.
+    """
+
+    heads: str | None = None
+    head_widths: tuple[str, ...] = ()
+    untold: frozenset[str] = frozenset()
+    structure: frozenset[str] = frozenset()
+    choices: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
-    """One diffusers component: its folder, the KerasCV parts it is made of, versions and config."""
+    """One component of a diffusers pipeline.
+
+    `folder` is its folder in a pipeline, `weights` the file in there, `diffusers` the class as
+    "library.Class". `parts` are the rows of each Keras model it is made of, `keras` the class of each by
+    version, `blocks` the parameters and leaves of each kind of layer. `config` are the entries of
+    config.json, `entries` what is known of them, `nominal` sizes of the released models by which none is
+    recognised. `aliases` are other spellings of diffusers' names, which are read but not written.
+    """
 
     name: str
     folder: str
@@ -160,7 +182,19 @@ class Table:
     keras: Mapping[str, Mapping[str, str]]
     blocks: Mapping[str, tuple[tuple[str, ...], tuple[Leaf, ...]]]
     config: Mapping[str, Any]
+    entries: Entries
+    nominal: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def known_entries(self) -> frozenset[str]:
+        """Every entry of config.json that the table has, in any version."""
+        return frozenset([*self.config, *(name for v in self.versions.values() for name in v.config)])
+
+    @property
+    def untold(self) -> frozenset[str]:
+        """The entries of config.json that the weights do not tell."""
+        return self.entries.untold.union(*(version.config for version in self.versions.values()))
 
     def leaves(self, layer: str, version: str) -> tuple[Leaf, ...]:
         return tuple(leaf for leaf in self.blocks[layer][1] if leaf.version in (None, version))
@@ -193,6 +227,15 @@ class Spec:
     def keras_class(self) -> str:
         """The KerasCV class of the model."""
         return self.table.keras[self.part][self.version]
+
+    @property
+    def nominal(self) -> dict[str, int]:
+        """The sizes of the released model of this version."""
+        return {**self.table.nominal, **self.table.versions[self.version].dims}
+
+    def existing(self, dims: Mapping[str, int]) -> list[Slot]:
+        """The slots that a model of these sizes has."""
+        return [slot for slot in self.slots(dims.get(REPEAT, 0)) if slot.exists(dims)]
 
     @cached_property
     def repeated_layer(self) -> str | None:
@@ -236,14 +279,18 @@ class Spec:
     @cache  # noqa: B019  (specs live as long as the process)
     def slots(self, repeat: int) -> tuple[Slot, ...]:
         """All slots in Keras' weight order, repeated rows `repeat` times."""
-        slots: list[Slot] = []
+        return tuple(slot for layer in self.layers(repeat) for slot in self.block(*layer))
+
+    def layers(self, repeat: int) -> Iterator[tuple[Row, int, int | None]]:
+        """Each layer in Keras' order: its row, its number within its class, and which of a repeated row's
+        `repeat` layers it is (None: the row stands for one).
+        """
         ordinals: dict[str, int] = {}
         for row in self.rows:
             for i in range(repeat) if row.repeated else (None,):
                 ordinal = ordinals.get(row.layer, 0)
                 ordinals[row.layer] = ordinal + 1
-                slots += self.block(row, ordinal, i)
-        return tuple(slots)
+                yield row, ordinal, i
 
 
 def _leaf(entry: list[str], lists: Mapping[str, list[str]]) -> Leaf:
@@ -294,24 +341,29 @@ def _load(name: str, data: Mapping[str, Any]) -> Table:
             for name, block in data["blocks"].items()
         },
         config=data["config"],
+        entries=_entries(data.get("entries", {})),
+        nominal=data.get("nominal", {}),
         aliases=data.get("aliases", {}),
     )
 
 
-def folder() -> Path:
-    """Where the tables are: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    inside = package / "weight_maps"
-    return inside if inside.is_dir() else package.parent / "weight_maps"
+def _entries(data: Mapping[str, Any]) -> Entries:
+    return Entries(
+        heads=data.get("heads"),
+        head_widths=tuple(data.get("head_widths", ())),
+        **{name: frozenset(data.get(name, ())) for name in ("untold", "structure", "choices")},
+    )
 
 
 @cache
 def tables() -> dict[str, Table]:
     """Every table by name."""
-    return {
-        path.stem: _load(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
-        for path in sorted(folder().glob("*.toml"))
-    }
+    return {name: _load(name, data) for name, data in table_data().items()}
+
+
+def tables_of(family: Family) -> list[Table]:
+    """The components of a family's pipelines."""
+    return [table for table in tables().values() if set(table.parts) & set(family.parts)]
 
 
 @cache

@@ -5,15 +5,8 @@ from kcv2diffusers.backend import choose_backend
 
 choose_backend()  # before Keras is imported
 
-from kcv2diffusers.models.config import (
-    LATENT_SCALE,
-    SD1,
-    SD2,
-    ModelConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from kcv2diffusers.diffusion import LATENT_SCALE
+from kcv2diffusers.models.config import SD1, SD2, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from kcv2diffusers.models.layers import rematerialise
 from kcv2diffusers.models.text_encoder import build_text_encoder
 from kcv2diffusers.models.unet import build_unet

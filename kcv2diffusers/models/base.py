@@ -9,42 +9,35 @@ own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import keras
 import numpy as np
 
+from kcv2diffusers.diffusion import PIXELS_PER_LATENT, SD, Schedule
 from kcv2diffusers.dtypes import full_name
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.hub.address import snapshots
 from kcv2diffusers.maps.layouts import core, reverse
-from kcv2diffusers.maps.tables import spec
-from kcv2diffusers.models.config import (
-    PIXELS_PER_LATENT,
-    Gelu,
-    ModelConfig,
-    TextEncoderConfig,
-    UNetConfig,
-    VAEConfig,
-)
+from kcv2diffusers.maps.parts import family_of, label
+from kcv2diffusers.models.config import Gelu, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from kcv2diffusers.models.layers import zeros
 from kcv2diffusers.models.sampler import TextToImage
 from kcv2diffusers.models.text_encoder import build_text_encoder
 from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.models.unet import build_unet
 from kcv2diffusers.models.vae import build_decoder, build_image_encoder
-from kcv2diffusers.pipeline.configs import IMAGE_SIZE, require_heads, scheduler_with, untold
+from kcv2diffusers.pipeline.configs import require_heads, scheduler_with, untold
 from kcv2diffusers.pipeline.scheduler import deviations, prediction_in, schedule_of
 from kcv2diffusers.pipeline.shapes import stated_beside
 from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer
 from kcv2diffusers.pipeline.vocabulary import check_enough_rows, homes
-from kcv2diffusers.schedule import SD, Schedule
 from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_pipeline
+from kcv2diffusers.sources.gather import check_together, gather
 from kcv2diffusers.sources.locate import locate, locate_all
-from kcv2diffusers.sources.open import open_all
-from kcv2diffusers.sources.recognise import NAMES, Match, add_part, recognise_all
+from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.tensor import Tensor
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact", "gelu_pytorch_tanh": "tanh"}
@@ -172,19 +165,14 @@ def open_base(
         configs = {part: (m, c.config) for c in components.values() for part, m in c.parts.items()}
         gelu = gelu or "exact"
     else:
-        matches: dict[str, Match] = {}
-        for match in recognise_all(open_all(paths)):
-            add_part(matches, match)
-        configs = {part: (m, _beside(m)) for part, m in matches.items()}
+        configs = {part: (match, _beside(match)) for part, match in gather(paths).items()}
         gelu = gelu or "tanh"
-    if missing := [NAMES[part] for part in NAMES if part not in configs]:
+    family = family_of(configs)
+    if missing := [label(part) for part in family.parts if part not in configs]:
         raise Error(f"Not a whole model, {', '.join(missing)} missing: {', '.join(map(str, paths))}.")
-    unet, text = configs["unet"][0], configs["text_encoder"][0]
-    if not text.known:  # an unusual text encoder looks alike in both versions
-        configs["text_encoder"] = (
-            replace(text, spec=spec("text_encoder", unet.version)),
-            configs["text_encoder"][1],
-        )
+    checked = check_together({part: match for part, (match, _) in configs.items()})
+    configs = {part: (checked[part], stated) for part, (_, stated) in configs.items()}
+    unet, text = checked["unet"], checked["text_encoder"]
     config = ModelConfig(
         unet_config(*configs["unet"], gelu=gelu),
         text_encoder_config(*configs["text_encoder"]),
@@ -195,7 +183,7 @@ def open_base(
     check_enough_rows(text, files)
     scheduler, stating = scheduler_with(unet)
     prediction_type, schedule = prediction_in(scheduler, stating), schedule_of(scheduler, stating)
-    latents = configs["unet"][1].get("sample_size", IMAGE_SIZE // PIXELS_PER_LATENT)
+    latents = configs["unet"][1].get("sample_size", family.image_size // PIXELS_PER_LATENT)
     return BaseFiles(
         configs, config, PIXELS_PER_LATENT * latents, prediction_type, schedule, Tokenizer.of_files(files)
     )

@@ -11,11 +11,6 @@ from typing import Literal
 
 Gelu = Literal["tanh", "exact"]
 
-LATENT_CHANNELS = 4
-LATENT_SCALE = 0.18215
-"""Latents are the VAE's means times this number, which gives them about unit variance."""
-PIXELS_PER_LATENT = 8
-
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:

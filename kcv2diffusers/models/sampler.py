@@ -12,11 +12,10 @@ import keras
 import numpy as np
 from keras import ops
 
+from kcv2diffusers.diffusion import LATENT_CHANNELS, PIXELS_PER_LATENT, SD, Schedule, timestep_embedding
 from kcv2diffusers.errors import Error
-from kcv2diffusers.models.config import LATENT_CHANNELS, PIXELS_PER_LATENT
 from kcv2diffusers.models.layers import Tensor
 from kcv2diffusers.models.tokenizer import Tokenizer
-from kcv2diffusers.schedule import SD, Schedule, timestep_embedding
 
 Array = np.ndarray[Any, Any]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import keras
 
-from kcv2diffusers.models.config import LATENT_CHANNELS, UNetConfig
+from kcv2diffusers.diffusion import LATENT_CHANNELS
+from kcv2diffusers.models.config import UNetConfig
 from kcv2diffusers.models.layers import (
     ACTIVATIONS,
     Block,

@@ -6,7 +6,8 @@ from typing import Any
 
 import keras
 
-from kcv2diffusers.models.config import LATENT_CHANNELS, LATENT_SCALE, VAEConfig
+from kcv2diffusers.diffusion import LATENT_CHANNELS, LATENT_SCALE
+from kcv2diffusers.models.config import VAEConfig
 from kcv2diffusers.models.layers import (
     Block,
     PaddedConv2D,

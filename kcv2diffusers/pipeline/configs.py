@@ -7,49 +7,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kcv2diffusers.diffusion import PIXELS_PER_LATENT
 from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.json_text import parse_object
-from kcv2diffusers.maps.tables import Size, Table
-from kcv2diffusers.pipeline.scheduler import SCHEDULER, SCHEDULER_FILE, read_scheduler, scheduler_of
-from kcv2diffusers.sources.recognise import NAMES, Match
+from kcv2diffusers.maps.parts import Family, family_of
+from kcv2diffusers.maps.tables import Size, Table, tables_of
+from kcv2diffusers.pipeline.scheduler import SCHEDULER, read_scheduler, scheduler_of
+from kcv2diffusers.pipeline_files import CONFIG_FILE, SCHEDULER_FILE
+from kcv2diffusers.sources.recognise import Match
 
-CONFIG_FILE = "kcv2diffusers.json"
 # What transformers loads in where the user asks for nothing, whatever the weights are stored in. diffusers
 # takes float32 then, and a pipeline of two dtypes fails.
 LOADED = {"torch_dtype": "float32"}
-IMAGE_SIZE = 512  # height and width in pixels where nobody states another
-# What cannot be read off the shapes of a model of unusual widths, by component folder.
-HEADS = {"unet": "attention_head_dim", "text_encoder": "num_attention_heads"}
 
 # Entries of a config.json that say nothing about the model.
 NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}
-# Sizes in the tables that no shape of a tensor follows from.
-FREE_SIZES = {"sample_size", "bos_token_id", "eos_token_id"}
-_STRUCTURE = {"down_block_types", "up_block_types", "layers_per_block", "use_linear_projection"}
 _SAVE_AGAIN = "Correct it, or save the pipeline again with diffusers' save_pretrained."
 # Sections of kcv2diffusers.json beside those of the components, as `to_keras` writes them: entries of
 # config.json files that no table has, by component; the scheduler's config; the dtypes of a pipeline.
 _OTHERS, _SCHEDULER, _DTYPES = "others", "scheduler", "dtypes"
-_MODEL_INDEX: dict[str, Any] = {
-    "_class_name": "StableDiffusionPipeline",
-    "feature_extractor": [None, None],
-    "image_encoder": [None, None],
-    "requires_safety_checker": False,
-    "safety_checker": [None, None],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-}
 
 
-def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
-
-
-def model_index(tables: Mapping[str, Table], scheduler: str = SCHEDULER["_class_name"]) -> dict[str, Any]:
-    """model_index.json of a pipeline of these components and a scheduler of this class."""
-    components = {name: table.diffusers.split(".") for name, table in tables.items()}
-    return _MODEL_INDEX | components | {"scheduler": ["diffusers", scheduler]}
+def model_index(family: Family, scheduler: str | None) -> dict[str, Any]:
+    """model_index.json of a family's pipeline with a scheduler of this class of diffusers (None: without)."""
+    components = {table.folder: table.diffusers.split(".") for table in tables_of(family)}
+    schedulers = {SCHEDULER_FILE.parent.name: ["diffusers", scheduler]} if scheduler else {}
+    return {**family.index, **components, **schedulers}
 
 
 def config_of(
@@ -70,7 +54,7 @@ def config_of(
     sizes = {
         **dims,
         "image_size": image_size,
-        "sample_size": image_size // 8,
+        "sample_size": image_size // PIXELS_PER_LATENT,
         "bos": dims.get("bos", words - 2),
         "eos": dims.get("eos", words - 1),
     }
@@ -82,25 +66,22 @@ def config_of(
 
 def untold(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a component's config.json that its weights do not tell."""
-    names = {
-        "norm_num_groups",
-        "sample_size",
-        *(name for version in table.versions.values() for name in version.config),
-    }
-    return {name: value for name, value in config.items() if name in names}
+    return {name: value for name, value in config.items() if name in table.untold}
 
 
 def check_sizes(path: Path, match: Match, config: Mapping[str, Any], remedy: str = _SAVE_AGAIN) -> None:
     """Raise SourceError unless a model built from the config at `path` has the tensors that are there.
 
-    What the shapes of a model follow from are its entries that have sizes in the table, and `_STRUCTURE`;
-    an entry that is left out has Stable Diffusion's own value.
+    What the shapes of a model follow from are its entries that have sizes in the table, and those of its
+    structure; an entry that is left out has Stable Diffusion's own value.
     """
     table = match.spec.table
-    wanted = config_of(table, match.version, match.dims, image_size=IMAGE_SIZE)
+    wanted = config_of(table, match.version, match.dims, image_size=family_of([match.part]).image_size)
     for name in {**table.config, **table.versions[match.version].config}:
         shapes = _follows(table, name)
-        if not (shapes or name in _STRUCTURE) or (name not in config and (match.known or not shapes)):
+        if not (shapes or name in table.entries.structure):
+            continue
+        if name not in config and (match.known or not shapes):
             continue
         if (has := config.get(name)) != wanted[name]:
             raise SourceError(path, f"{name} is {has}, the weights have {wanted[name]}.", remedy)
@@ -108,17 +89,17 @@ def check_sizes(path: Path, match: Match, config: Mapping[str, Any], remedy: str
 
 def require_heads(match: Match, overrides: Mapping[str, Any]) -> None:
     """Raise Error for a model of unusual widths whose number of heads nobody states, or states wrongly."""
-    folder = match.spec.table.folder
-    heads = HEADS.get(folder)
+    folder, entries = match.spec.table.folder, match.spec.table.entries
+    heads = entries.heads
     if not heads or (match.known and heads not in overrides):
         return
     if heads not in overrides:
         raise Error(
-            f"{match.source.path}: a {NAMES[match.part]} of unusual widths, whose number of heads cannot be "
+            f"{match.source.path}: a {match.label} of unusual widths, whose number of heads cannot be "
             f"read off the weights.\nPut {{{json.dumps(folder)}: {{{json.dumps(heads)}: N}}}} into "
             f"{_beside(match.source.path) / CONFIG_FILE}, or give a --base pipeline of the same shape."
         )
-    widths = [match.dims[name] for name in ("width", "c0", "c1", "c2", "c3") if name in match.dims]
+    widths = [match.dims[name] for name in entries.head_widths]
     stated = overrides[heads]
     numbers = stated if isinstance(stated, list) else [stated] * len(widths)
     if len(numbers) != len(widths) or not all(
@@ -149,7 +130,7 @@ def user_config(path: Path, table: Table) -> dict[str, Any]:
     The file maps a component folder to entries of its config.json. Raises SourceError for anything else.
     """
     file, entries = _section(path, table.folder)
-    known = {*table.config, *(k for v in table.versions.values() for k in v.config)}
+    known = table.known_entries
     if unknown := sorted(entries.keys() - known):
         problem = f"{table.folder}: unknown entries {', '.join(unknown)}."
         raise SourceError(file, problem, f"Known are {', '.join(sorted(known))}.")
@@ -199,7 +180,8 @@ def carried(
     stated: dict[str, dict[str, Any]] = {_OTHERS: {}}
     for folder, (match, config) in components.items():
         table = match.spec.table
-        written = config_of(table, match.version, match.dims, image_size=IMAGE_SIZE)
+        size = family_of([match.part]).image_size
+        written = config_of(table, match.version, match.dims, image_size=size)
         kept = {name: value for name, value in config.items() if _is_entry(name)}
         own = {k: v for k, v in kept.items() if k in written and v != written[k] and not _follows(table, k)}
         stated[folder] = ({} if match.known else untold(table, config)) | own
@@ -216,7 +198,7 @@ def _is_entry(name: str) -> bool:
 
 def _follows(table: Table, name: str) -> bool:
     """Whether an entry of config.json follows from the shapes of the weights."""
-    return "$" in str(table.config.get(name)) and name not in FREE_SIZES
+    return "$" in str(table.config.get(name)) and name not in table.entries.choices
 
 
 def _section(path: Path, name: str) -> tuple[Path, dict[str, Any]]:

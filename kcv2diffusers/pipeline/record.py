@@ -16,15 +16,14 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from kcv2diffusers.environment import own_version
 from kcv2diffusers.errors import SourceError
 from kcv2diffusers.hub.address import cached
 from kcv2diffusers.json_text import parse_object
+from kcv2diffusers.pipeline_files import CARD, CONVERSION_FILE
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.source import Source
 
-CONVERSION_FILE = "conversion.json"
-# What `--verify` found: figures for the card. It is not published, because it holds paths.
-VERIFICATION_FILE = "verification.json"
 _BLOCK = 16 << 20  # bytes hashed at a time
 _LICENSE = re.compile(r"^(license|license_name|license_link):[ \t]*['\"]?([\w.:/-]+)['\"]?[ \t]*$", re.M)
 _FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)\r?\n---", re.S)
@@ -55,12 +54,10 @@ def record(
 
     `out` is where the pipeline will be, `bases` the paths that filled in for missing parts.
     """
-    from kcv2diffusers import __version__
-
     homes = {_home(path): None for path in (*(m.source.path for m in parts.values()), *bases)}
     stated = {home: license_of(home) for home in homes}
     return {
-        "tool": f"kcv2diffusers {__version__}",
+        "tool": f"kcv2diffusers {own_version()}",
         "parts": {part: _part(match, out) for part, match in parts.items()},
         "bases": sorted({_named(_home(path)) for path in bases}),
         "origins": [
@@ -85,7 +82,7 @@ def _named(path: Path) -> str:
 def license_of(folder: Path) -> dict[str, str]:
     """`license`, `license_name` and `license_link` of a model card in a folder, where it states them."""
     try:
-        text = (folder / "README.md").read_bytes()[: 1 << 20].decode("utf-8-sig", "replace")
+        text = (folder / CARD).read_bytes()[: 1 << 20].decode("utf-8-sig", "replace")
     except OSError:
         return {}
     front = _FRONT_MATTER.match(text)
@@ -138,7 +135,8 @@ def published(folder: Path, progress: Callable[[int, int], None]) -> dict[str, A
                 progress(done := done + len(block), total)
         file["sha256"] = digest.hexdigest()
     for file in files:
-        file.pop("path", None), file.pop("modified", None)
+        for name in ("path", "modified"):
+            file.pop(name, None)
     return data
 
 

@@ -7,11 +7,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+from kcv2diffusers.diffusion import Schedule
 from kcv2diffusers.errors import SourceError
-from kcv2diffusers.schedule import Schedule
+from kcv2diffusers.pipeline_files import SCHEDULER_FILE
 from kcv2diffusers.sources.diffusers_pipeline import PREDICTION_TYPES, read_json
 
-SCHEDULER_FILE = Path("scheduler", "scheduler_config.json")
 # KerasCV's sampler visits integer timesteps of its own choosing. This scheduler, given those as
 # `timesteps=`, replays it; DDIM cannot, because it derives the previous timestep by itself. Without
 # `timesteps=` the offset counts, and diffusers warns of any but 1. Entries that Euler does not have are for

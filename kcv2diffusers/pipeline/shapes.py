@@ -7,9 +7,9 @@ from functools import cache
 from typing import Any
 
 from kcv2diffusers.pipeline.configs import untold, user_config
+from kcv2diffusers.sources.gather import gather
 from kcv2diffusers.sources.locate import TINY, locate_all
-from kcv2diffusers.sources.open import open_all
-from kcv2diffusers.sources.recognise import Match, add_part, recognise
+from kcv2diffusers.sources.recognise import Match
 
 
 def stated_beside(match: Match, base_states: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -35,7 +35,4 @@ def same_shape(match: Match, other: Match | None) -> bool:
 @cache
 def shipped() -> Mapping[str, Match]:
     """The parts of the base that ships with the package."""
-    parts: dict[str, Match] = {}
-    for source in open_all(locate_all(TINY)):
-        add_part(parts, recognise(source))
-    return parts
+    return gather(locate_all(TINY))

@@ -10,7 +10,6 @@ from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.pipeline.tokenizer_files import TokenizerFiles
 from kcv2diffusers.sources.recognise import Match
 
-CLIP_VOCABULARY = 49408
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kcv2diffusers.hub.client import redact
+from kcv2diffusers.maps.parts import label
 from kcv2diffusers.publish.card_facts import Facts
-from kcv2diffusers.sources.recognise import NAMES
 
 # What a user of the pipeline has to know: when, and the words. The keys may be stated by whoever publishes.
 CAVEATS: dict[str, tuple[Callable[[Facts], bool], str]] = {
@@ -127,9 +127,7 @@ def _conversion(facts: Facts) -> str:
     for part, source in facts.conversion["parts"].items():
         for file in source["files"]:
             digest = f"`{file['sha256']}`" if "sha256" in file else "not known"
-            rows.append(
-                (NAMES.get(part, part), f"{_plain(file['name'])} ({_plain(source['container'])})", digest)
-            )
+            rows.append((label(part), f"{_plain(file['name'])} ({_plain(source['container'])})", digest))
     head = f"By `{_plain(facts.conversion['tool'])}` from these files:"
     return f"{head}\n\n" + _table(["part", "file", "SHA-256"], rows)
 

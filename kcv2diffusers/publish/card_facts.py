@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kcv2diffusers.dreambooth.config import PUBLIC, RUN_FILE, read_options
+from kcv2diffusers.dreambooth.config import PUBLIC, read_options
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import SCHEME, parse
 from kcv2diffusers.json_text import parse_object
 from kcv2diffusers.pipeline import record
-from kcv2diffusers.publish.check import Checked, Progress, variant_of
+from kcv2diffusers.pipeline_files import RUN_FILE, VERIFICATION_FILE, variant_of
+from kcv2diffusers.publish.check import Checked, Progress
 
 _OLD_KERAS = (2, 12)  # the newest that keras-cv before 0.5, the stack of the 2023 DreamBooth sprint, ran on
 
@@ -76,7 +77,7 @@ def gather(
         checked,
         conversion,
         _run(folder / RUN_FILE),
-        figures(folder / record.VERIFICATION_FILE),
+        figures(folder / VERIFICATION_FILE),
         [name for name in checked.files if name.endswith(".png")],
         stated,
         base_model or _base_model(conversion),

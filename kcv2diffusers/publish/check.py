@@ -10,29 +10,41 @@ from typing import Any
 
 import numpy as np
 
-from kcv2diffusers.dreambooth.config import RUN_FILE
 from kcv2diffusers.errors import Error, SourceError, plain
-from kcv2diffusers.maps.tables import tables
+from kcv2diffusers.maps.parts import families, family_named, label
+from kcv2diffusers.maps.tables import tables_of
 from kcv2diffusers.pipeline.configs import check_sizes
-from kcv2diffusers.pipeline.record import CONVERSION_FILE, VERIFICATION_FILE
 from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer
+from kcv2diffusers.pipeline_files import (
+    CARD,
+    COMPONENT_CONFIG,
+    CONVERSION_FILE,
+    EMBEDDINGS_PATTERN,
+    LORA_FILE,
+    MODEL_INDEX,
+    RUN_FILE,
+    SCHEDULER_FILE,
+    TOKENIZER,
+    VERIFICATION_FILE,
+    variant_of,
+)
 from kcv2diffusers.sources.diffusers_pipeline import read_json, read_pipeline, read_safetensors
-from kcv2diffusers.sources.recognise import NAMES, Match
+from kcv2diffusers.sources.gather import version_of
+from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.tensor import Tensor
 
 Progress = Callable[[int, int], None]
 
-CARD = "README.md"
 _AGAIN = "Convert or save the pipeline again."
 _SLICE = 16 << 20  # bytes looked at at a time
 # What is published: of the root, and of each component's folder. Anything else stays at home.
 _ROOT = (
-    "model_index.json",
+    MODEL_INDEX,
     CARD,
     CONVERSION_FILE,
     "LICENSE*",
-    "learned_embeds*.safetensors",
-    "pytorch_lora_weights.safetensors",
+    EMBEDDINGS_PATTERN,
+    LORA_FILE,
     RUN_FILE,
     "*.png",
 )
@@ -52,18 +64,19 @@ class Checked:
 
     @property
     def version(self) -> str:
-        return self.parts["unet"].version
+        """The version of the model: "sd1" or "sd2"."""
+        return version_of(self.parts)
 
 
 def check(folder: Path, progress: Progress = lambda done, total: None) -> Checked:
-    """Check a pipeline folder; `progress` is told bytes of weights, done and in total.
+    """Check a pipeline folder; `progress` is called with the bytes of weights done and in total.
 
     Raises Error for what may not be published: missing parts or configs, weights that do not fit their
     configs, values that are not finite, links out of the folder.
     """
-    if not (folder / "model_index.json").is_file():
+    if not (folder / MODEL_INDEX).is_file():
         raise SourceError(folder, "not a diffusers pipeline (no model_index.json).", "Check the path.")
-    index = read_json(folder / "model_index.json", _AGAIN)
+    index = read_json(folder / MODEL_INDEX, _AGAIN)
     components = [name for name, entry in index.items() if isinstance(entry, list) and any(entry)]
     files, left_out = _published(folder, components)
     if gone := [name for name in components if not any(f.startswith(f"{name}/") for f in files)]:
@@ -71,11 +84,12 @@ def check(folder: Path, progress: Progress = lambda done, total: None) -> Checke
             f"{folder}: model_index.json names {plain(', '.join(gone))}, not there.\n"
             "Convert or save it again."
         )
-    for table in tables().values():
+    family = family_named(str(index.get("_class_name"))) or families()[0]
+    for table in tables_of(family):
         if index.get(table.folder) != (expected := table.diffusers.split(".")):
             raise Error(
-                f"{folder / 'model_index.json'}: {table.folder} is not {'.'.join(expected)}, as Stable "
-                f"Diffusion's.\n{_AGAIN}"
+                f"{folder / MODEL_INDEX}: {table.folder} is not {'.'.join(expected)}, as in {family.label}.\n"
+                f"{_AGAIN}"
             )
     parts: dict[str, Match] = {}
     for variant in sorted(
@@ -84,19 +98,26 @@ def check(folder: Path, progress: Progress = lambda done, total: None) -> Checke
         for name, component in read_pipeline(folder, variant=variant or None).items():
             for match in component.parts.values():
                 match.require_complete()
-                check_sizes(folder / name / "config.json", match, component.config)
+                check_sizes(folder / name / COMPONENT_CONFIG, match, component.config)
             parts |= component.parts
-    if missing := [NAMES[part] for part in NAMES if part not in parts]:
+    if missing := [label(part) for part in family.parts if part not in parts]:
         raise Error(f"{folder}: no {', '.join(missing)}; not a whole pipeline.\n{_AGAIN}")
-    words = len((tokenizer := find_tokenizer(folder / "tokenizer")).vocab) + len(tokenizer.placeholder_tokens)
-    if words > (rows := parts["text_encoder"].dims["vocabulary"]):
-        raise Error(
-            f"{folder}: the tokenizer has {words} tokens and the text encoder {rows}.\n"
-            f"Put the text encoder's own into {folder / 'tokenizer'}, or convert again with --tokenizer."
-        )
-    read_json(folder / "scheduler" / "scheduler_config.json", _AGAIN)
+    if family.tokenizer_part:
+        _check_tokenizer(folder, parts[family.tokenizer_part])
+    if family.scheduler_part:
+        read_json(folder / SCHEDULER_FILE, _AGAIN)
     _finite([t for f in files if f.endswith(".safetensors") for t in read_safetensors(folder / f)], progress)
     return Checked(folder, files, left_out, parts)
+
+
+def _check_tokenizer(folder: Path, text: Match) -> None:
+    tokenizer = find_tokenizer(folder / TOKENIZER)
+    words, rows = len(tokenizer.vocab) + len(tokenizer.placeholder_tokens), text.dims["vocabulary"]
+    if words > rows:
+        raise Error(
+            f"{folder}: the tokenizer has {words} tokens and the {text.label} {rows}.\n"
+            f"Put the {text.label}'s own into {folder / TOKENIZER}, or convert again with --tokenizer."
+        )
 
 
 def _published(folder: Path, components: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -118,11 +139,6 @@ def _published(folder: Path, components: Sequence[str]) -> tuple[list[str], list
         else:
             files.append(name)
     return files, left_out
-
-
-def variant_of(name: str) -> str:
-    """What stands between the name of a weight file and .safetensors: "fp16", or nothing."""
-    return name.rsplit("/")[-1].removesuffix(".safetensors").partition(".")[2]
 
 
 def _finite(tensors: Sequence[Tensor], progress: Progress) -> None:

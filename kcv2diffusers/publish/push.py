@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.client import NOT_LOGGED_IN, asking, connect, require_hub, token_of
-from kcv2diffusers.pipeline.record import CONVERSION_FILE
+from kcv2diffusers.pipeline_files import CARD, CONVERSION_FILE
 from kcv2diffusers.publish.card import STATED, model_card
 from kcv2diffusers.publish.card_facts import Facts, gather
-from kcv2diffusers.publish.check import CARD, Progress, check
+from kcv2diffusers.publish.check import Progress, check
 from kcv2diffusers.publish.names import check_names
 
 if TYPE_CHECKING:

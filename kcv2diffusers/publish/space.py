@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from kcv2diffusers.hub.client import require_hub
+from kcv2diffusers.pipeline_files import CARD
 from kcv2diffusers.publish.card_facts import Facts, gather
-from kcv2diffusers.publish.check import CARD, check
+from kcv2diffusers.publish.check import check
 from kcv2diffusers.publish.names import check_names
 from kcv2diffusers.system.output import new_folder
 

@@ -14,7 +14,9 @@ from safetensors import SafetensorError, safe_open
 from kcv2diffusers.dtypes import SAFETENSORS
 from kcv2diffusers.errors import SourceError, reading
 from kcv2diffusers.json_text import parse_object
-from kcv2diffusers.maps.tables import Table, specs, tables
+from kcv2diffusers.maps.parts import family_named
+from kcv2diffusers.maps.tables import Table, specs, tables, tables_of
+from kcv2diffusers.pipeline_files import COMPONENT_CONFIG, MODEL_INDEX, SCHEDULER_FILE, weight_names
 from kcv2diffusers.sources.foreign import require_own
 from kcv2diffusers.sources.recognise import Match, fit_diffusers
 from kcv2diffusers.sources.source import Source, Style
@@ -58,8 +60,8 @@ class Component:
 
 def is_pipeline(path: Path) -> bool:
     """Whether `path` is a folder with diffusers components (model_index.json may be missing)."""
-    return (path / "model_index.json").is_file() or any(
-        (path / table.folder / "config.json").is_file() for table in tables().values()
+    return (path / MODEL_INDEX).is_file() or any(
+        (path / table.folder / COMPONENT_CONFIG).is_file() for table in tables().values()
     )
 
 
@@ -74,7 +76,7 @@ def read_pipeline(
     if not folder.is_dir():
         raise SourceError(folder, "no such folder.", "Check the path.")
     found = {}
-    for table in tables().values():
+    for table in _tables(folder):
         component = folder / table.folder
         with reading(component):
             if component.is_dir() and (wanted is None or table.folder in wanted):
@@ -89,10 +91,20 @@ def read_pipeline(
     return found
 
 
+def _tables(folder: Path) -> list[Table]:
+    """The tables of a pipeline's components: those of its family, or all where no index names one."""
+    index = folder / MODEL_INDEX
+    with reading(index):
+        data = parse_object(index.read_bytes()[: 1 << 20]) if index.is_file() else None
+    name = (data or {}).get("_class_name")
+    family = family_named(name) if isinstance(name, str) else None
+    return tables_of(family) if family else list(tables().values())
+
+
 def _refuse_family(folder: Path) -> None:
     """Raise SourceError for a pipeline without any component that Stable Diffusion has."""
-    if (folder / "model_index.json").is_file():
-        name = read_json(folder / "model_index.json").get("_class_name")
+    if (folder / MODEL_INDEX).is_file():
+        name = read_json(folder / MODEL_INDEX).get("_class_name")
         raise SourceError(folder, f"a pipeline of another family ({name}).", _FAMILIES_READ)
 
 
@@ -101,7 +113,7 @@ def prediction_of(folder: Path) -> str:
 
     Raises SourceError for anything else.
     """
-    path = folder / "scheduler" / "scheduler_config.json"
+    path = folder / SCHEDULER_FILE
     stated = (
         read_json(path).get("prediction_type", PREDICTION_TYPES[0]) if path.exists() else PREDICTION_TYPES[0]
     )
@@ -121,7 +133,7 @@ def _component(folder: Path, table: Table, variant: str | None, strict: bool) ->
             parts[part] = best
     claimed = {id(t) for match in parts.values() for t in match.found.values()}
     stray = [t for t in source.flat if id(t) not in claimed and table.rename(t.name)]
-    config = read_json(folder / "config.json")
+    config = read_json(folder / COMPONENT_CONFIG)
     if strict and any(match.problems for match in parts.values()) and (family := _family(config)):
         raise SourceError(weights, f"of {family}, which is not read here.", _FAMILIES_READ)
     if strict and any(".base_layer." in t.name for t in source.flat):
@@ -141,12 +153,10 @@ def _family(config: dict[str, Any]) -> str | None:
 
 
 def _weights(folder: Path, name: str, variant: str | None) -> Path:
-    stem, suffix = name.rsplit(".", 1)
-    plain = folder / name
-    wanted = folder / f"{stem}.{variant}.{suffix}"
-    for path in (wanted, plain) if variant else (plain, *sorted(folder.glob(f"{stem}.*.{suffix}"))):
-        if path.is_file():
-            return path
+    there = [] if variant else [path.name for path in folder.iterdir()]
+    for file in weight_names(name, variant, there):
+        if (folder / file).is_file():
+            return folder / file
     if list(folder.glob("*.bin")):
         raise SourceError(
             folder,

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from kcv2diffusers.errors import SourceError, reading
+from kcv2diffusers.errors import SourceError, pipeline_given, reading
 from kcv2diffusers.maps.tables import specs
+from kcv2diffusers.pipeline_files import MODEL_INDEX
 from kcv2diffusers.sources.foreign import reason, require_own
 from kcv2diffusers.sources.source import Source
 from kcv2diffusers.sources.tensor_bundle import is_table
 
 _ENDINGS = (".h5", ".hdf5", ".keras", ".weights.json")
-NOT_KERAS = "a diffusers pipeline, not a Keras checkpoint."
 _KINDS = (
     "Legacy .h5, whole-model .h5, .weights.h5 (or the .weights.json of its shards), .keras, "
     "SavedModel folders and TensorFlow checkpoints are read."
@@ -68,8 +68,8 @@ def _checkpoint(prefix: Path) -> list[Source]:
 def _folder(path: Path) -> list[Source]:
     from kcv2diffusers.sources import hdf5
 
-    if (path / "model_index.json").is_file():
-        raise SourceError(path, NOT_KERAS, "Give it with --base, or to to-keras.")
+    if (path / MODEL_INDEX).is_file():
+        raise pipeline_given(path)
     if (path / "saved_model.pb").is_file():
         raise SourceError(
             path, "a SavedModel without its variables/ folder.", "Download that folder as well."

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kcv2diffusers.errors import Error, PlanError, SourceError, plain
+from kcv2diffusers.errors import PlanError, SourceError, plain
 from kcv2diffusers.hub.address import shown
+from kcv2diffusers.maps.parts import label
 from kcv2diffusers.maps.tables import REPEAT, Slot, Spec, specs
 from kcv2diffusers.sources.leftovers import EMA, described, is_average, kind_of
 from kcv2diffusers.sources.pieces import pieces_of
@@ -24,12 +25,6 @@ from kcv2diffusers.sources.tensor import Tensor
 
 _LISTED = 8
 _MAX_REPEAT = 1000  # layers of one kind, so that a layer named so_and_so_999999999 is not taken at its word
-NAMES = {
-    "unet": "UNet",
-    "text_encoder": "text encoder",
-    "vae_decoder": "VAE decoder",
-    "vae_encoder": "VAE encoder",
-}
 
 
 @dataclass(frozen=True)
@@ -57,6 +52,11 @@ class Match:
     @property
     def part(self) -> str:
         return self.spec.part
+
+    @property
+    def label(self) -> str:
+        """What messages call the part."""
+        return label(self.part)
 
     @property
     def version(self) -> str:
@@ -90,7 +90,7 @@ class Match:
         if not self.problems:
             lines = [f"{self.place}: has tensors that belong to no part of Stable Diffusion:"]
         else:
-            lines = [f"{self.place}: not a complete KerasCV {NAMES[self.part]}:"]
+            lines = [f"{self.place}: not a complete KerasCV {self.label}:"]
         for title, entries in (
             ("missing", self.missing),
             ("unexpected", self.unexpected),
@@ -341,14 +341,3 @@ def _could_be(slot: Slot, tensor: Tensor) -> bool:
     return len(slot.shape) == len(tensor.shape) and all(
         size.value({}) in (None, value) for size, value in zip(slot.shape, tensor.shape, strict=True)
     )
-
-
-def add_part(parts: dict[str, Match], match: Match) -> None:
-    """Put `match` among `parts`. Raises Error if there is another source for its part."""
-    if match.part in parts:
-        first = parts[match.part]
-        remedy = "Give only one of them."
-        if first.source.path == match.source.path:
-            remedy = "Save the one that is wanted in a file of its own (save_weights of that model)."
-        raise Error(f"Two {NAMES[match.part]}s: {first.place} and {match.place}.\n{remedy}")
-    parts[match.part] = match

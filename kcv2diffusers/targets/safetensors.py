@@ -32,7 +32,7 @@ class Entry:
     core: tuple[int, int, int] | None
 
 
-def to_diffusers(match: Match) -> list[Entry]:
+def diffusers_entries(match: Match) -> list[Entry]:
     """The diffusers tensors of a part, from either side."""
     entries = []
     for slot, tensor in match.slots():

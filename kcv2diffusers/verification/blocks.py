@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from kcv2diffusers.maps.tables import REPEAT
 from kcv2diffusers.sources.recognise import Match
 
 
@@ -19,18 +20,15 @@ class Module:
 
 def modules_of(match: Match) -> list[Module]:
     """The blocks of a part in the order of the Keras model's layers."""
-    modules, ordinals = [], dict[str, int]()
+    modules = []
     table = match.spec.table.name
-    for row in match.spec.rows:
-        for i in range(match.dims["repeat"]) if row.repeated else (None,):
-            number = ordinals.get(row.layer, 0)
-            ordinals[row.layer] = number + 1
-            text = json.dumps([row.layer, row.module, " ".join(map(str, row.sizes))])
-            modules.append(
-                Module(
-                    row.module.replace("{i}", str(i)),
-                    f"{row.layer}_{number}" if number else row.layer,
-                    f"{table}.toml: {text}",
-                )
+    for row, number, i in match.spec.layers(match.dims.get(REPEAT, 0)):
+        text = json.dumps([row.layer, row.module, " ".join(map(str, row.sizes))])
+        modules.append(
+            Module(
+                row.module.replace("{i}", str(i)),
+                f"{row.layer}_{number}" if number else row.layer,
+                f"{table}.toml: {text}",
             )
+        )
     return modules

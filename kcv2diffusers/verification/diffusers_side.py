@@ -20,21 +20,17 @@ import numpy as np
 import torch
 import transformers
 
-from kcv2diffusers.schedule import Array
+from kcv2diffusers.diffusion import Array
 from kcv2diffusers.verification import stock_pipeline
 from kcv2diffusers.verification.blocks import modules_of
-from kcv2diffusers.verification.distance import relative_error
 from kcv2diffusers.verification.exchange import Arrays, Progress, side_main
 from kcv2diffusers.verification.images import SIDES
-from kcv2diffusers.verification.inputs import Inputs, batches, block_inputs
+from kcv2diffusers.verification.inputs import batches, block_inputs
+from kcv2diffusers.verification.metrics import relative_error
+from kcv2diffusers.verification.parts import Inputs, known
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.sides import Side, open_sides
-
-CLASSES = {
-    "unet": diffusers.UNet2DConditionModel,
-    "text_encoder": transformers.CLIPTextModel,
-    "vae": diffusers.AutoencoderKL,
-}
+from kcv2diffusers.verification.torch_arrays import first, last
 
 
 @contextmanager
@@ -48,15 +44,6 @@ def numerics(model: Any, kind: str) -> Iterator[None]:
         if "epsilon" in kind:
             stack.enter_context(stock_pipeline.kerascv_epsilon(model))
         yield
-
-
-def kinds_of(side: Side, request: Request) -> list[str]:
-    """How a part is measured: as it is, and with what KerasCV does otherwise; all of it last."""
-    if side.part == "text_encoder":
-        return ["stock"]
-    if side.part == "unet" and side.unet_gelu(request) == "tanh":
-        return ["stock", "epsilon", "gelu", "gelu, epsilon"]
-    return ["stock", "epsilon"]
 
 
 def run(folder: Path, request: Request, progress: Progress) -> None:
@@ -99,7 +86,8 @@ def _variant(sides: dict[str, Side]) -> str | None:
 def _load(side: Side) -> Any:
     """One component alone."""
     table = side.source.spec.table
-    cls: Any = CLASSES[table.folder]
+    library, name = table.diffusers.split(".")
+    cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
     model = cls.from_pretrained(
         side.component.path,
         variant=_variant({side.part: side}),
@@ -109,41 +97,18 @@ def _load(side: Side) -> Any:
     return stock_pipeline.in_float32(model)
 
 
-def first(values: Array) -> torch.Tensor:
-    """To torch, channels first where it is a picture."""
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(values, -1, 1) if values.ndim == 4 else values))
-
-
-def last(values: torch.Tensor) -> Array:
-    """Back to NumPy, channels last where it is a picture."""
-    array: Array = values.float().numpy()
-    return np.moveaxis(array, 1, -1) if array.ndim == 4 else array
-
-
-def forward(side: Side, model: Any, given: Inputs) -> Any:
-    """One forward pass, as StableDiffusionPipeline makes it."""
-    if side.part == "unet":
-        output = model(first(given["latent"]), torch.from_numpy(given["timesteps"]), first(given["context"]))
-        return output.sample
-    if side.part == "text_encoder":
-        return model(torch.from_numpy(given["tokens"]).long())[0]
-    scale = model.config.scaling_factor
-    if side.part == "vae_decoder":
-        return model.decode(first(given["latent"]) / scale).sample
-    return model.encode(first(given["image"])).latent_dist.mean * scale
-
-
 def modules(
     folder: Path, side: Side, request: Request, model: Any, given: Inputs, *, crop: bool
 ) -> dict[str, float]:
     """Write the part's outputs, measured in each way; returns the error of each block, given right inputs."""
     outputs = Arrays(folder / "diffusers")
-    kinds = kinds_of(side, request)
+    adapted = known(side.part)
+    kinds = adapted.kinds(side, request)
     for kind in kinds:
         with numerics(model, kind):
             for number in range(len(next(iter(given.values())))):
                 one = {name: values[number : number + 1] for name, values in given.items()}
-                outputs.save(last(forward(side, model, one)), side.part, kind, number)
+                outputs.save(last(adapted.forward(model, one)), side.part, kind, number)
     with numerics(model, kinds[-1]):
         return _blocks(side, model, block_inputs(given, crop=crop), Arrays(folder / "keras"))
 
@@ -175,7 +140,7 @@ def _blocks(side: Side, model: Any, given: Inputs, expected: Arrays) -> dict[str
                 continue
             handle = torch_modules[module.name].register_forward_hook(compare(module.name))
             stack.callback(handle.remove)
-        forward(side, model, given)
+        known(side.part).forward(model, given)
     return errors
 
 
@@ -191,7 +156,7 @@ def _images(
         return_tensors="np",
     )
     outputs.save(text.input_ids, "tokens")
-    kind = kinds_of(sides["unet"], request)[-1]
+    kind = known("unet").kinds(sides["unet"], request)[-1]
     todo = batches(request, size)
     total, done = 2 * len(todo) * request.steps, 0
     for name, batch in product(SIDES, todo):

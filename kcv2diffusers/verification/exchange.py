@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from kcv2diffusers.diffusion import Array
 from kcv2diffusers.errors import Error, MissingExtra
-from kcv2diffusers.schedule import Array
 from kcv2diffusers.system.processes import start_module
 from kcv2diffusers.verification.request import Request
 

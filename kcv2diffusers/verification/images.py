@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from kcv2diffusers.schedule import Array
-from kcv2diffusers.verification.bars import Bars
-from kcv2diffusers.verification.distance import relative_error
+from kcv2diffusers.diffusion import Array
 from kcv2diffusers.verification.exchange import Arrays
+from kcv2diffusers.verification.metrics import relative_error
 from kcv2diffusers.verification.request import Request
+from kcv2diffusers.verification.tolerances import PSNR, PSNR_ATTRIBUTED
 
 SIDES = ("stock", "attributed")
 
@@ -71,7 +71,7 @@ class Images:
         return found
 
 
-def measure(folder: Path, request: Request, bars: Bars, *, exact: bool) -> Images:
+def measure(folder: Path, request: Request, *, exact: bool) -> Images:
     """The figures from what both sides left in `folder`; `exact` says that both have the same GELU."""
     keras, torch = Arrays(folder / "keras"), Arrays(folder / "diffusers")
     runs = []
@@ -79,9 +79,9 @@ def measure(folder: Path, request: Request, bars: Bars, *, exact: bool) -> Image
         prompt, seed = request.prompts[number // request.seeds], number % request.seeds
         stock, attributed = (_likeness(keras, torch, side, number) for side in SIDES)
         runs.append(Run(prompt, seed, stock, attributed))
-    bar = bars.psnr_attributed if exact else bars.psnr
+    bar = PSNR_ATTRIBUTED if exact else PSNR
     problems = _tokens(keras.load("tokens"), torch.load("tokens"), ["", *request.prompts])
-    return Images(runs, bar, bars.psnr_attributed, problems)
+    return Images(runs, bar, PSNR_ATTRIBUTED, problems)
 
 
 def _likeness(keras: Arrays, torch: Arrays, side: str, number: int) -> Likeness:

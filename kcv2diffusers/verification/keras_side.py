@@ -13,16 +13,17 @@ from typing import Any
 import keras
 import numpy as np
 
-from kcv2diffusers.models import build_decoder, build_image_encoder, build_text_encoder, build_unet
-from kcv2diffusers.models.base import load_weights, text_encoder_config, unet_config, vae_config
+from kcv2diffusers.diffusion import Array
+from kcv2diffusers.models.base import load_weights
 from kcv2diffusers.models.layers import zeros
 from kcv2diffusers.models.sampler import TextToImage
 from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer
-from kcv2diffusers.schedule import Array, timestep_embedding
+from kcv2diffusers.pipeline_files import TOKENIZER
 from kcv2diffusers.verification.blocks import modules_of
 from kcv2diffusers.verification.exchange import Arrays, Progress, side_main
-from kcv2diffusers.verification.inputs import Inputs, batches, block_inputs
+from kcv2diffusers.verification.inputs import batches, block_inputs
+from kcv2diffusers.verification.parts import Inputs, known
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.sides import Side, noise_of, open_sides
 
@@ -47,7 +48,7 @@ def run(folder: Path, request: Request, progress: Progress) -> None:
         if part in wanted:
             given = {name: inputs.load(part, name) for name in wanted[part]}
             _modules(side, model, given, outputs, crop=request.reference == "builtin")
-        kept[part] = model if drawn and part != "vae_encoder" else None
+        kept[part] = model if drawn and known(part).DRAWS else None
         del model
     progress("Keras side: parts", count, count, "")
     if drawn:
@@ -62,20 +63,14 @@ def run(folder: Path, request: Request, progress: Progress) -> None:
 
 def _build(side: Side, request: Request, size: int) -> keras.Model:
     """The part's model with its source's weights, rounded as the pipeline stores them."""
-    source, config = side.source, side.config
+    source = side.source
     with zeros():
         if request.reference == "keras-cv":
             from kcv2diffusers.verification.kerascv import build
 
             model = build(side, size)
-        elif side.part == "unet":
-            model = build_unet(unet_config(source, config, side.unet_gelu(request)))  # type: ignore[arg-type]
-        elif side.part == "text_encoder":
-            model = build_text_encoder(text_encoder_config(source, config))
-        elif side.part == "vae_decoder":
-            model = build_decoder(vae_config(source, config))
         else:
-            model = build_image_encoder(vae_config(source, config))
+            model = known(side.part).build(side, request)
     load_weights(model, source)
     if side.stored != np.dtype("float32"):
         for variable in model.weights:
@@ -87,14 +82,7 @@ def _build(side: Side, request: Request, size: int) -> keras.Model:
 
 def _forward(side: Side, model: keras.Model, given: Inputs) -> Any:
     """One forward pass of one set of inputs."""
-    if side.part == "unet":
-        embedding = timestep_embedding(given["timesteps"], side.source.dims["c0"])
-        return model.predict_on_batch([given["latent"], embedding, given["context"]])
-    if side.part == "text_encoder":
-        tokens = given["tokens"]
-        positions = np.tile(np.arange(tokens.shape[1], dtype="int32"), (len(tokens), 1))
-        return model.predict_on_batch([tokens, positions])
-    return model.predict_on_batch(next(iter(given.values())))
+    return model.predict_on_batch(known(side.part).keras_inputs(side, given))
 
 
 def _modules(side: Side, model: keras.Model, given: Inputs, outputs: Arrays, *, crop: bool) -> None:
@@ -117,7 +105,7 @@ def _images(
     progress: Progress,
 ) -> None:
     inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "keras")
-    tokenizer = Tokenizer.of_files(find_tokenizer(Path(request.pipeline) / "tokenizer"))
+    tokenizer = Tokenizer.of_files(find_tokenizer(Path(request.pipeline) / TOKENIZER))
     sampler = TextToImage(
         models["text_encoder"],
         models["unet"],

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from kcv2diffusers.diffusion import Array
 from kcv2diffusers.models.sampler import TextToImage
 from kcv2diffusers.pipeline.tokenizer_files import BPE_NAME
-from kcv2diffusers.schedule import Array
+from kcv2diffusers.verification.parts import known
 from kcv2diffusers.verification.sides import Side
 
 _HOME = "keras_cv.src.models.stable_diffusion"
@@ -32,26 +33,9 @@ def _get(module: str, name: str) -> Any:
 
 
 def build(side: Side, size: int) -> Any:
-    """KerasCV's model of a part with random weights, for pictures of `size` pixels.
-
-    An SD2 text encoder whose config says "gelu" has the activation it had up to keras-cv 0.6.0.
-    """
+    """KerasCV's model of a part with random weights, for pictures of `size` pixels."""
     name = side.source.spec.keras_class
-    cls = _get(_FILES[name], name)
-    if side.part == "unet":
-        return cls(size, size, 77, download_weights=False)
-    if side.part == "vae_decoder":
-        return cls(size, size, download_weights=False)
-    if side.part == "vae_encoder":
-        return cls(download_weights=False)
-    model = cls(77, side.source.dims["vocabulary"], download_weights=False)
-    if side.source.version == "sd2" and side.config.get("hidden_act", "gelu") == "gelu":
-        from kcv2diffusers.models.layers import ACTIVATIONS
-
-        for layer in model.layers:
-            if hasattr(layer, "clip_attn"):
-                layer.activation = ACTIVATIONS["exact"]
-    return model
+    return known(side.part).kerascv_model(_get(_FILES[name], name), side, size)
 
 
 def drawing(

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kcv2diffusers.verification.bars import Bars
+from kcv2diffusers.maps.parts import parts
 from kcv2diffusers.verification.blocks import Module, modules_of
-from kcv2diffusers.verification.distance import relative_error
 from kcv2diffusers.verification.exchange import Arrays
-from kcv2diffusers.verification.inputs import TIMESTEPS
+from kcv2diffusers.verification.metrics import relative_error
+from kcv2diffusers.verification.parts import known
 from kcv2diffusers.verification.sides import Side
 
 # The ways of `diffusers_side.kinds_of` in words.
@@ -87,16 +87,14 @@ class Part:
         return [f"{self.name}: error {', '.join(beyond)}{where}"]
 
 
-def measure(
-    folder: Path, sides: Mapping[str, Side], wanted: Mapping[str, list[str]], bars: Bars
-) -> list[Part]:
+def measure(folder: Path, sides: Mapping[str, Side], wanted: Mapping[str, list[str]]) -> list[Part]:
     """The figures of each part from what both sides left in `folder`."""
     keras, torch = Arrays(folder / "keras"), Arrays(folder / "diffusers")
     told = json.loads((folder / "diffusers" / "results.json").read_text())
-    parts = []
+    measured = []
     for part in wanted:
         side = sides[part]
-        labels = [f"timestep {t}" for t in TIMESTEPS] if part == "unet" else []
+        labels, tolerances = list(known(part).LABELS), parts()[part].tolerances
         count = len(labels) or next(n for n in range(100) if (part, n) not in keras)
         errors = {
             kind: [
@@ -107,14 +105,14 @@ def measure(
             if (part, kind, 0) in torch
         }
         # Where both sides have the exact GELU there is nothing to allow for.
-        same = part == "unet" and "gelu, epsilon" not in errors
+        loose = known(part).LOOSE in (None, *errors)
         blocks = [
-            Block(module, error, not error <= bars.block[part])
+            Block(module, error, not error <= tolerances["block"])
             for module in modules_of(side.source)
             if (error := told["blocks"][part].get(module.name)) is not None
         ]
-        attributed = bars.attributed[part]
-        bar = attributed if same else bars.stock[part]
+        attributed = tolerances["attributed"]
+        bar = tolerances["stock"] if loose else attributed
         labels = labels or [f"input {n + 1}" for n in range(count)]
-        parts.append(Part(part, side.name, labels, errors, bar, attributed, blocks))
-    return parts
+        measured.append(Part(part, side.name, labels, errors, bar, attributed, blocks))
+    return measured

@@ -15,10 +15,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import escape
 from PIL import Image
 
+from kcv2diffusers.diffusion import Array
 from kcv2diffusers.hub.address import cached, shown
-from kcv2diffusers.schedule import Array
-from kcv2diffusers.sources.recognise import NAMES
-from kcv2diffusers.verification.bars import BARS
+from kcv2diffusers.maps.parts import label, parts
 from kcv2diffusers.verification.chart import log_chart
 from kcv2diffusers.verification.exchange import Arrays
 from kcv2diffusers.verification.images import SIDES, Images
@@ -46,9 +45,9 @@ def write(folder: Path, arrays: Path | None, result: Verified) -> None:
     page = environment.get_template("report.html").render(
         result=result,
         failures=result.failures(),
-        names=NAMES,
+        label=label,
         kinds=KINDS,
-        bars=BARS,
+        tolerances=lambda part: parts()[part].tolerances["block"],
         command=result.request.command(),
         pictures=_pictures(arrays, drawn) if arrays is not None and drawn else [],
         chart=_chart(drawn) if drawn else None,

@@ -6,12 +6,14 @@ import json
 import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from kcv2diffusers.errors import Error, no_choice
 
 LEVELS = ("weights", "modules", "images")
 REFERENCES = ("builtin", "keras-cv")
 GELUS = ("exact", "tanh")
+Gelu = Literal["exact", "tanh"]
 PROMPTS = ("a red car on a street",)
 MULTIPLE = {"builtin": 64, "keras-cv": 128}  # pixels; KerasCV rounds sizes to its own
 _FILE = "request.json"
@@ -31,7 +33,7 @@ class Request:
     base: list[str] = field(default_factory=list)
     variant: str | None = None
     gelu: str | None = None
-    unet_gelu: str = "tanh"
+    unet_gelu: Gelu = "tanh"
     prediction_type: str | None = None
     reference: str = "builtin"
     level: str = "images"

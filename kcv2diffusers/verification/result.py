@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kcv2diffusers.sources.recognise import NAMES
+from kcv2diffusers.maps.parts import label
 from kcv2diffusers.verification.images import Images
 from kcv2diffusers.verification.modules import Part
 from kcv2diffusers.verification.request import Request
@@ -40,7 +40,7 @@ class Verified:
     report: Path | None = None
 
     def failures(self) -> dict[str, list[str]]:
-        """What is outside the bars, by level; empty lists where nothing is."""
+        """What is beyond a tolerance, by level; empty lists where nothing is."""
         found = {"weights": self.weights.failures() + self.settings}
         if self.modules is not None:
             found["modules"] = [failure for part in self.modules for failure in part.failures()]
@@ -50,7 +50,7 @@ class Verified:
 
     @property
     def passed(self) -> bool:
-        """Whether everything is within the bars."""
+        """Whether everything is within the tolerances."""
         return not any(self.failures().values())
 
     @property
@@ -84,7 +84,7 @@ class Verified:
         for part, count in self.weights.tensors.items():
             differ = len(self.weights.problems[part])
             state = f"{differ} tensors differ" if differ else "equal"
-            lines.append(f"  {NAMES[part]}: {count} tensors, {self.weights.dtypes[part]}: {state}")
+            lines.append(f"  {label(part)}: {count} tensors, {self.weights.dtypes[part]}: {state}")
         for setting in self.settings:
             lines.append(f"  {setting}")
         for found in self.modules or []:

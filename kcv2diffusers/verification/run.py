@@ -15,20 +15,22 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from kcv2diffusers.diffusion import PIXELS_PER_LATENT
 from kcv2diffusers.errors import Error
+from kcv2diffusers.maps.parts import family_of, label
 from kcv2diffusers.pipeline.scheduler import deviations
+from kcv2diffusers.pipeline_files import MODEL_INDEX
 from kcv2diffusers.sources.locate import locate_all
-from kcv2diffusers.sources.recognise import NAMES
 from kcv2diffusers.verification import weights
-from kcv2diffusers.verification.bars import BARS
 from kcv2diffusers.verification.exchange import Arrays, Progress, require, run_side
 from kcv2diffusers.verification.inputs import initial_noise, module_inputs
 from kcv2diffusers.verification.request import MULTIPLE, Request
 from kcv2diffusers.verification.result import Input, Verified
 from kcv2diffusers.verification.settings import check_settings
 from kcv2diffusers.verification.sides import Side, noise_of, open_sides, scheduler, source_paths
+from kcv2diffusers.verification.tolerances import PSNR, PSNR_ATTRIBUTED
 
-_IMAGE_SIZE = 512  # pixels, where a pipeline does not state its own
+_MOST_LATENTS = 256  # a side of what a pipeline may state as its size
 _STATED = (".json", ".txt", ".safetensors")  # files of a pipeline that the report lists
 Source = str | PathLike[str]
 
@@ -125,7 +127,7 @@ def _run_sides(
 
     size = _size(request, sides)
     sound = {part: side for part, side in sides.items() if part not in result.weights.broken}
-    left_out = [NAMES[part] for part in result.weights.broken]
+    left_out = [label(part) for part in result.weights.broken]
     if left_out:
         result.notes.append(f"Not run, tensors are missing or wrong: {', '.join(sorted(left_out))}.")
     draw = request.reaches("images") and _can_draw(request, sides, result)
@@ -154,14 +156,14 @@ def _run_sides(
             run_side(f"{side}_side", title, folder, progress, backend)
     told = json.loads((folder / "diffusers" / "results.json").read_text())
     result.versions |= json.loads((folder / "keras" / "versions.json").read_text()) | told["versions"]
-    result.modules = modules.measure(folder, sides, wanted, BARS)
+    result.modules = modules.measure(folder, sides, wanted)
     if any(side.given and side.source.dtypes != [side.stored.name] for side in sound.values()):
         result.notes.append("The Keras side has the weights rounded as the pipeline stores them.")
     if draw:
         from kcv2diffusers.verification import images
 
         exact = sides["unet"].unet_gelu(request) == "exact"
-        found = images.measure(folder, request, BARS, exact=exact)
+        found = images.measure(folder, request, exact=exact)
         assert result.images is None
         result.images = found
         own = [side.name for side in sides.values() if not side.given]
@@ -175,7 +177,7 @@ def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> 
 
     folder = Path(request.pipeline)
     problem = None
-    if not (folder / "model_index.json").is_file() or any(part not in sides for part in NAMES):
+    if not (folder / MODEL_INDEX).is_file() or any(part not in sides for part in family_of(sides).parts):
         raise Error(f"{folder}: not a whole pipeline, which pictures need.\nUse --level modules.")
     if result.weights.broken:
         problem = "not drawn, for tensors that are missing or wrong"
@@ -183,7 +185,7 @@ def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> 
         classes = [s for s in result.settings if s.startswith("model_index.json") or "_class_name" in s]
         problem = f"not drawn, {classes[0]}" if classes else None
     if problem:
-        result.images = Images([], BARS.psnr, BARS.psnr_attributed, [f"pictures: {problem}"])
+        result.images = Images([], PSNR, PSNR_ATTRIBUTED, [f"pictures: {problem}"])
     return problem is None
 
 
@@ -194,7 +196,8 @@ def _size(request: Request, sides: Mapping[str, Side]) -> int:
     unet = sides.get("unet")
     stated = unet.component.config.get("sample_size") if unet else None
     multiple = MULTIPLE[request.reference]
-    size = 8 * stated if type(stated) is int and 0 < stated <= 256 else _IMAGE_SIZE
+    usual = family_of(sides).image_size
+    size = PIXELS_PER_LATENT * stated if type(stated) is int and 0 < stated <= _MOST_LATENTS else usual
     return max(multiple, size // multiple * multiple)
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.maps.tables import tables
+from kcv2diffusers.maps.parts import family_of
 from kcv2diffusers.pipeline.configs import model_index
 from kcv2diffusers.pipeline.tokenizer_files import EOS, TokenizerFiles, find_tokenizer
+from kcv2diffusers.pipeline_files import MODEL_INDEX, SCHEDULER_FILE, TOKENIZER
 from kcv2diffusers.sources.diffusers_pipeline import read_json
 from kcv2diffusers.verification.sides import Side
 
@@ -52,11 +53,11 @@ def check_settings(
         if side.given:
             problems += _config(side)
     problems = list(dict.fromkeys(problems))  # the halves of a VAE share a config
-    if (pipeline / "model_index.json").is_file():
-        problems += _index(pipeline / "model_index.json", str(scheduler["_class_name"]))
-        problems += _scheduler(pipeline / "scheduler" / "scheduler_config.json", scheduler)
-    if (pipeline / "tokenizer").is_dir():
-        problems += _tokenizer(pipeline / "tokenizer", sides, sources)
+    if (pipeline / MODEL_INDEX).is_file():
+        problems += _index(pipeline / MODEL_INDEX, sides, str(scheduler["_class_name"]))
+        problems += _scheduler(pipeline / SCHEDULER_FILE, scheduler)
+    if (pipeline / TOKENIZER).is_dir():
+        problems += _tokenizer(pipeline / TOKENIZER, sides, sources)
     return problems
 
 
@@ -70,16 +71,16 @@ def _config(side: Side) -> list[str]:
     ]
 
 
-def _index(path: Path, scheduler: str) -> list[str]:
+def _index(path: Path, sides: Mapping[str, Side], scheduler: str) -> list[str]:
     """Components of another class. diffusers imports whatever library an entry names."""
-    wanted = model_index({table.folder: table for table in tables().values()}, scheduler)
+    wanted = model_index(family_of(sides), scheduler)
     try:
         actual = read_json(path)
     except SourceError:
         return ["model_index.json: not a JSON object"]
     return [
         f"model_index.json: {name} is {json.dumps(actual.get(name))}, not {json.dumps(wanted[name])}"
-        for name in ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+        for name in sorted(name for name, value in wanted.items() if isinstance(value, list) and any(value))
         if actual.get(name) not in (wanted[name], [*wanted[name][:-1], wanted[name][-1] + "Fast"])
     ]
 
@@ -140,10 +141,10 @@ def _vocabulary(files: TokenizerFiles, sides: Mapping[str, Side], sources: Seque
                 "--tokenizer"
             )
     for source in sources:
-        if not (source / "tokenizer").is_dir():
+        if not (source / TOKENIZER).is_dir():
             continue
         try:
-            other = find_tokenizer(source / "tokenizer")
+            other = find_tokenizer(source / TOKENIZER)
         except Error:
             continue
         if (files.vocab, files.merges) != (other.vocab, other.merges):

@@ -9,24 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from kcv2diffusers.conversion.to_diffusers import Filler, check_together, config_for, find_base, gather
+from kcv2diffusers.conversion.base import Base, find_base
+from kcv2diffusers.conversion.component_config import config_for
+from kcv2diffusers.diffusion import Schedule
 from kcv2diffusers.errors import Error
+from kcv2diffusers.maps.parts import family_of
 from kcv2diffusers.maps.tables import table_of
-from kcv2diffusers.pipeline.configs import HEADS, scheduler_with
+from kcv2diffusers.pipeline.configs import scheduler_with
 from kcv2diffusers.pipeline.scheduler import (
-    SCHEDULER_FILE,
     prediction_in,
     read_scheduler,
     schedule_of,
     scheduler_of,
 )
-from kcv2diffusers.schedule import Schedule
+from kcv2diffusers.pipeline_files import SCHEDULER_FILE
 from kcv2diffusers.sources.diffusers_pipeline import Component, read_pipeline
+from kcv2diffusers.sources.gather import check_together, gather
 from kcv2diffusers.sources.locate import locate_all
-from kcv2diffusers.sources.recognise import NAMES, Match
-from kcv2diffusers.verification.request import Request
-
-_UNTOLD = {"norm_num_groups", *HEADS.values()}
+from kcv2diffusers.sources.recognise import Match
+from kcv2diffusers.verification.request import Gelu, Request
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Side:
 
     @property
     def name(self) -> str:
-        return NAMES[self.part]
+        """What messages call the part."""
+        return self.source.label
 
     @property
     def own(self) -> Match | None:
@@ -61,7 +63,7 @@ class Side:
         dtypes = [tensor.dtype for tensor in self.own.found.values()]
         return max(set(dtypes), key=dtypes.count)
 
-    def unet_gelu(self, request: Request) -> str:
+    def unet_gelu(self, request: Request) -> Gelu:
         """The GELU of the Keras UNet: KerasCV's, or for weights from a pipeline diffusers'."""
         return request.unet_gelu if self.source.keras else "exact"
 
@@ -75,8 +77,8 @@ def open_sides(request: Request) -> dict[str, Side]:
     components = read_pipeline(folder, variant=request.variant, strict=False)
     sources = [path for source in request.sources for path in locate_all(source)]
     parts = gather(sources, request.named)
-    filler = find_base(request.base, parts, request.variant, [])[0] if request.base else Filler()
-    parts |= {part: match for part, match in filler.parts.items() if part not in parts}
+    base = find_base(request.base, parts, request.variant, [])[0] if request.base else Base()
+    parts |= {part: match for part, match in base.parts.items() if part not in parts}
     if not parts:
         raise Error(
             f"Nothing to compare {folder} with.\n"
@@ -86,28 +88,30 @@ def open_sides(request: Request) -> dict[str, Side]:
         if table_of(part).folder not in components:
             there = parts[part].source.path
             raise Error(f"{folder}: has no {table_of(part).folder}/ to compare {there} with.")
-    given = {part: parts[part].require_complete() for part in NAMES if part in parts}
+    given = {part: match.require_complete() for part, match in parts.items()}
     owns = {part: match for component in components.values() for part, match in component.parts.items()}
     sound = {part: match for part, match in owns.items() if not match.problems}
     checked = check_together(sound | given)
     given = {part: checked[part] for part in given}
     sides = {}
-    for part in NAMES:
+    for part in family_of(owns | parts).parts:
         component = components.get(table_of(part).folder)
         if component is None or (part not in given and part not in owns):
             continue
         source, config = given.get(part), component.config
         if source is not None:
-            stating = filler if table_of(part).folder in filler.components else _stating(component)
+            stating = base if table_of(part).folder in base.components else _stating(component)
             config = config_for(source, stating, None, request.gelu, None)
         sides[part] = Side(source or owns[part], component, part in given, config)
     return sides
 
 
-def _stating(component: Component) -> Filler:
+def _stating(component: Component) -> Base:
     """What the pipeline alone may know of a model of unusual widths: its heads and norm groups."""
-    config = {name: value for name, value in component.config.items() if name in _UNTOLD}
-    return Filler(components={component.path.name: replace(component, config=config)})
+    table = next(iter(component.parts.values())).spec.table
+    names = {*table.entries.untold - table.entries.choices, table.entries.heads}
+    config = {name: value for name, value in component.config.items() if name in names}
+    return Base(components={component.path.name: replace(component, config=config)})
 
 
 def source_paths(request: Request) -> list[Path]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from kcv2diffusers.diffusion import Array
 from kcv2diffusers.errors import MissingExtra
 from kcv2diffusers.pipeline.scheduler import SCHEDULER, schedule_of
-from kcv2diffusers.schedule import Array
 
 KERASCV_EPSILON = 1e-5  # of every group normalisation; diffusers has 1e-6 in transformer blocks and the VAE
 

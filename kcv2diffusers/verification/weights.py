@@ -15,7 +15,7 @@ import numpy as np
 from kcv2diffusers.errors import plain
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.system.positioned import read_at
-from kcv2diffusers.targets.safetensors import to_diffusers
+from kcv2diffusers.targets.safetensors import diffusers_entries
 from kcv2diffusers.targets.stream import run
 from kcv2diffusers.targets.transfer import Finding, Job, Worker
 from kcv2diffusers.verification.sides import Side
@@ -97,7 +97,7 @@ def _jobs(side: Side, sides: Mapping[str, Side], problems: list[str]) -> list[Jo
         for tensor in other.own.found.values()
     }
     jobs = []
-    for entry in to_diffusers(side.source):
+    for entry in diffusers_entries(side.source):
         tensor = stored.pop(entry.name, None)
         name = f"{folder}: {entry.name}"
         if tensor is None:

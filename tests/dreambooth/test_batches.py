@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kcv2diffusers.diffusion import LATENT_SCALE
 from kcv2diffusers.dreambooth.batches import Batches, Examples
 from kcv2diffusers.dreambooth.photos import Photo
-from kcv2diffusers.models.config import LATENT_SCALE
 
 
 def photos(*sizes: tuple[int, int]) -> list[Photo]:

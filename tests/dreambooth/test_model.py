@@ -11,10 +11,10 @@ import pytest
 from backend_run import TEXT, UNET, gradients
 
 from kcv2diffusers import models
+from kcv2diffusers.diffusion import SD, Schedule, alphas_cumprod, timestep_embedding
 from kcv2diffusers.dreambooth.lora import add_lora, attention_projections
 from kcv2diffusers.dreambooth.model import DreamBooth, embed
 from kcv2diffusers.models.layers import dense
-from kcv2diffusers.schedule import SD, Schedule, alphas_cumprod, timestep_embedding
 
 RNG = np.random.default_rng(0)
 OPTIONS: dict[str, Any] = {"prior_weight": 0.3, "snr_gamma": 2.0, "prediction_type": "v_prediction"}

@@ -19,12 +19,14 @@ import kcv2diffusers
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import Address, cached, parse
 from kcv2diffusers.hub.listing import candidates, chosen, pipeline_files, unsafe
+from kcv2diffusers.maps.parts import families
 from kcv2diffusers.publish.card import model_card
 from kcv2diffusers.publish.card_facts import gather
 from kcv2diffusers.publish.check import Checked
 from kcv2diffusers.sources.diffusers_pipeline import read_pipeline
 from kcv2diffusers.sources.locate import TINY, locate
-from kcv2diffusers.sources.recognise import NAMES as PARTS
+
+PARTS = families()[0].parts
 
 pytestmark = pytest.mark.slow
 

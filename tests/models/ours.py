@@ -14,8 +14,8 @@ import numpy as np
 from small import relative_error
 
 from kcv2diffusers import models
+from kcv2diffusers.diffusion import timestep_embedding
 from kcv2diffusers.models.layers import zeros
-from kcv2diffusers.schedule import timestep_embedding
 
 
 def main(folder: Path, part: str, version: str) -> None:

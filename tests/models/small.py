@@ -12,8 +12,8 @@ import numpy as np
 from kcv2diffusers import models
 from kcv2diffusers.models import TextEncoderConfig, UNetConfig, VAEConfig
 from kcv2diffusers.models.tokenizer import Tokenizer
-from kcv2diffusers.pipeline.configs import CONFIG_FILE
 from kcv2diffusers.pipeline.tokenizer_files import write_tokenizer
+from kcv2diffusers.pipeline_files import CONFIG_FILE
 
 UNET1 = UNetConfig(widths=(32, 64, 64, 64), heads=(2, 2, 2, 2), context_width=48)
 UNET2 = UNetConfig(widths=(32, 64, 64, 64), heads=(2, 2, 2, 2), context_width=48, linear_projection=True)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from kcv2diffusers import convert, to_keras
+from kcv2diffusers.diffusion import SD, Schedule
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models.base import load_base
 from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.pictures import psnr
 from kcv2diffusers.pipeline.tokenizer_files import write_tokenizer
-from kcv2diffusers.schedule import SD, Schedule
 from kcv2diffusers.sources.locate import TINY, locate
 from kcv2diffusers.verification.stock_pipeline import replay
 

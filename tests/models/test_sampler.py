@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from small import TEXT1, UNET1, VAE, relative_error
 
-from kcv2diffusers import models, schedule
+from kcv2diffusers import diffusion as schedule
+from kcv2diffusers import models
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models import sampler
 from kcv2diffusers.models.tokenizer import BYTES, Tokenizer

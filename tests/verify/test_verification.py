@@ -21,11 +21,12 @@ from safetensors.numpy import load_file, save_file
 
 from kcv2diffusers import convert, verify
 from kcv2diffusers.errors import Error
+from kcv2diffusers.maps.parts import parts
 from kcv2diffusers.verification import diffusers_side, exchange, keras_side
 from kcv2diffusers.verification import run as running
-from kcv2diffusers.verification.bars import BARS
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.result import Verified
+from kcv2diffusers.verification.tolerances import PSNR, PSNR_ATTRIBUTED
 
 pytestmark = pytest.mark.slow
 
@@ -204,8 +205,9 @@ def test_modules(plant: Plant, blocks: list[str], made: tuple[Path, Path], copy:
     (unet,) = result.modules
     departing = [block.module.name for block in unet.departing]
     # Numbers of heads are wrong wherever there are any.
+    tolerances = parts()["unet"].tolerances
     assert departing == blocks or (plant is HEADS and departing[0] == blocks[0] and len(departing) == 16)
-    assert unet.stock > BARS.stock["unet"] and unet.attributed > BARS.attributed["unet"]
+    assert unet.stock > tolerances["stock"] and unet.attributed > tolerances["attributed"]
     (failure,) = result.failures()["modules"]
     layer, row = unet.departing[0].module.layer, unet.departing[0].module.row
     assert blocks[0] in failure and row in failure and layer.rstrip("_0123456789") in row
@@ -303,10 +305,10 @@ def test_a_right_pipeline_passes_with_a_margin(
     assert result.modules is not None and result.images is not None
     for part in result.modules:
         assert 2 * part.stock <= part.bar and 2 * part.attributed <= part.bar_attributed, part
-        assert all(2 * block.error <= BARS.block[part.part] for block in part.blocks)
+        assert all(2 * block.error <= parts()[part.part].tolerances["block"] for block in part.blocks)
         print(part.name, part.stock, part.attributed, max(block.error for block in part.blocks))
     stock, attributed = (getattr(result.images.worst(s), s) for s in ("stock", "attributed"))
-    assert stock.psnr >= BARS.psnr + 6 and attributed.psnr >= BARS.psnr_attributed + 6
+    assert stock.psnr >= PSNR + 6 and attributed.psnr >= PSNR_ATTRIBUTED + 6
     assert len(stock.steps) == 4 and max(attributed.steps) < max(stock.steps)
 
 
@@ -317,7 +319,7 @@ def test_a_part_alone(made: tuple[Path, Path], check: Check) -> None:
     assert list(result.weights.tensors) == ["vae_decoder"]
     assert result.modules is not None and [part.part for part in result.modules] == ["vae_decoder"]
     assert result.images is not None
-    assert result.images.bar == BARS.psnr_attributed  # both sides have the pipeline's GELU
+    assert result.images.bar == PSNR_ATTRIBUTED  # both sides have the pipeline's GELU
     assert result.notes == [
         "For the pictures both sides have the pipeline's own UNet, text encoder, VAE encoder."
     ]

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from kcv2diffusers.schedule import Array
+from kcv2diffusers.diffusion import Array
 
 
 def relative_error(got: Array, expected: Array) -> tuple[float, float]:

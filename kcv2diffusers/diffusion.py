@@ -1,4 +1,6 @@
-"""The noise schedule that a UNet was trained with, and the timesteps at which it is sampled (NumPy only)."""
+"""Latent diffusion in numbers: sizes of latents, the noise schedule that a UNet was trained with, and the
+timesteps at which it is sampled. NumPy only.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,10 @@ from kcv2diffusers.errors import Error
 
 Array = np.ndarray[Any, Any]
 
+LATENT_CHANNELS = 4
+LATENT_SCALE = 0.18215
+"""Latents are the VAE's means times this number, which gives them about unit variance."""
+PIXELS_PER_LATENT = 8
 TRAIN_STEPS = 1000
 SPACINGS = ("leading", "linspace", "trailing")
 _MOST_STEPS = 100_000

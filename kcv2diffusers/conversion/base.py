@@ -1,0 +1,116 @@
+"""The base of a conversion: where the parts come from that are not given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+from kcv2diffusers.errors import Error
+from kcv2diffusers.hub.address import SCHEME
+from kcv2diffusers.maps.parts import Family, family_of, label
+from kcv2diffusers.maps.tables import table_of
+from kcv2diffusers.sources.diffusers_pipeline import Component, is_pipeline, read_pipeline
+from kcv2diffusers.sources.gather import SourcePath, gather, version_of
+from kcv2diffusers.sources.locate import locate_all
+from kcv2diffusers.sources.recognise import Match
+
+
+@dataclass(frozen=True)
+class Base:
+    """Components of a diffusers pipeline, or KerasCV parts, and the paths where they lie."""
+
+    paths: Sequence[Path] = ()
+    components: Mapping[str, Component] = field(default_factory=dict)
+    parts: Mapping[str, Match] = field(default_factory=dict)
+
+
+def find_base(
+    base: SourcePath | Sequence[SourcePath] | None,
+    parts: Mapping[str, Match],
+    variant: str | None,
+    notes: list[str],
+) -> tuple[Base, bool]:
+    """The base of the given `parts`, and whether only these are to be written (`base` is "none").
+
+    Without a `base` it is the default one of the parts' version, if that has one and parts are missing;
+    `notes` then says so.
+    """
+    bases = [] if base is None else [base] if isinstance(base, (str, PathLike)) else list(base)
+    if "none" in map(str, bases):
+        if len(bases) > 1:
+            raise Error("--base none cannot be combined with another --base.")
+        return Base(), True
+    family = family_of(parts)
+    missing = [part for part in family.parts if part not in parts]
+    unusual = [match.part for match in parts.values() if not match.known]
+    paths: list[Path] = []
+    if bases:
+        needed = [*missing, *unusual]
+        paths = [path for b in bases for path in locate_all(b, pipelines=True, parts=needed, variant=variant)]
+    elif missing and not unusual and (default := family.bases.get(version_of(parts))):
+        from kcv2diffusers.hub.download import default_base
+
+        for match in parts.values():
+            match.require_complete()
+        paths = [default_base(default, missing, variant)]
+        notes.append(f"{', '.join(map(label, missing))}: from the default --base, {default}.")
+    folders = [path for path in paths if is_pipeline(path)]
+    if not folders:
+        return Base(paths, parts=gather(paths)), False
+    if len(paths) > 1:
+        raise Error("Give one pipeline folder as --base, or KerasCV files, not both.")
+    wanted = {table_of(part).folder for part in (*missing, *unusual)}
+    components = read_pipeline(folders[0], wanted, variant)
+    found = {part: match for component in components.values() for part, match in component.parts.items()}
+    return Base(paths, components, found), False
+
+
+def find_sibling(
+    sources: Sequence[SourcePath | None], parts: Mapping[str, Match], wanted: bool, notes: list[str]
+) -> list[Path]:
+    """The checkpoint of the text encoder in a repository beside a source without one; only proposed, in
+    `notes`, where it is not `wanted`.
+    """
+    text = family_of(parts).tokenizer_part
+    if text is None or text in parts:
+        return []
+    for source in sources:
+        if isinstance(source, str) and source.startswith(SCHEME):
+            from kcv2diffusers.hub.download import sibling
+
+            if (found := sibling(source)) and wanted:
+                return locate_all(found, parts={text})
+            if found:
+                notes.append(f"{found} exists: --with-sibling takes the {label(text)} from there.")
+    if wanted:
+        raise Error(f"--with-sibling: no hf:// source has a {label(text)} in a repository beside it.")
+    return []
+
+
+def check_missing(
+    family: Family, parts: Mapping[str, Match], missing: Sequence[str], only_given: bool, notes: Sequence[str]
+) -> None:
+    """Raise Error where parts are missing: of a pipeline, or, where `only_given`, of a component."""
+    if not parts:
+        raise Error("Nothing to convert: give checkpoint files or folders.")
+    if missing and not only_given:
+        remark = family.no_base.get(version_of(parts))
+        raise Error(
+            f"A pipeline still needs: {', '.join(map(label, missing))}.\n"
+            + "".join(f"{note}\n" for note in notes)
+            + f"Give {_options(missing)}, or --base PIPELINE{f' ({remark})' if remark else ''} to take them "
+            "from there; --base none writes only the rest."
+        )
+    for part in missing:
+        table = table_of(part)
+        if not parts.keys().isdisjoint(table.parts):
+            both = " and ".join(map(label, table.parts))
+            raise Error(
+                f"{table.folder}/ needs {both}, and the {label(part)} is missing.\nGive {_options([part])}."
+            )
+
+
+def _options(parts: Sequence[str]) -> str:
+    return " ".join(f"--{part.replace('_', '-')} SRC" for part in parts)

@@ -1,0 +1,69 @@
+"""The config.json of a component: from its table, and from the base what weights do not tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kcv2diffusers.conversion.base import Base
+from kcv2diffusers.maps.parts import family_of
+from kcv2diffusers.pipeline.configs import LOADED, NOT_KEPT, check_sizes, config_of, require_heads, untold
+from kcv2diffusers.pipeline.shapes import same_shape, stated_beside
+from kcv2diffusers.pipeline.tokenizer_files import BOS, EOS, TokenizerFiles
+from kcv2diffusers.pipeline.vocabulary import check_ids
+from kcv2diffusers.pipeline_files import COMPONENT_CONFIG
+from kcv2diffusers.sources.diffusers_pipeline import Component
+from kcv2diffusers.sources.recognise import Match
+
+_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
+
+
+def config_for(
+    match: Match, base: Base, image_size: int | None, gelu: str | None, files: TokenizerFiles | None
+) -> dict[str, Any]:
+    """The config.json of the component of a part.
+
+    `image_size` is in pixels (None: as stated beside the checkpoint, else the family's). `gelu` is "exact" or
+    "tanh" and counts for a text encoder whose table has it as an entry of the version. `files` is the
+    tokenizer. Raises Error where the number of heads is not stated, SourceError for entries that the weights
+    contradict.
+    """
+    table = match.spec.table
+    if not match.keras:  # the base's own component, with the base's own config
+        kept = _of_component(match, base.components[table.folder])
+        return kept if "_class_name" in kept else kept | LOADED
+    overrides = stated_beside(match, _of_base(match, base))
+    if gelu and table.versions[match.version].config.get("hidden_act") in _GELU.values():
+        overrides["hidden_act"] = _GELU[gelu]
+    if image_size is not None:
+        overrides.pop("sample_size", None)
+    require_heads(match, overrides)
+    rows = match.dims.get("vocabulary", 0)
+    sizes = {"words": min(table.nominal.get("vocabulary", 0), rows)}
+    if files:
+        sizes = {"words": len(files.vocab), "bos": files.vocab[BOS], "eos": files.vocab[EOS]}
+    config = config_of(
+        table,
+        match.version,
+        match.dims | sizes,
+        image_size=image_size or family_of([match.part]).image_size,
+        overrides=overrides,
+    )
+    check_ids(match.source.path, config, rows)
+    return config
+
+
+def _of_component(match: Match, component: Component) -> dict[str, Any]:
+    path = component.path / COMPONENT_CONFIG
+    check_sizes(path, match, component.config)
+    check_ids(path, component.config, match.dims.get("vocabulary", 0))
+    return {k: v for k, v in component.config.items() if k not in NOT_KEPT}
+
+
+def _of_base(match: Match, base: Base) -> dict[str, Any]:
+    """What a base of the same shape says of a model of unusual widths."""
+    table = match.spec.table
+    component = base.components.get(table.folder)
+    other = next(iter(component.parts.values())) if component else base.parts.get(match.part)
+    if match.known or other is None or not same_shape(match, other):
+        return {}
+    return untold(table, component.config) if component else stated_beside(other)

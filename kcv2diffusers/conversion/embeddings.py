@@ -1,0 +1,39 @@
+"""Textual inversion: rows of a token embedding as files of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from kcv2diffusers.pipeline_files import EMBEDDINGS
+from kcv2diffusers.sources.recognise import Match
+from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.targets.safetensors import Entry
+
+_TABLE = "token_embedding.weight"  # how diffusers' name of the token embedding ends
+
+
+def embedding_files(text: Match | None, placeholder_tokens: Sequence[str]) -> dict[str, Entry]:
+    """A file for each placeholder token, as `load_textual_inversion` takes it: {token: [1, width]}. The
+    tokens are the last rows of the text encoder's token embedding, in order.
+    """
+    if text is None or not placeholder_tokens:
+        return {}
+    table = next(tensor for slot, tensor in text.slots() if slot.target.endswith(_TABLE))
+    rows, width = table.shape
+    count = len(placeholder_tokens)
+    return {
+        EMBEDDINGS.format("" if count == 1 else f"-{index}"): Entry(
+            token, (1, width), _row(table, rows - count + index), None
+        )
+        for index, token in enumerate(placeholder_tokens)
+    }
+
+
+def _row(tensor: Tensor, row: int) -> Tensor:
+    width = tensor.shape[1]
+    if tensor.load is not None:
+        load = tensor.load
+        return replace(tensor, shape=(1, width), load=lambda: load()[row : row + 1], crc32c=None)
+    offset = (tensor.offset or 0) + row * width * tensor.dtype.itemsize
+    return replace(tensor, shape=(1, width), offset=offset, crc32c=None)

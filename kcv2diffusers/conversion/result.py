@@ -1,0 +1,57 @@
+"""What `convert` did, or would do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kcv2diffusers.conversion.outline import PLAN, Moved, plan_text
+from kcv2diffusers.maps.parts import label
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What a conversion did, or after a dry run would do. Sizes are in bytes.
+
+    `parts` says of each part where it came from, `sources` are the KerasCV checkpoints among these, `base` is
+    the pipeline folder that the others are from. `moved` says of each part what goes into which file,
+    `scheduler` and `tokenizer` where those come from (None: they are not written). `version` is "sd1", "sd2",
+    or "any" if no part tells it.
+    """
+
+    out: Path
+    version: str
+    complete: bool
+    parts: dict[str, str]
+    sources: dict[str, Path]
+    base: Path | None
+    dtypes: dict[str, str]
+    missing: list[str]
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    notes: list[str] = field(default_factory=list)
+    moved: list[Moved] = field(default_factory=list)
+    scheduler: str | None = None
+    tokenizer: str | None = None
+    dry_run: bool = False
+
+    def plan(self) -> str:
+        """What a dry run found, for a person."""
+        what = "a pipeline" if self.complete else "the given parts"
+        origins = {"scheduler": self.scheduler, "tokenizer": self.tokenizer}
+        notes = [*self.notes, *([] if self.complete else [self.needs()])]
+        return plan_text(f"To write: {what}, {self.out}", self.moved, origins, notes)
+
+    def needs(self) -> str:
+        """What parts without a pipeline lack."""
+        if not self.missing:
+            return "Nothing is missing. Omit --base none to write a full pipeline."
+        return f"A full pipeline still needs: {', '.join(map(label, self.missing))}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; `parts` says there what `sources` and `base` say to Python."""
+        left_out = ("sources", "base", *(() if self.dry_run else PLAN))
+        shown = {name: value for name, value in asdict(self).items() if name not in left_out}
+        return shown | {"out": str(self.out)}

@@ -1,0 +1,89 @@
+"""The parts of a model from several sources: one source for each part, and all of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+
+from kcv2diffusers.errors import Error
+from kcv2diffusers.hub.address import shown
+from kcv2diffusers.maps.parts import family_of, label
+from kcv2diffusers.maps.tables import spec
+from kcv2diffusers.sources.leftovers import summary
+from kcv2diffusers.sources.locate import locate_all
+from kcv2diffusers.sources.open import open_all
+from kcv2diffusers.sources.recognise import Match, recognise_all
+
+SourcePath = str | PathLike[str]
+
+
+def gather(paths: Sequence[Path], named: Mapping[str, SourcePath | None] | None = None) -> dict[str, Match]:
+    """One match for each part of the checkpoints at `paths`, and of those `named` by the part they are for.
+
+    Raises Error if two sources hold the same part, or a named one does not hold its part.
+    """
+    parts: dict[str, Match] = {}
+    for match in recognise_all(open_all(paths)):
+        add_part(parts, match)
+    for part, given in (named or {}).items():
+        if given is None:
+            continue
+        matches = recognise_all(open_all(locate_all(given, parts={part})))
+        fitting = [match for match in matches if match.part == part]
+        if not fitting:
+            held = " and a ".join(match.label for match in matches)
+            raise Error(
+                f"{given}: holds a {held}, not a {label(part)}.\n"
+                f"Omit --{part.replace('_', '-')}: parts are detected from the file."
+            )
+        for match in fitting:
+            add_part(parts, match)
+    return parts
+
+
+def add_part(parts: dict[str, Match], match: Match) -> None:
+    """Put `match` among `parts`. Raises Error if there is another source for its part."""
+    if match.part in parts:
+        first = parts[match.part]
+        remedy = "Give only one of them."
+        if first.source.path == match.source.path:
+            remedy = "Save the one that is wanted in a file of its own (save_weights of that model)."
+        raise Error(f"Two {match.label}s: {first.place} and {match.place}.\n{remedy}")
+    parts[match.part] = match
+
+
+def check_together(parts: Mapping[str, Match]) -> dict[str, Match]:
+    """The parts, if they belong to one model. A part whose sizes do not tell its version gets that of the
+    part that its family names. Raises Error for parts of different models.
+    """
+    family = family_of(parts)
+    for same in family.agreements:
+        one, other = parts.get(same.part), parts.get(same.other)
+        if one and other and one.dims[same.size] != other.dims[same.other_size]:
+            raise Error(
+                f"{_sized(one, same.size)} and {_sized(other, same.other_size)} do not belong together.\n"
+                f"Give a {one.label} and a {other.label} of the same model."
+            )
+    checked = dict(parts)
+    for part, telling in family.version_of.items():
+        if part in parts and telling in parts and not parts[part].known:
+            checked[part] = replace(parts[part], spec=spec(part, parts[telling].version))
+    return checked
+
+
+def _sized(match: Match, size: str) -> str:
+    version = "" if match.version == "any" else f" {match.version.upper()}"
+    return f"{match.source.path} ({match.label}{version}, {size} {match.dims[size]})"
+
+
+def left_out(parts: Mapping[str, Match]) -> list[str]:
+    """A line for each checkpoint with tensors that are of no part."""
+    found = {m.source.path: m.leftovers for m in parts.values() if m.leftovers}
+    return [f"Left out of {shown(path)}: {summary(leftovers)}." for path, leftovers in found.items()]
+
+
+def version_of(parts: Mapping[str, Match]) -> str:
+    """The version that the parts are of: "sd1", "sd2", or "any" if none tells."""
+    return next((match.version for match in parts.values() if match.version != "any"), "any")

@@ -1,0 +1,45 @@
+"""The half of the autoencoder that makes pictures of latents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kcv2diffusers.diffusion import PIXELS_PER_LATENT
+from kcv2diffusers.verification.parts import Inputs
+from kcv2diffusers.verification.request import Request
+from kcv2diffusers.verification.sides import Side
+from kcv2diffusers.verification.torch_arrays import first
+
+LABELS = ()
+DRAWS = True
+LOOSE = None
+
+
+def inputs(side: Side, size: int, rng: np.random.Generator) -> Inputs:
+    cells = size // PIXELS_PER_LATENT
+    return {"latent": rng.standard_normal((1, cells, cells, side.source.dims["latent"]))}
+
+
+def build(side: Side, request: Request) -> Any:
+    from kcv2diffusers.models import build_decoder
+    from kcv2diffusers.models.base import vae_config
+
+    return build_decoder(vae_config(side.source, side.config))
+
+
+def kerascv_model(cls: Any, side: Side, size: int) -> Any:
+    return cls(size, size, download_weights=False)
+
+
+def keras_inputs(side: Side, given: Inputs) -> Any:
+    return given["latent"]
+
+
+def forward(model: Any, given: Inputs) -> Any:
+    return model.decode(first(given["latent"]) / model.config.scaling_factor).sample
+
+
+def kinds(side: Side, request: Request) -> list[str]:
+    return ["stock", "epsilon"]
