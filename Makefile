@@ -61,6 +61,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # The tiny base in Keras and, converted, in diffusers: one picture with both rows, and the report of verify.
 # It runs in the development environment if that is there, or else in a smaller one without TensorFlow and JAX.

@@ -2,6 +2,7 @@
 
 import sys
 
+from kcv2diffusers.errors import Error
 from kcv2diffusers.system.interruption import hold_signals, interruptible
 from kcv2diffusers.system.processes import let_threads_sleep, restart_to_train
 
@@ -14,8 +15,10 @@ def start() -> None:
     else:
         let_threads_sleep()
     with interruptible():
-        from kcv2diffusers.cli import main
-
+        try:
+            from kcv2diffusers.cli import main
+        except Error as error:  # a weight map of the user's
+            sys.exit(f"kcv2diffusers: {error}")
         main()
 
 

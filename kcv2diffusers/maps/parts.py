@@ -94,19 +94,15 @@ def table_data() -> dict[str, dict[str, Any]]:
 @cache
 def parts() -> dict[str, Part]:
     """Every part by name: in the order of the families, then any that is in no family."""
-    found = {
-        name: Part(
-            name,
-            entry.get("label", name),
-            table,
-            re.compile(entry["hint"]["pattern"], re.I) if "hint" in entry else None,
-            entry.get("hint", {}).get("rank", 0),
-            entry.get("tolerances", {}),
-        )
-        for table, data in table_data().items()
-        for name, entry in data["parts"].items()
-    }
+    found: dict[str, Part] = {}
+    for table, data in table_data().items():
+        try:
+            found |= {name: _part(name, table, entry) for name, entry in data["parts"].items()}
+        except (KeyError, TypeError, AttributeError, re.error) as error:
+            raise invalid(f"{table}.toml", error) from error
     order = dict.fromkeys([*(part for family in families() for part in family.parts), *found])
+    if unknown := order.keys() - found.keys():
+        raise invalid("families", ValueError(f"no table has the part {min(unknown)}"))
     return {name: found[name] for name in order}
 
 
@@ -119,7 +115,13 @@ def label(part: str) -> str:
 @cache
 def families() -> tuple[Family, ...]:
     """Every family: ours, then the user's."""
-    return tuple(_family(name, data) for name, data in _read("families/*.toml").items())
+    found = []
+    for name, data in _read("families/*.toml").items():
+        try:
+            found.append(_family(name, data))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise invalid(f"families/{name}.toml", error) from error
+    return tuple(found)
 
 
 def family_of(held: Iterable[str]) -> Family:
@@ -133,6 +135,12 @@ def family_named(pipeline_class: str) -> Family | None:
     return next((family for family in families() if family.index["_class_name"] == pipeline_class), None)
 
 
+def invalid(file: str | Path, error: Exception) -> SourceError:
+    """The refusal of a table or a family that lacks an entry or has one of another form."""
+    problem = f"has no entry {error}" if isinstance(error, KeyError) else str(error)
+    return SourceError(file, f"not a weight map: {problem}.", "Correct it; docs/develop/add-a-component.md.")
+
+
 def _read(pattern: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for folder in folders():
@@ -141,8 +149,20 @@ def _read(pattern: str) -> dict[str, dict[str, Any]]:
                 try:
                     found[path.stem] = tomllib.loads(path.read_text(encoding="utf-8"))
                 except ValueError as error:
-                    raise SourceError(path, f"not a weight map: {error}.", "Correct it.") from None
+                    raise invalid(path, error) from None
     return found
+
+
+def _part(name: str, table: str, data: Mapping[str, Any]) -> Part:
+    hint = data.get("hint", {})
+    return Part(
+        name=name,
+        label=data.get("label", name),
+        table=table,
+        hint=re.compile(hint["pattern"], re.I) if hint else None,
+        rank=hint.get("rank", 0),
+        tolerances=data.get("tolerances", {}),
+    )
 
 
 def _family(name: str, data: Mapping[str, Any]) -> Family:

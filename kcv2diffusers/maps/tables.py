@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from kcv2diffusers.maps.layouts import LAYOUTS, Layout, Variable
-from kcv2diffusers.maps.parts import Family, table_data
+from kcv2diffusers.maps.parts import Family, invalid, table_data
 
 REPEAT = "repeat"
 Condition = tuple["Size", "Size"]
@@ -358,7 +358,13 @@ def _entries(data: Mapping[str, Any]) -> Entries:
 @cache
 def tables() -> dict[str, Table]:
     """Every table by name."""
-    return {name: _load(name, data) for name, data in table_data().items()}
+    found = {}
+    for name, data in table_data().items():
+        try:
+            found[name] = _load(name, data)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise invalid(f"{name}.toml", error) from error
+    return found
 
 
 def tables_of(family: Family) -> list[Table]:

@@ -24,6 +24,7 @@ from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.verification import weights
 from kcv2diffusers.verification.exchange import Arrays, Progress, require, run_side
 from kcv2diffusers.verification.inputs import initial_noise, module_inputs
+from kcv2diffusers.verification.parts import adapter
 from kcv2diffusers.verification.request import MULTIPLE, Request
 from kcv2diffusers.verification.result import Input, Verified
 from kcv2diffusers.verification.settings import check_settings
@@ -177,7 +178,10 @@ def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> 
 
     folder = Path(request.pipeline)
     problem = None
-    if not (folder / MODEL_INDEX).is_file() or any(part not in sides for part in family_of(sides).parts):
+    family = family_of(sides)
+    if any(adapter(part) is None for part in family.parts):
+        raise Error(f"{folder}: pictures of {family.label} cannot be compared here.\nUse --level weights.")
+    if not (folder / MODEL_INDEX).is_file() or any(part not in sides for part in family.parts):
         raise Error(f"{folder}: not a whole pipeline, which pictures need.\nUse --level modules.")
     if result.weights.broken:
         problem = "not drawn, for tensors that are missing or wrong"

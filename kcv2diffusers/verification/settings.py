@@ -46,7 +46,7 @@ def check_settings(
     pipeline: Path, sides: Mapping[str, Side], sources: Sequence[Path], scheduler: Mapping[str, Any]
 ) -> list[str]:
     """Everything that is not as the conversion writes it, one line each. `sources` are checkpoints, beside
-    which a tokenizer may lie; `scheduler` is the config of the UNet's.
+    which a tokenizer may lie; `scheduler` is the config that a conversion writes, empty for none.
     """
     problems = []
     for side in sides.values():
@@ -54,8 +54,9 @@ def check_settings(
             problems += _config(side)
     problems = list(dict.fromkeys(problems))  # the halves of a VAE share a config
     if (pipeline / MODEL_INDEX).is_file():
-        problems += _index(pipeline / MODEL_INDEX, sides, str(scheduler["_class_name"]))
-        problems += _scheduler(pipeline / SCHEDULER_FILE, scheduler)
+        problems += _index(pipeline / MODEL_INDEX, sides, scheduler.get("_class_name"))
+        if scheduler:
+            problems += _scheduler(pipeline / SCHEDULER_FILE, scheduler)
     if (pipeline / TOKENIZER).is_dir():
         problems += _tokenizer(pipeline / TOKENIZER, sides, sources)
     return problems
@@ -71,7 +72,7 @@ def _config(side: Side) -> list[str]:
     ]
 
 
-def _index(path: Path, sides: Mapping[str, Side], scheduler: str) -> list[str]:
+def _index(path: Path, sides: Mapping[str, Side], scheduler: str | None) -> list[str]:
     """Components of another class. diffusers imports whatever library an entry names."""
     wanted = model_index(family_of(sides), scheduler)
     try:

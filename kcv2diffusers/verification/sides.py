@@ -122,12 +122,16 @@ def source_paths(request: Request) -> list[Path]:
 
 
 def scheduler(request: Request, sides: Mapping[str, Side]) -> dict[str, Any]:
-    """The scheduler's config as the conversion writes it: what the UNet was trained with, predicting what
-    `request` says. A UNet that is not among the sources has the pipeline's.
+    """The scheduler's config as the conversion writes it: what a part, for Stable Diffusion the UNet, was
+    trained with, predicting what `request` says. A part that is not among the sources has the pipeline's.
+    Empty for a family without a scheduler.
     """
-    unet = sides.get("unet")
-    if unet is not None and unet.given:
-        config, _ = scheduler_with(unet.source)
+    part = family_of(sides).scheduler_part
+    if part is None:
+        return {}
+    trained = sides.get(part)
+    if trained is not None and trained.given:
+        config, _ = scheduler_with(trained.source)
     else:
         file = Path(request.pipeline) / SCHEDULER_FILE
         config = scheduler_of(read_scheduler(Path(request.pipeline)), file)
