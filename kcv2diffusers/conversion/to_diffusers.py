@@ -146,8 +146,8 @@ def convert(
     missing, from the Hub). `with_sibling` adds the text encoder from the repository beside one that has none.
     `dtype` is float32, float16 or bfloat16, or fp32, fp16 or bf16 (default: that of a `variant` fp16, bf16 or
     fp32, else as stored).
-    `image_size` is the pipeline's default (default: 512), `gelu` the text encoder's activation for SD2 (see
-    the README; default: exact), `prediction_type` the scheduler's, "epsilon" or "v_prediction" (default: the
+    `image_size` is the pipeline's default (default: 512), `gelu` the text encoder's activation for SD2
+    (default: exact), `prediction_type` the scheduler's, "epsilon" or "v_prediction" (default: the
     pipeline's that the UNet is from, epsilon for KerasCV's). Where they are not given, the kcv2diffusers.json
     beside a checkpoint counts before these defaults. The noise schedule comes with the UNet.
     A `dry_run` makes all checks but those of the values, writes nothing, and returns what would be done.
