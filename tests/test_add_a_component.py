@@ -1,13 +1,14 @@
 """A component and a family that this package does not know, described by two files, convert both ways.
 
-docs/develop/add-a-component.md is this test in words. Each command runs in a process of its own, as the files
-are read once a process.
+The files are those of docs/develop/add-a-component.md. Each command runs in a process of its own, as they are
+read once a process.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,49 +21,8 @@ from safetensors.numpy import load_file
 
 from kcv2diffusers.maps.parts import VARIABLE
 
-TABLE = """
-folder    = "denoiser"
-weights   = "diffusion_pytorch_model.safetensors"
-diffusers = "diffusers.PriorTransformer"
-
-[versions.any]
-dims   = { width = 24, inner = 40 }
-config = { heads = 4 }
-
-[blocks.dense]
-params = ["in", "out"]
-leaves = [["", "", "dense", "in out"]]
-
-[blocks.layer_normalization]
-params = ["width"]
-leaves = [["", "", "layer_norm", "width"]]
-
-[parts.denoiser]
-label = "denoiser"
-hint  = { rank = 9, pattern = "denoiser" }
-keras = { any = "Denoiser" }
-rows  = [
-    ["dense",               "proj_in",  "width inner"],
-    ["layer_normalization", "norm",     "inner"],
-    ["dense",               "proj_out", "inner width"],
-]
-
-[entries]
-heads       = "heads"
-head_widths = ["width"]
-
-[config]
-width = "$width"
-inner = "$inner"
-"""
-FAMILY = """
-label      = "Made-up"
-parts      = ["denoiser"]
-image_size = 64
-
-[index]
-_class_name = "MadeUpPipeline"
-"""
+PAGE = Path(__file__).parents[1] / "docs" / "develop" / "add-a-component.md"
+TABLE, FAMILY = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
 
 
 @pytest.fixture
@@ -177,22 +137,20 @@ def test_what_is_known_stays(maps: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "text", "problem"),
+    ("file", "right", "wrong", "problem"),
     [
-        ("broken.toml", "folder = ", "not a weight map: Invalid value"),
-        ("denoiser.toml", TABLE.replace("weights ", "wheights "), "has no entry 'weights'"),
-        ("denoiser.toml", TABLE.replace('"dense", "in out"', '"dense", "in-out"'), "not a size: 'in-out'"),
-        ("denoiser.toml", TABLE.replace('"denoiser" }\nkeras', '"(" }\nkeras'), "unterminated subpattern"),
-        ("families/made-up.toml", FAMILY.replace("label ", "lable "), "has no entry 'label'"),
-        (
-            "families/made-up.toml",
-            FAMILY.replace('["denoiser"]', '["vocoder"]'),
-            "no table has the part vocoder",
-        ),
+        ("denoiser.toml", TABLE, "folder = ", "not a weight map: Invalid value"),
+        ("denoiser.toml", "weights ", "wheights ", "has no entry 'weights'"),
+        ("denoiser.toml", '"dense", "in out"', '"dense", "in-out"', "not a size: 'in-out'"),
+        ("denoiser.toml", 'pattern = "denoiser"', 'pattern = "("', "unterminated subpattern"),
+        ("families/made-up.toml", "label ", "lable ", "has no entry 'label'"),
+        ("families/made-up.toml", '["denoiser"]', '["voice"]', "no table has the part voice"),
     ],
 )
-def test_files_with_mistakes(maps: Path, file: str, text: str, problem: str) -> None:
-    (maps / file).write_text(text)
+def test_files_with_mistakes(maps: Path, file: str, right: str, wrong: str, problem: str) -> None:
+    text = (maps / file).read_text()
+    assert right in text
+    (maps / file).write_text(text.replace(right, wrong))
     refusal = run(maps, "inspect", "tiny", code=1)
     assert problem in refusal and len(refusal.splitlines()) == 2
 
