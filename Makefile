@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet
 
-.PHONY: venv venv-sprint venv-space test test-quick test-portable test-full lint demo demo-says demo-full benchmark clean
+.PHONY: venv venv-sprint venv-space test test-quick test-portable test-full lint docs demo demo-says demo-full benchmark clean
 
 # The development environment: exact versions from constraints/dev.txt. torch comes first and by exact
 # version, because an open range would fetch whatever build is newest.
@@ -57,11 +57,20 @@ test-portable: venv venv-sprint
 test-full: venv venv-sprint venv-space
 	$(PYTEST)
 
+# .pre-commit-config.yaml runs the same.
+export NO_MKDOCS_2_WARNING := 1
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/docs.py --check
+	$(BIN)/mkdocs build --quiet --strict --site-dir .cache/site
+
+# The documentation as a site, in site/. tools/docs.py generates parts of it first.
+docs: venv
+	$(BIN)/python tools/docs.py
+	$(BIN)/mkdocs build --quiet --strict --site-dir site
 
 # The tiny base in Keras and, converted, in diffusers: one picture with both rows, and the report of verify.
 # It runs in the development environment if that is there, or else in a smaller one without TensorFlow and JAX.
@@ -92,4 +101,4 @@ benchmark: venv venv-sprint
 	$(BIN)/python benchmarks/convert.py --space
 
 clean:
-	rm -rf $(VENV) .venv-sprint .venv-space .venv-demo .cache demo
+	rm -rf $(VENV) .venv-sprint .venv-space .venv-demo .cache demo site
