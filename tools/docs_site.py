@@ -35,7 +35,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn links between files of the repository into links within the site."""
-    home = next((name for name, uri in PAGES.items() if uri == page.file.src_uri), f"docs/{page.file.src_uri}")
+    home = next(
+        (name for name, uri in PAGES.items() if uri == page.file.src_uri), f"docs/{page.file.src_uri}"
+    )
     below, here = posixpath.dirname(home), posixpath.dirname(page.file.src_uri)
 
     def link(match: re.Match[str]) -> str:
