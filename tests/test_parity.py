@@ -3,7 +3,8 @@
 Every variable is random. Keras runs in a process of its own, which ends after each full-size model, so that
 one is in memory at a time. All of them are in this file, which one worker runs: two at once would not fit
 into 24 GB.
-The full-size tests leave what they measured in .cache/parity.json, which the README quotes.
+The full-size tests leave what they measured in .cache/parity.json, which `tools/docs.py --measured` puts into
+the documentation.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def containers() -> str:
 
 def parts() -> str:
     """The parts of the weight maps."""
-    from kcv2diffusers.tables import tables
+    from kcv2diffusers.maps.tables import tables
 
     lines = [
         "| part | versions | class in KerasCV | class of the component | folder in the pipeline |",
@@ -146,7 +146,7 @@ def parts() -> str:
 
 def layouts() -> str:
     """The layouts that a table may name."""
-    from kcv2diffusers.layouts import LAYOUTS
+    from kcv2diffusers.maps.layouts import LAYOUTS
 
     lines = ["| layout | sizes | variable | shape in Keras | shape in diffusers |", "|---|---|---|---|---|"]
     for name, layout in LAYOUTS.items():

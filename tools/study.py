@@ -3,9 +3,9 @@
     python tools/study.py [FOLDER]
 
 Fine-tunes the base on the tiger that ships beside it, with and without prior preservation and as LoRA, with
-the command and the defaults of the README. A classifier that saw only drawn pictures, of the tiger too, then
-says what pictures of the result show. Leaves README's table in .cache/study.md and its pictures in
-kcv2diffusers/tiny/dreambooth.png. Runs that are in FOLDER already are not repeated.
+the command and the defaults of docs/guides/dreambooth.md. A classifier that saw only drawn pictures, of the
+tiger too, then says what pictures of the result show. Leaves that page's table in .cache/study.md and its
+pictures in kcv2diffusers/tiny/dreambooth.png. Runs that are in FOLDER already are not repeated.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 def fine_tune(*, progress: Progress = lambda *_: None, **options: Any) -> Result:
     """Fine-tune on photos of a subject, and export the result.
 
-    `options` are those of the command, with underscores: `instance_images`, `instance_prompt`, `base` and
-    `out` are needed, the README lists all. `progress` is called with a stage, what of it is done, the whole,
-    and words. Raises Error with a message for the user; what was saved before stays.
+    `options` are those of the command, with underscores instead of dashes. `instance_images`,
+    `instance_prompt`, `base` and `out` are required; docs/reference/dreambooth-options.md
+    lists all. `progress` is called with a stage, what of it is done, the whole, and words. Raises Error with
+    a message for the user; what was saved before stays.
     """
     given = {name: fspath(v) if isinstance(v, PathLike) else v for name, v in options.items()}
     if isinstance(given.get("base"), str):

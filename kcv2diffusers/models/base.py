@@ -144,7 +144,15 @@ def load_base(
     moments: bool = False,
     dtype: str | None = None,
 ) -> Base:
-    """`open_base` and `BaseFiles.load` in one."""
+    """Build the models of `sources` and load their weights.
+
+    `sources` are one diffusers pipeline folder, KerasCV checkpoints, an hf:// address, or "tiny".
+    `tokenizer` is a folder or CLIP's file of merges (default: the one beside the weights, then one found on
+    this machine).
+    `gelu` is the UNet's, "tanh" or "exact" (default: "tanh" for KerasCV checkpoints, "exact" for pipelines).
+    With `moments` the image encoder returns mean and log variance. `dtype` is a Keras dtype policy, or fp32,
+    fp16 or bf16; variables are float32. Raises Error with a message for the user.
+    """
     return open_base(*sources, tokenizer=tokenizer, gelu=gelu).load(moments=moments, dtype=dtype)
 
 

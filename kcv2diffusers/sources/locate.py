@@ -18,7 +18,12 @@ _URL = re.compile(r"https?://|(www\.)?(huggingface|hf)\.co/", re.I)
 
 
 def locate(source: str | PathLike[str], *, parts: Collection[str] | None = None) -> Path:
-    """The one path of a source: a pipeline folder, a tokenizer, a checkpoint; see `locate_all`."""
+    """The path of one source: a pipeline folder, a tokenizer or a checkpoint.
+
+    `source` is a path, which is returned as it is, "tiny" for the base in the package, or an hf:// address,
+    which is downloaded to the cache. `parts` limits what is downloaded (default: all parts). Raises Error if
+    the source is several checkpoints.
+    """
     first, *others = locate_all(source, pipelines=True, parts=parts)
     if others:
         two = f"{plain(first.name)} and {plain(others[0].name)}"

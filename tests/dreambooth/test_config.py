@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kcv2diffusers.cli import main
-from kcv2diffusers.dreambooth.config import Config, make_config
+from kcv2diffusers.dreambooth.config import make_config
 from kcv2diffusers.errors import Error
 
 NEEDED = {"instance_images": "photos", "instance_prompt": "a sks dog", "base": ["tiny"], "out": "run"}
@@ -107,9 +107,3 @@ def test_the_command_refuses(
     assert not out.exists()
     (out / "checkpoints").mkdir(parents=True)
     assert "Use --resume to go on" in refused(monkeypatch, capsys, *options)
-
-
-def test_every_option_is_documented() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    missing = [name for name in Config.__dataclass_fields__ if f"`--{name.replace('_', '-')}" not in readme]
-    assert missing == []

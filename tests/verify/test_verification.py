@@ -298,7 +298,7 @@ def test_rounded_weights_are_right(dtype: str, made: tuple[Path, Path], tmp_path
 def test_a_right_pipeline_passes_with_a_margin(
     version: int, made: tuple[Path, Path], made2: tuple[Path, Path], check: Check
 ) -> None:
-    """Two times within every bar; what is measured stands in the README."""
+    """Two times within every bar; what is measured stands in docs/benchmarks.md."""
     source, pipeline = (made, made2)[version - 1]
     result = check(pipeline, source, seeds=2)
     assert result.passed, result.reason
