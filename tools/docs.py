@@ -137,10 +137,9 @@ def parts() -> str:
         versions = ", ".join(name.upper() for name in table.versions if name != "any") or "SD1, SD2"
         for part, classes in table.keras.items():
             names = ", ".join(f"`{name}`" for name in dict.fromkeys(classes.values()))
-            lines.append(
-                f"| {part.replace('_', ' ')} | {versions} | {names} "
-                f"| `{table.diffusers}` | `{table.folder}/` |"
-            )
+            label = part.replace("_", " ").replace("vae", "VAE").replace("unet", "UNet")
+            component = f"`{table.diffusers}` | `{table.folder}/`"
+            lines.append(f"| {label} | {versions} | {names} | {component} |")
     return "\n".join(lines)
 
 
@@ -166,7 +165,11 @@ def dreambooth_options() -> str:
     for field in fields(Config):
         if title := training._GROUPS.get(field.name):
             lines += ["", f"### {title}", "", "| option | default | meaning |", "|---|---|---|"]
-        default = json.dumps(field.default) if type(field.default) in (bool, int, float) else field.default
+        default = field.default
+        if isinstance(default, bool):
+            default = "on" if default else "off"
+        elif isinstance(default, (int, float)):
+            default = f"{default:g}"
         shown = f"`{default}`" if isinstance(default, str) and default else ""
         choices = field.metadata["choices"]
         meaning = field.metadata["help"] + (f" Choices: {', '.join(choices)}." if choices else "")
