@@ -18,12 +18,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the package of this checkout, and its benchmarks
+sys.path.insert(0, str(ROOT))  # the package of this checkout
 
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -34,6 +33,7 @@ MEASURED = {
     "verify": "verify.md",
     "dreambooth-full": "dreambooth-full.md",
     "dreambooth-lora": "dreambooth-lora.md",
+    "gpu": "gpu.md",  # by benchmarks/gpu.py --table benchmarks/results/gpu.jsonl
     "study": "study.md",
     "parity": "parity.json",
 }
@@ -93,12 +93,6 @@ def take_measured() -> None:
 def measured(name: str) -> Callable[[], str]:
     """A table of benchmarks/results."""
     return lambda: (RESULTS / f"{name}.md").read_text(encoding="utf-8").strip()
-
-
-def gpu() -> str:
-    """The table of the last run on a GPU."""
-    table: str = import_module("benchmarks.gpu").table(RESULTS / "gpu.jsonl")
-    return table.strip()
 
 
 def machines() -> str:
@@ -183,7 +177,6 @@ def commands() -> Iterator[tuple[str, Any, Any]]:
 
     from kcv2diffusers.cli.app import app
 
-    import_module("kcv2diffusers.cli")  # which adds the commands
     program: Any = get_command(app)
 
     def walk(command: Any, above: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
@@ -270,7 +263,6 @@ def python_reference() -> str:
 
 PLACES: dict[str, Callable[[], str]] = {
     **{name: measured(name) for name in MEASURED},
-    "gpu": gpu,
     "machines": machines,
     "tiny": tiny,
     "containers": containers,
