@@ -225,6 +225,23 @@ def test_toml_of_a_run_is_accepted(tmp_path: Path) -> None:
         assert read_options(file)["instance_prompt"]
 
 
+def test_the_made_up_component_is_that_of_its_test() -> None:
+    from test_add_a_component import FAMILY, TABLE
+
+    page = DOCS / "develop" / "add-a-component.md"
+    assert [b.text for b in blocks(page) if b.language == "toml"] == [TABLE.strip(), FAMILY.strip()]
+
+
+def test_rooms_are_those_of_the_contract() -> None:
+    """Every room stands in the table of the architecture, in the order that import-linter checks."""
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layers = [{name.strip() for name in layer.split("|")} for layer in reversed(contract["layers"])]
+    page = (DOCS / "develop" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("| room |")[2].partition("\n\n")[0]
+    rows = [set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in table.splitlines()[2:]]
+    assert [*rows, {"__main__"}] == layers
+
+
 def commands() -> Iterator[tuple[str, Any]]:
     """Every command by its words, without groups."""
 
