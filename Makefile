@@ -57,7 +57,7 @@ test-portable: venv venv-sprint
 test-full: venv venv-sprint venv-space
 	$(PYTEST)
 
-# .pre-commit-config.yaml runs the same.
+# .pre-commit-config.yaml runs the same. mkdocs with --quiet would not count warnings, and --strict find nothing.
 export NO_MKDOCS_2_WARNING := 1
 lint: venv
 	$(BIN)/ruff check .
@@ -65,12 +65,12 @@ lint: venv
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/docs.py --check
-	$(BIN)/mkdocs build --quiet --strict --site-dir .cache/site
+	$(BIN)/mkdocs build --strict --site-dir .cache/site
 
 # The documentation as a site, in site/. tools/docs.py generates parts of it first.
 docs: venv
 	$(BIN)/python tools/docs.py
-	$(BIN)/mkdocs build --quiet --strict --site-dir site
+	$(BIN)/mkdocs build --strict --site-dir site
 
 # The tiny base in Keras and, converted, in diffusers: one picture with both rows, and the report of verify.
 # It runs in the development environment if that is there, or else in a smaller one without TensorFlow and JAX.

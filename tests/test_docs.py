@@ -225,6 +225,16 @@ def test_toml_of_a_run_is_accepted(tmp_path: Path) -> None:
         assert read_options(file)["instance_prompt"]
 
 
+def test_rooms_are_those_of_the_contract() -> None:
+    """Every room stands in the table of the architecture, in the order that import-linter checks."""
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
+    layers = [{name.strip() for name in layer.split("|")} for layer in reversed(contract["layers"])]
+    page = (DOCS / "develop" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("| room |")[2].partition("\n\n")[0]
+    rows = [set(re.findall(r"`(\w+)`", row.split("|")[1])) for row in table.splitlines()[2:]]
+    assert [*rows, {"__main__"}] == layers
+
+
 def commands() -> Iterator[tuple[str, Any]]:
     """Every command by its words, without groups."""
 
@@ -372,8 +382,11 @@ def test_links_lead_to_files(page: Path) -> None:
 def test_readme_is_short_and_leads_to_everything() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
-    for path in ("make demo", "make test", "pip install .", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md"):
-        assert path in text
+    shown = "\n".join(block.text for block in blocks(ROOT / "README.md"))
+    assert all(
+        re.search(rf"^{command}( |$)", shown, re.M) for command in ("pip install .", "make demo", "make test")
+    )
+    assert all(f"({path})" in text for path in ("LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))
     (picture,) = re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)
     assert (ROOT / picture).stat().st_size < 150_000
 

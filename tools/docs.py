@@ -121,6 +121,7 @@ def containers() -> str:
 
 def parts() -> str:
     """The parts of the weight maps."""
+    from kcv2diffusers.maps.parts import label
     from kcv2diffusers.maps.tables import tables
 
     lines = [
@@ -131,9 +132,8 @@ def parts() -> str:
         versions = ", ".join(name.upper() for name in table.versions if name != "any") or "SD1, SD2"
         for part, classes in table.keras.items():
             names = ", ".join(f"`{name}`" for name in dict.fromkeys(classes.values()))
-            label = part.replace("_", " ").replace("vae", "VAE").replace("unet", "UNet")
             component = f"`{table.diffusers}` | `{table.folder}/`"
-            lines.append(f"| {label} | {versions} | {names} | {component} |")
+            lines.append(f"| {label(part)} | {versions} | {names} | {component} |")
     return "\n".join(lines)
 
 
