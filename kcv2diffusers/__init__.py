@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from kcv2diffusers.conversion.to_kerascv import ToKeras, to_keras
     from kcv2diffusers.dreambooth.fine_tuning import fine_tune
     from kcv2diffusers.errors import Error
+    from kcv2diffusers.generation import generate
     from kcv2diffusers.models.base import load_base
-    from kcv2diffusers.models.generation import generate
     from kcv2diffusers.publish.push import Pushed, push
     from kcv2diffusers.sources.locate import locate
     from kcv2diffusers.verification.result import Verified
@@ -55,7 +55,7 @@ _HOME = {
     "Verified": "verification.result",
     "convert": "conversion.to_diffusers",
     "fine_tune": "dreambooth.fine_tuning",
-    "generate": "models.generation",
+    "generate": "generation",
     "inspect": "conversion.inspection",
     "load_base": "models.base",
     "locate": "sources.locate",

@@ -77,6 +77,10 @@ class TargetError(Error):
     """The output cannot be written: it exists, the disk is full, permission is missing."""
 
 
+_DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "keras_cv": "keras-cv"}
+"""What pip calls packages that are imported by another name."""
+
+
 class MissingExtra(Error):
     """A package is not installed that one of our extras, or Keras' backend, needs."""
 
@@ -85,4 +89,5 @@ class MissingExtra(Error):
             remedy = f"Install it, or set KERAS_BACKEND to one that is installed (now: {package})."
         else:
             remedy = f"pip install 'kcv2diffusers[{extra}]'"
-        super().__init__(f"{package} is not installed.\n{remedy}")
+        name = _DISTRIBUTIONS.get(package, package)
+        super().__init__(f"{name} is not installed.\n{remedy}")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ["chart", "grid", "psnr"]
+from kcv2diffusers.diffusion import Array
 
-Array = np.ndarray[Any, Any]
+__all__ = ["chart", "grid", "psnr"]
 
 _GAP = 4  # pixels between cells
 _FONT = 11

@@ -216,7 +216,7 @@ def test_generate_tells_of_its_pictures(cli: Cli, monkeypatch: Patch) -> None:
     def generate(*_: object, **__: object) -> list[Path]:
         return [Path("x/000.png")]
 
-    monkeypatch.setattr("kcv2diffusers.models.generation.generate", generate)
+    monkeypatch.setattr("kcv2diffusers.generation.generate", generate)
     monkeypatch.setattr("kcv2diffusers.cli.training.choose_backend", lambda say: say("Keras runs on x."))
     arguments = ["generate", "--base", "tiny", "--prompt", "a fox", "--out", "x"]
     assert cli(*arguments) == (0, "x/000.png\n", "Keras runs on x.\n")

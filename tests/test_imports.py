@@ -56,3 +56,86 @@ finally:
         assert "Usage" in done.stdout
         assert done.stdout.splitlines()[-1] == "[]"
     assert statistics.median(times) < 2
+
+
+PLAIN = """
+import sys
+
+class Without:
+    '''A finder of modules that does not see what a plain `pip install kcv2diffusers` does not bring.'''
+
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] in {hidden!r}
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+EXTRAS = (
+    "PIL",
+    "accelerate",
+    "diffusers",
+    "huggingface_hub",
+    "jax",
+    "jinja2",
+    "keras",
+    "skimage",
+    "tensorflow",
+)
+EXTRAS += ("torch", "transformers")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "package", "extra"),
+    [
+        (["generate", "--base", "tiny", "--out", "x", "--prompt", "a cat"], "pillow", "keras"),
+        (
+            [
+                "dreambooth",
+                "--base",
+                "tiny",
+                "--instance-images",
+                ".",
+                "--instance-prompt",
+                "a",
+                "--out",
+                "x",
+            ],
+            "keras",
+            "keras",
+        ),
+        (["verify", "x", "tiny"], "keras", "verify"),
+        (["convert", "tiny", "--out", "x", "--verify"], "keras", "verify"),
+        (["convert", "hf://user/repo", "--out", "x"], "huggingface_hub", "hub"),
+        (["push", "x", "user/repo"], "huggingface_hub", "hub"),
+        (["space", "x", "user/repo", "--out", "y"], "huggingface_hub", "hub"),
+        ("load_base('tiny')", "keras", "keras"),
+        ("generate('tiny', prompts=['a cat'], out='x')", "pillow", "keras"),
+        ("replay('x', ['a cat'], None)", "torch", "diffusers"),
+    ],
+    ids=str,
+)
+def test_a_missing_extra_is_two_lines(
+    arguments: list[str] | str, package: str, extra: str, tmp_path: Path
+) -> None:
+    """Commands and functions in an installation without any extra."""
+    if isinstance(arguments, str):
+        call = f"import kcv2diffusers\ntry:\n    kcv2diffusers.{arguments}\n"
+        call += "except kcv2diffusers.Error as error:\n    sys.exit(str(error))\n"
+    else:
+        call = f"sys.argv = ['kcv2diffusers', *{arguments!r}]\nfrom kcv2diffusers.cli import main\nmain()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN.format(hidden=EXTRAS) + call],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert len(done.stderr.splitlines()) == 2, done.stderr
+    first, second = done.stderr.splitlines()
+    assert first.removeprefix("kcv2diffusers: ") == f"{package} is not installed."
+    assert second == f"pip install 'kcv2diffusers[{extra}]'" or package in ("torch",)
+    assert not list(tmp_path.iterdir())

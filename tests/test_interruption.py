@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kcv2diffusers.conversion.to_diffusers import convert
@@ -150,6 +151,9 @@ def test_the_second_ends_at_once() -> None:
         [sys.executable, "-c", IN_COMPILED_CODE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    computing, ready = psutil.Process(process.pid), psutil.Process(process.pid).cpu_times().user
+    while computing.cpu_times().user < ready + 0.5:  # or else the signal comes before the compiled code does
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)  # by a wrapper too: the same press
     time.sleep(3)

@@ -49,7 +49,7 @@ def generate(
 
     KERAS_BACKEND chooses TensorFlow, JAX or PyTorch.
     """
-    from kcv2diffusers.models.generation import generate as run
+    from kcv2diffusers.generation import generate as run
 
     choose_backend(note)
     with progress_bar("Generating", steps=True) as progress:

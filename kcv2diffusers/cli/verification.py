@@ -162,13 +162,9 @@ def require_verified(result: Verified | None) -> None:
 def verify_pipeline(
     pipeline: str | Path, *sources: str | Path, report: Path | None, **options: Any
 ) -> Verified:
-    """Verify with the options of `Request`; those that are None have their defaults, and a part's name
-    stands for its source.
-    """
-    from kcv2diffusers.maps.parts import parts as all_parts
+    """Verify with the options of `verify` in `verification.run`; those that are None have their defaults."""
     from kcv2diffusers.verification.run import verify as run
 
     given = {name: value for name, value in options.items() if value is not None}
-    named = {part: given.pop(part) for part in all_parts() if part in given}
     with stages() as progress:
-        return run(pipeline, *sources, report=report, progress=progress, named=named, **given)
+        return run(pipeline, *sources, report=report, progress=progress, **given)

@@ -43,13 +43,14 @@ from kcv2diffusers.pipeline_files import (
     VERIFICATION_FILE,
     with_variant,
 )
+from kcv2diffusers.progress import Progress, silent
 from kcv2diffusers.sources.diffusers_pipeline import PREDICTION_TYPES
 from kcv2diffusers.sources.gather import SourcePath, check_together, gather, left_out, version_of
 from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.system.output import check_free, check_target, new_folder
 from kcv2diffusers.targets.safetensors import Entry, common_dtype, diffusers_entries, write_safetensors
-from kcv2diffusers.targets.stream import Progress, run_finite
+from kcv2diffusers.targets.stream import run_finite
 from kcv2diffusers.targets.transfer import Job
 
 # What `convert` and `dreambooth --export` write into a pipeline folder, beside the components.
@@ -97,7 +98,7 @@ def convert(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
     **parts: SourcePath | None,
 ) -> Converted:
     """Write the diffusers pipeline of KerasCV checkpoints into folder `out`.

@@ -19,13 +19,14 @@ from kcv2diffusers.pipeline.configs import carried
 from kcv2diffusers.pipeline.scheduler import read_scheduler
 from kcv2diffusers.pipeline.tokenizer_files import copy_tokenizer
 from kcv2diffusers.pipeline_files import CONFIG_FILE, SCHEDULER_FILE, TOKENIZER
+from kcv2diffusers.progress import Progress, silent
 from kcv2diffusers.sources.diffusers_pipeline import Component, read_pipeline
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.system.output import check_target, new_folder
 from kcv2diffusers.targets.keras_h5 import WRITERS
 from kcv2diffusers.targets.safetensors import common_dtype
-from kcv2diffusers.targets.stream import Progress, run_finite
+from kcv2diffusers.targets.stream import run_finite
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def to_keras(
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> ToKeras:
     """Write the parts of a diffusers pipeline as float32 files that KerasCV's `load_weights` takes.
 

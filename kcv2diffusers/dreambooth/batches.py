@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import keras
 import numpy as np
 
-from kcv2diffusers.diffusion import LATENT_CHANNELS, LATENT_SCALE, TRAIN_STEPS
+from kcv2diffusers.diffusion import LATENT_CHANNELS, LATENT_SCALE, TRAIN_STEPS, Array
 from kcv2diffusers.dreambooth.photos import Photo, Size, bucket_of, read_photo
 
-Array = np.ndarray[Any, Any]
 Encode = Callable[[Array], Array]
 """Pictures (n, height, width, 3) in -1..1 to moments (n, height / 8, width / 8, 8): mean, log variance."""
 

@@ -5,7 +5,7 @@ encoded once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -20,8 +20,9 @@ from kcv2diffusers.dreambooth.photos import Photo, bucket_of, find_photos
 from kcv2diffusers.errors import Error, plain
 from kcv2diffusers.models.base import Base
 from kcv2diffusers.models.sampler import PROMPT_LENGTH, initial_noise
+from kcv2diffusers.progress import StageProgress
+from kcv2diffusers.system.output import whole_file
 
-Progress = Callable[[str, int, int, str], None]
 """Told what is being done, how much of how much, and a few words on it."""
 
 
@@ -38,7 +39,7 @@ def usable_photos(folder: Path, notes: list[str]) -> list[Photo]:
     return photos.found
 
 
-def class_photos(config: Config, base: Base, notes: list[str], progress: Progress) -> list[Photo]:
+def class_photos(config: Config, base: Base, notes: list[str], progress: StageProgress) -> list[Photo]:
     """Pictures of the class: those of the folder, and generated ones up to the number that is asked for."""
     folder = Path(config.class_images or Path(config.out) / "class")
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,9 +57,8 @@ def class_photos(config: Config, base: Base, notes: list[str], progress: Progres
         )
         for number, image in zip(batch, sampler.decode(latents), strict=True):
             path = _class_path(folder, number)
-            part = path.with_name(f".{path.name}.part")
-            Image.fromarray(image).save(part, format="png")
-            part.replace(path)
+            with whole_file(path) as part:
+                Image.fromarray(image).save(part, format="png")
         progress("Drawing the class", done + len(batch), missing, "")
     return usable_photos(folder, notes)[: config.num_class_images]
 
@@ -90,7 +90,7 @@ def make_examples(
     return instance, prior
 
 
-def encode(instance: Examples, prior: Examples | None, progress: Progress) -> None:
+def encode(instance: Examples, prior: Examples | None, progress: StageProgress) -> None:
     """All that steps will ask for: each photo at its size, class pictures at every size of the photos."""
     sizes = [bucket_of(photo.size, instance.resolution) for photo in instance.photos]
     instance.fill(list(enumerate(sizes)), lambda done, total: progress("Encoding photos", done, total, ""))

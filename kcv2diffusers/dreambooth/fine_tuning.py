@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from kcv2diffusers.backend import choose_backend
 from kcv2diffusers.dreambooth.config import Config, make_config
 from kcv2diffusers.errors import MissingExtra
+from kcv2diffusers.progress import StageProgress, silent_stages
 
 if TYPE_CHECKING:
-    from kcv2diffusers.dreambooth.examples import Progress
     from kcv2diffusers.dreambooth.train import Result
 
 
-def fine_tune(*, progress: Progress = lambda *_: None, **options: Any) -> Result:
+def fine_tune(*, progress: StageProgress = silent_stages, **options: Any) -> Result:
     """Fine-tune on photos of a subject, and export the result.
 
     `options` are those of the command, with underscores instead of dashes. `instance_images`,

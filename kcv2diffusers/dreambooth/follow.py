@@ -15,9 +15,10 @@ from kcv2diffusers.dreambooth.checkpoints import Checkpoints, saved_steps
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.devices import together
 from kcv2diffusers.dreambooth.drawings import Drawings
-from kcv2diffusers.dreambooth.examples import Progress
 from kcv2diffusers.dreambooth.loggers import open_loggers
 from kcv2diffusers.errors import Error
+from kcv2diffusers.progress import StageProgress
+from kcv2diffusers.system.output import whole_file
 
 LOG = "log.csv"
 _SECONDS_BETWEEN_READINGS = 1.0
@@ -27,7 +28,12 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
     """Follows the steps: log, progress, checkpoints, drawings, and the reasons to stop."""
 
     def __init__(
-        self, config: Config, checkpoints: Checkpoints, drawings: Drawings, start: int, progress: Progress
+        self,
+        config: Config,
+        checkpoints: Checkpoints,
+        drawings: Drawings,
+        start: int,
+        progress: StageProgress,
     ) -> None:
         super().__init__()
         self.config, self.checkpoints, self.drawings, self.progress = config, checkpoints, drawings, progress
@@ -124,9 +130,7 @@ def read_log(path: Path) -> list[tuple[int, float, float]]:
 
 
 def _write_log(path: Path, rows: Sequence[tuple[int, float, float]]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", "loss", "seconds"])
         writer.writerows(rows)
-    part.replace(path)

@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from kcv2diffusers.diffusion import Array
 from kcv2diffusers.errors import Error, plain, reading
 
-Array = np.ndarray[Any, Any]
 Size = tuple[int, int]
 """Height and width in pixels."""
 

@@ -15,6 +15,7 @@ from typing import Any
 from kcv2diffusers.dreambooth.config import Config, read_options
 from kcv2diffusers.environment import versions
 from kcv2diffusers.errors import Error
+from kcv2diffusers.system.output import whole_file
 
 CONFIG_FILE = "config.toml"
 LEGS_FILE = "legs.json"
@@ -59,6 +60,5 @@ def _legs(path: Path) -> list[Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -20,7 +20,7 @@ from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, l
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.devices import allow_tf32, best_precision, memory_errors, spread
 from kcv2diffusers.dreambooth.drawings import Drawings, samples
-from kcv2diffusers.dreambooth.examples import Progress, class_photos, encode, make_examples, usable_photos
+from kcv2diffusers.dreambooth.examples import class_photos, encode, make_examples, usable_photos
 from kcv2diffusers.dreambooth.follow import LOG, Follow, Unread, read_log
 from kcv2diffusers.dreambooth.lora import add_lora
 from kcv2diffusers.dreambooth.model import DreamBooth
@@ -33,6 +33,7 @@ from kcv2diffusers.models.config import Gelu
 from kcv2diffusers.models.layers import dtype_policy
 from kcv2diffusers.pictures import chart
 from kcv2diffusers.pipeline_files import LORA_FILE, MODEL_INDEX, RUN_FILE, SAMPLES_FILE
+from kcv2diffusers.progress import StageProgress, silent_stages
 from kcv2diffusers.system.interruption import SIGNALS, keeps
 from kcv2diffusers.system.output import check_folder, check_target
 
@@ -64,7 +65,7 @@ class Result:
         return "\n".join(lines)
 
 
-def train(config: Config, progress: Progress = lambda *_: None) -> Result:
+def train(config: Config, progress: StageProgress = silent_stages) -> Result:
     """Train as `config` says. Raises Error with a message for the user; what was saved before stays."""
     out = Path(config.out)
     notes: list[str] = []

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kcv2diffusers.errors import Error, MissingExtra
+from kcv2diffusers.system.interruption import ends_at_once
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -26,14 +27,6 @@ _BY_STATUS = {
 }
 _REFUSED = ("the Hub refuses it", "Change what it names, and try again.")
 _BROKEN = ("the Hub has an internal error", _AGAIN)
-
-
-_asked: list[str] = []  # what the Hub is being asked about
-
-
-def busy() -> bool:
-    """Whether the Hub is being asked, by threads that an exit would wait for."""
-    return bool(_asked)
 
 
 class Unreachable(Error):
@@ -98,9 +91,9 @@ def asking(what: str, token: str | None = None) -> Iterator[None]:
     import httpx2
     from huggingface_hub import errors
 
-    _asked.append(what)
     try:
-        yield
+        with ends_at_once("what has been transferred is kept"):
+            yield
     except Error:
         raise
     except (
@@ -112,8 +105,6 @@ def asking(what: str, token: str | None = None) -> Iterator[None]:
         RuntimeError,
     ) as error:  # not `from error`: what the library says of a request may hold the token
         raise _explained(what, error, token) from None
-    finally:
-        _asked.pop()
 
 
 def _explained(what: str, error: BaseException, token: str | None) -> Error:

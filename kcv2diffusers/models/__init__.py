@@ -2,8 +2,13 @@
 
 # ruff: noqa: E402
 from kcv2diffusers.backend import choose_backend
+from kcv2diffusers.errors import MissingExtra
 
 choose_backend()  # before Keras is imported
+try:
+    import keras  # noqa: F401
+except ModuleNotFoundError as error:
+    raise MissingExtra(str(error.name), "keras") from error
 
 from kcv2diffusers.diffusion import LATENT_SCALE
 from kcv2diffusers.models.config import SD1, SD2, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig

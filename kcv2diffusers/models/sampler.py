@@ -6,18 +6,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from kcv2diffusers.diffusion import LATENT_CHANNELS, PIXELS_PER_LATENT, SD, Schedule, timestep_embedding
+from kcv2diffusers.diffusion import (
+    LATENT_CHANNELS,
+    PIXELS_PER_LATENT,
+    SD,
+    Array,
+    Schedule,
+    timestep_embedding,
+)
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models.layers import Tensor
 from kcv2diffusers.models.tokenizer import Tokenizer
-
-Array = np.ndarray[Any, Any]
+from kcv2diffusers.progress import Progress
 
 PROMPT_LENGTH = 77
 """Prompts of Stable Diffusion and KerasCV are padded to this many tokens, with the end token."""
@@ -97,7 +102,7 @@ class TextToImage:
         negative_prompt: str = "",
         steps: int = 50,
         guidance_scale: float = 7.5,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Array:
         """Latents for `prompts` from `noise`, both (prompts, height / 8, width / 8, 4) float32.
 
@@ -113,7 +118,7 @@ class TextToImage:
         *,
         steps: int = 50,
         guidance_scale: float = 7.5,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         observe: Callable[[Array], None] | None = None,
     ) -> Array:
         """`sample` with encoded prompts: `context` is of those to keep away from, then of those to follow.
@@ -151,14 +156,27 @@ class TextToImage:
         height: int = 512,
         width: int = 512,
         seed: int | None = None,
-        **options: Any,
+        negative_prompt: str = "",
+        steps: int = 50,
+        guidance_scale: float = 7.5,
+        progress: Progress | None = None,
     ) -> Array:
-        """Pictures (prompts, height, width, 3) uint8, one for each of `prompts`; `options` are those of
-        `sample`.
+        """Pictures (prompts, height, width, 3) uint8, one for each of `prompts`.
 
-        The noise of a seed is KerasCV's on the same Keras backend; backends differ from each other.
+        `height` and `width` are in pixels, multiples of 64. The noise of a seed is KerasCV's on the same
+        Keras backend; backends differ from each other. `progress` is called after each step with its number
+        and the number of steps. Raises Error for a size, a number of steps or a prompt that the models do not
+        take.
         """
-        return self.decode(self.sample(prompts, initial_noise(len(prompts), height, width, seed), **options))
+        latents = self.sample(
+            prompts,
+            initial_noise(len(prompts), height, width, seed),
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            progress=progress,
+        )
+        return self.decode(latents)
 
 
 def check_size(height: int, width: int) -> None:

@@ -15,7 +15,8 @@ from kcv2diffusers.hub.address import SCHEME, parse
 from kcv2diffusers.json_text import parse_object
 from kcv2diffusers.pipeline import record
 from kcv2diffusers.pipeline_files import RUN_FILE, VERIFICATION_FILE, variant_of
-from kcv2diffusers.publish.check import Checked, Progress
+from kcv2diffusers.progress import Progress, silent
+from kcv2diffusers.publish.check import Checked
 
 _OLD_KERAS = (2, 12)  # the newest that keras-cv before 0.5, the stack of the 2023 DreamBooth sprint, ran on
 
@@ -64,7 +65,7 @@ def gather(
     base_model: str | None = None,
     tags: Sequence[str] = (),
     trained_with: frozenset[str] = frozenset(),
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Facts:
     """What is known of a checked pipeline; `progress` is told bytes of its sources that are hashed.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -28,12 +28,11 @@ from kcv2diffusers.pipeline_files import (
     VERIFICATION_FILE,
     variant_of,
 )
+from kcv2diffusers.progress import Progress, silent
 from kcv2diffusers.sources.diffusers_pipeline import read_json, read_pipeline, read_safetensors
 from kcv2diffusers.sources.gather import version_of
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.tensor import Tensor
-
-Progress = Callable[[int, int], None]
 
 _AGAIN = "Convert or save the pipeline again."
 _SLICE = 16 << 20  # bytes looked at at a time
@@ -68,7 +67,7 @@ class Checked:
         return version_of(self.parts)
 
 
-def check(folder: Path, progress: Progress = lambda done, total: None) -> Checked:
+def check(folder: Path, progress: Progress = silent) -> Checked:
     """Check a pipeline folder; `progress` is called with the bytes of weights done and in total.
 
     Raises Error for what may not be published: missing parts or configs, weights that do not fit their

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.client import NOT_LOGGED_IN, asking, connect, require_hub, token_of
 from kcv2diffusers.pipeline_files import CARD, CONVERSION_FILE
+from kcv2diffusers.progress import Progress, silent
 from kcv2diffusers.publish.card import STATED, model_card
 from kcv2diffusers.publish.card_facts import Facts, gather
-from kcv2diffusers.publish.check import Progress, check
+from kcv2diffusers.publish.check import check
 from kcv2diffusers.publish.names import check_names
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def push(
     trained_with: Sequence[str] = (),
     overwrite_card: bool = False,
     dry_run: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Pushed:
     """Publish a pipeline folder as `repository` ("user/name", or a name of your own account).
 

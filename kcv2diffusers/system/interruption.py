@@ -30,6 +30,9 @@ _WATCHED = hasattr(signal, "pthread_kill") and hasattr(signal, "pthread_sigmask"
 _received, _at, _kept = 0, 0.0, "nothing was written"
 
 
+_leaving: list[str] = []  # the words of each `ends_at_once` that is running
+
+
 class Interrupted(SystemExit):
     """The command is to end; `code` is its exit code."""
 
@@ -38,6 +41,18 @@ def keeps(words: str) -> None:
     """Say what an interruption leaves from now on: the end of its message, a clause."""
     global _kept
     _kept = words
+
+
+@contextmanager
+def ends_at_once(words: str) -> Iterator[None]:
+    """A block that a signal ends with the process, as threads run in it that an exit would wait for. There
+    must be no temporary files. `words` are the end of the message, a clause.
+    """
+    _leaving.append(words)
+    try:
+        yield
+    finally:
+        _leaving.pop()
 
 
 @contextmanager
@@ -84,15 +99,14 @@ def _listen() -> None:
 
 
 def _first(number: int, _: FrameType | None) -> None:
-    """Leave by an exception, so that temporary folders go away; there are none while the Hub is asked."""
+    """Leave by an exception, so that temporary folders go away."""
     global _received, _at
     if _received:
         if not _WATCHED and time.monotonic() - _at > _ONE_PRESS:
             _end_at_once(number)
         return
-    client = sys.modules.get("kcv2diffusers.hub.client")
-    if client is not None and client.busy():
-        os.write(2, b"kcv2diffusers: interrupted; what has been transferred is kept.\n")
+    if _leaving:
+        os.write(2, f"kcv2diffusers: interrupted; {_leaving[-1]}.\n".encode(errors="replace"))
         os._exit(128 + number)
     if _WATCHED:
         signal.signal(signal.SIGUSR1, _again)

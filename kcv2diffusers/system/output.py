@@ -42,6 +42,14 @@ def new_folder(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it becomes `path` when the block ends without an error."""
+    part = path.with_name(f".{path.name}.part")
+    yield part
+    part.replace(path)
+
+
 def check_folder(folder: Path, needed: int = 0) -> None:
     """Raise TargetError unless files can be written into `folder`, which may not be there yet; `needed` is
     their size in bytes.

@@ -13,12 +13,11 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from kcv2diffusers.errors import Error, SourceError, reading
+from kcv2diffusers.progress import Progress
 from kcv2diffusers.system.workers import Do, work
 from kcv2diffusers.targets.transfer import Files, Finding, Job, Worker
 
 _LISTED = 8  # tensors that a refusal names
-
-Progress = Callable[[int, int], None]
 
 
 def run(

@@ -21,9 +21,10 @@ import torch
 import transformers
 
 from kcv2diffusers.diffusion import Array
+from kcv2diffusers.progress import StageProgress
 from kcv2diffusers.verification import stock_pipeline
 from kcv2diffusers.verification.blocks import modules_of
-from kcv2diffusers.verification.exchange import Arrays, Progress, side_main
+from kcv2diffusers.verification.exchange import Arrays, side_main
 from kcv2diffusers.verification.images import SIDES
 from kcv2diffusers.verification.inputs import batches, block_inputs
 from kcv2diffusers.verification.metrics import relative_error
@@ -46,7 +47,7 @@ def numerics(model: Any, kind: str) -> Iterator[None]:
         yield
 
 
-def run(folder: Path, request: Request, progress: Progress) -> None:
+def run(folder: Path, request: Request, progress: StageProgress) -> None:
     """Write into FOLDER/diffusers what this side computes, and how far blocks are from FOLDER/keras."""
     diffusers.utils.logging.disable_progress_bar()
     sides = open_sides(request)
@@ -145,7 +146,7 @@ def _blocks(side: Side, model: Any, given: Inputs, expected: Arrays) -> dict[str
 
 
 def _images(
-    folder: Path, request: Request, sides: dict[str, Side], pipe: Any, size: int, progress: Progress
+    folder: Path, request: Request, sides: dict[str, Side], pipe: Any, size: int, progress: StageProgress
 ) -> None:
     inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "diffusers")
     text = pipe.tokenizer(

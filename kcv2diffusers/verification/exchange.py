@@ -19,10 +19,10 @@ import numpy as np
 
 from kcv2diffusers.diffusion import Array
 from kcv2diffusers.errors import Error, MissingExtra
+from kcv2diffusers.progress import StageProgress
 from kcv2diffusers.system.processes import start_module
 from kcv2diffusers.verification.request import Request
 
-Progress = Callable[[str, int, int, str], None]
 _MARK = "\x1e"  # before a line of ours; libraries print as they like
 _LOG = 2000  # characters of a crashed side's messages that are shown
 
@@ -48,7 +48,7 @@ class Arrays:
         return self._path(*name).is_file()
 
 
-def run_side(name: str, title: str, folder: Path, progress: Progress, backend: str = "torch") -> None:
+def run_side(name: str, title: str, folder: Path, progress: StageProgress, backend: str = "torch") -> None:
     """Run module `name` of this package on `folder` until it ends. `backend` is Keras', where KERAS_BACKEND
     does not say another.
 
@@ -96,7 +96,7 @@ def run_side(name: str, title: str, folder: Path, progress: Progress, backend: s
         raise RuntimeError(f"the {title} ended with {code}:\n{log.read_text(errors='replace')[-_LOG:]}")
 
 
-def side_main(run: Callable[[Path, Request, Progress], None]) -> NoReturn:
+def side_main(run: Callable[[Path, Request, StageProgress], None]) -> NoReturn:
     """What the module of a side does when it is started: `run` on the folder it is given."""
     folder = Path(sys.argv[1])
 
@@ -118,4 +118,4 @@ def require(*packages: str) -> None:
     """Raise MissingExtra for a package that is not installed, before anything takes long."""
     for package in packages:
         if find_spec(package) is None:
-            raise MissingExtra({"skimage": "scikit-image"}.get(package, package), "verify")
+            raise MissingExtra(package, "verify")

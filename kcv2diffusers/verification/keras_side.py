@@ -20,8 +20,9 @@ from kcv2diffusers.models.sampler import TextToImage
 from kcv2diffusers.models.tokenizer import Tokenizer
 from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer
 from kcv2diffusers.pipeline_files import TOKENIZER
+from kcv2diffusers.progress import StageProgress
 from kcv2diffusers.verification.blocks import modules_of
-from kcv2diffusers.verification.exchange import Arrays, Progress, side_main
+from kcv2diffusers.verification.exchange import Arrays, side_main
 from kcv2diffusers.verification.inputs import batches, block_inputs
 from kcv2diffusers.verification.parts import Inputs, known
 from kcv2diffusers.verification.request import Request
@@ -31,7 +32,7 @@ Draw = Callable[[Sequence[str], Array, Callable[[Array], None]], Array]
 """Prompts and noise to pictures (prompts, height, width, 3) uint8; told the latents after each step."""
 
 
-def run(folder: Path, request: Request, progress: Progress) -> None:
+def run(folder: Path, request: Request, progress: StageProgress) -> None:
     """Write into FOLDER/keras what the Keras side computes from FOLDER/inputs."""
     inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "keras")
     sides = open_sides(request)
@@ -102,7 +103,7 @@ def _images(
     sides: dict[str, Side],
     models: dict[str, Any],
     size: int,
-    progress: Progress,
+    progress: StageProgress,
 ) -> None:
     inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "keras")
     tokenizer = Tokenizer.of_files(find_tokenizer(Path(request.pipeline) / TOKENIZER))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from PIL import Image
 from kcv2diffusers.diffusion import Array
 from kcv2diffusers.hub.address import cached, shown
 from kcv2diffusers.maps.parts import label, parts
+from kcv2diffusers.system.output import whole_file
 from kcv2diffusers.verification.chart import log_chart
 from kcv2diffusers.verification.exchange import Arrays
 from kcv2diffusers.verification.images import SIDES, Images
@@ -57,9 +57,8 @@ def write(folder: Path, arrays: Path | None, result: Verified) -> None:
         ("report.html", _without_places(page, result)),
         ("report.json", json.dumps(result.to_dict(), indent=2) + "\n"),
     ):
-        part = folder / f".{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(folder / name)
+        with whole_file(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def _without_places(page: str, result: Verified) -> str:
@@ -114,10 +113,11 @@ def _data_uri(picture: Array) -> str:
 
 def _chart(images: Images) -> Any:
     """The worst run's error at each step, by side."""
-    worst: Callable[[str], list[float]] = lambda side: [  # noqa: E731
-        max(errors) for errors in zip(*(getattr(run, side).steps for run in images.runs), strict=True)
-    ]
-    return log_chart({side: worst(side) for side in SIDES})
+    lines = {}
+    for side in SIDES:
+        runs = [getattr(run, side).steps for run in images.runs]
+        lines[side] = [max(errors) for errors in zip(*runs, strict=True)]
+    return log_chart(lines)
 
 
 def _short(value: float) -> str:

@@ -13,19 +13,22 @@ from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Literal
 
 from kcv2diffusers.diffusion import PIXELS_PER_LATENT
 from kcv2diffusers.errors import Error
 from kcv2diffusers.maps.parts import family_of, label
+from kcv2diffusers.maps.parts import parts as all_parts
 from kcv2diffusers.pipeline.scheduler import deviations
 from kcv2diffusers.pipeline_files import MODEL_INDEX
+from kcv2diffusers.progress import StageProgress, silent_stages
+from kcv2diffusers.sources.gather import SourcePath
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.verification import weights
-from kcv2diffusers.verification.exchange import Arrays, Progress, require, run_side
+from kcv2diffusers.verification.exchange import Arrays, require, run_side
 from kcv2diffusers.verification.inputs import initial_noise, module_inputs
 from kcv2diffusers.verification.parts import adapter
-from kcv2diffusers.verification.request import MULTIPLE, Request
+from kcv2diffusers.verification.request import MULTIPLE, PROMPTS, Gelu, Request
 from kcv2diffusers.verification.result import Input, Verified
 from kcv2diffusers.verification.settings import check_settings
 from kcv2diffusers.verification.sides import Side, noise_of, open_sides, scheduler, source_paths
@@ -33,26 +36,62 @@ from kcv2diffusers.verification.tolerances import PSNR, PSNR_ATTRIBUTED
 
 _MOST_LATENTS = 256  # a side of what a pipeline may state as its size
 _STATED = (".json", ".txt", ".safetensors")  # files of a pipeline that the report lists
-Source = str | PathLike[str]
 
 
 def verify(
-    pipeline: Source,
-    *sources: Source,
-    report: Source | None = None,
-    progress: Progress = lambda *_: None,
-    **options: Any,
+    pipeline: SourcePath,
+    *sources: SourcePath,
+    base: SourcePath | Sequence[SourcePath] = (),
+    variant: str | None = None,
+    level: Literal["weights", "modules", "images"] = "images",
+    reference: Literal["builtin", "keras-cv"] = "builtin",
+    prompts: Sequence[str] = PROMPTS,
+    steps: int = 25,
+    guidance: float = 7.5,
+    seeds: int = 3,
+    size: int | None = None,
+    gelu: Gelu | None = None,
+    unet_gelu: Gelu = "tanh",
+    prediction_type: str | None = None,
+    report: SourcePath | None = None,
+    progress: StageProgress = silent_stages,
+    **parts: SourcePath | None,
 ) -> Verified:
-    """Compare a pipeline with the checkpoints it was made of; `options` are the rest of `Request`.
+    """Compare a pipeline with the checkpoints it was made of.
 
-    `pipeline` is a folder or hf://user/repo.
+    `pipeline` is a folder or hf://user/repo, `sources` are the checkpoints, `parts` name a part's source,
+    such as `unet`, `base` is what the conversion took the other parts from. `variant` is preferred among the
+    pipeline's weight files. `level` is the last of the levels to check: weights, modules, images.
+    `reference` is the Keras side: our models, or KerasCV's own. Pictures are drawn of each of `prompts` with
+    `seeds` seeds in `steps` steps at `guidance`, `size` pixels high and wide (default: the pipeline's own).
+    `gelu` is the activation of an SD2 text encoder (default: as the conversion finds it), `unet_gelu` that of
+    the Keras UNet, `prediction_type` what it predicts (default: as its source says).
+
     A level above weights runs the Keras side, on the backend of KERAS_BACKEND (default: torch), then the
-    diffusers side, each in a process of its own. Parts whose tensors are not those of a model are left out
-    of them. `report` is a folder for report.html and report.json. `progress` is told what is being done, how
-    much of how much, and a word on it. Raises Error with a message for the user if there is nothing to
-    compare, a source cannot be read, or a package is missing; a pipeline that is wrong is a result.
+    diffusers side, each in a process of its own. Parts whose tensors are not those of a model are left out.
+    `report` is a folder for report.html and report.json.
+    Raises Error with a message for the user if there is nothing to compare, a source cannot be read, or a
+    package is missing. A pipeline that is wrong is a result.
     """
-    request = Request(pipeline=str(pipeline), sources=list(map(str, sources)), **options)
+    if unknown := parts.keys() - all_parts().keys():
+        raise TypeError(f"verify() got an unexpected keyword argument {min(unknown)!r}")
+    request = Request(
+        pipeline=str(pipeline),
+        sources=list(map(str, sources)),
+        named={part: str(source) for part, source in parts.items() if source is not None},
+        base=[str(base)] if isinstance(base, (str, PathLike)) else list(map(str, base)),
+        variant=variant,
+        gelu=gelu,
+        unet_gelu=unet_gelu,
+        prediction_type=prediction_type,
+        reference=reference,
+        level=level,
+        prompts=list(prompts),
+        steps=steps,
+        guidance=guidance,
+        seeds=seeds,
+        size=size,
+    )
     require_packages(request, report)
     folder = locate_all(pipeline, pipelines=True, variant=request.variant)[0]
     request = replace(request, pipeline=str(folder))
@@ -81,7 +120,7 @@ def verify(
     return result
 
 
-def require_packages(request: Request, report: Source | None) -> None:
+def require_packages(request: Request, report: SourcePath | None) -> None:
     """Raise Error if what a verification needs is not installed, or the report would replace a file."""
     if request.reaches("modules"):
         require("keras", "torch", "diffusers", "transformers")
@@ -121,7 +160,7 @@ def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
 
 
 def _run_sides(
-    folder: Path, request: Request, sides: Mapping[str, Side], result: Verified, progress: Progress
+    folder: Path, request: Request, sides: Mapping[str, Side], result: Verified, progress: StageProgress
 ) -> None:
     """The levels above weights, in `folder`."""
     from kcv2diffusers.verification import modules
@@ -205,7 +244,7 @@ def _size(request: Request, sides: Mapping[str, Side]) -> int:
     return max(multiple, size // multiple * multiple)
 
 
-def _megabytes(progress: Progress) -> weights.Advance:
+def _megabytes(progress: StageProgress) -> weights.Advance:
     told = 0
 
     def advance(done: int, total: int) -> None:
@@ -225,7 +264,7 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _write_report(
-    target: Path, folder: Path | None, result: Verified, sides: Mapping[str, Side], progress: Progress
+    target: Path, folder: Path | None, result: Verified, sides: Mapping[str, Side], progress: StageProgress
 ) -> None:
     from kcv2diffusers.verification.report import write
 
@@ -236,7 +275,7 @@ def _write_report(
     write(target, folder, result)
 
 
-def _hashes(paths: Sequence[Path], progress: Progress) -> list[Input]:
+def _hashes(paths: Sequence[Path], progress: StageProgress) -> list[Input]:
     """Size and SHA-256 of files; of a folder (a SavedModel) those of its files."""
     files: list[Path] = []
     for path in paths:

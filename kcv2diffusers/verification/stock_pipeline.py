@@ -18,6 +18,7 @@ import numpy as np
 from kcv2diffusers.diffusion import Array
 from kcv2diffusers.errors import MissingExtra
 from kcv2diffusers.pipeline.scheduler import SCHEDULER, schedule_of
+from kcv2diffusers.progress import Progress
 
 KERASCV_EPSILON = 1e-5  # of every group normalisation; diffusers has 1e-6 in transformer blocks and the VAE
 
@@ -28,16 +29,28 @@ def replay(
     noise: Array,
     *,
     tanh_gelu: bool = False,
-    **options: Any,
+    negative_prompt: str = "",
+    steps: int = 50,
+    guidance_scale: float = 7.5,
+    progress: Progress | None = None,
 ) -> Array:
     """Pictures (prompts, height, width, 3) uint8 by `StableDiffusionPipeline` from folder `pipeline`.
 
     `noise` is (prompts, height / 8, width / 8, 4) float32. `tanh_gelu` gives the UNet KerasCV's approximation
-    of the GELU in place of the exact one. `options` are those of `draw`.
+    of the GELU in place of the exact one. `progress` is called after each step with its number and the number
+    of steps. Raises MissingExtra if diffusers is not installed.
     """
     pipe = load(pipeline)
     with kerascv_gelu(pipe.unet) if tanh_gelu else nullcontext():
-        return draw(pipe, prompts, noise, **options)
+        return draw(
+            pipe,
+            prompts,
+            noise,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            progress=progress,
+        )
 
 
 def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
@@ -84,7 +97,7 @@ def draw(
     negative_prompt: str = "",
     steps: int = 50,
     guidance_scale: float = 7.5,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     observe: Callable[[Array], None] | None = None,
 ) -> Array:
     """Pictures (prompts, height, width, 3) uint8 by a loaded pipeline from `noise`, as in `replay`.

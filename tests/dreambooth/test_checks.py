@@ -14,8 +14,8 @@ from PIL import Image
 from kcv2diffusers.dreambooth.config import make_config
 from kcv2diffusers.dreambooth.train import train
 from kcv2diffusers.errors import Error
+from kcv2diffusers.generation import generate
 from kcv2diffusers.models.base import BaseFiles
-from kcv2diffusers.models.generation import generate
 
 LONG = "a panda " * 40
 

@@ -19,10 +19,11 @@ import pytest
 from conftest import cached
 from safetensors.numpy import load_file, save_file
 
-from kcv2diffusers import convert, verify
+from kcv2diffusers import convert, models, verify
 from kcv2diffusers.errors import Error
 from kcv2diffusers.maps.parts import parts
-from kcv2diffusers.verification import diffusers_side, exchange, keras_side
+from kcv2diffusers.progress import StageProgress
+from kcv2diffusers.verification import diffusers_side, keras_side
 from kcv2diffusers.verification import run as running
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.result import Verified
@@ -62,11 +63,11 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
     """`verify` with both sides in this process; what the Keras side left is used again, as its models are."""
     kept: dict[str, Path] = {}
     built = {
-        name: functools.cache(getattr(keras_side, name))
+        name: functools.cache(getattr(models, name))
         for name in ("build_unet", "build_text_encoder", "build_decoder", "build_image_encoder")
     }
 
-    def run_side(name: str, title: str, folder: Path, progress: exchange.Progress, backend: str) -> None:
+    def run_side(name: str, title: str, folder: Path, progress: StageProgress, backend: str) -> None:
         request = Request.load(folder)
         if name == "diffusers_side":
             return diffusers_side.run(folder, request, progress)
@@ -81,7 +82,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
         options = {"prompts": [PROMPT], "seeds": 1, "steps": 4, **options}
         with pytest.MonkeyPatch.context() as patch:
             for name, build in built.items():
-                patch.setattr(keras_side, name, build)
+                patch.setattr(models, name, build)
             patch.setattr(running, "run_side", run_side)
             return verify(pipeline, *sources, report=report, **options)
 

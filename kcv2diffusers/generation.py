@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 from kcv2diffusers.errors import Error, MissingExtra
+from kcv2diffusers.progress import Progress
 from kcv2diffusers.system.interruption import keeps
 from kcv2diffusers.system.output import check_folder
 
@@ -23,7 +24,7 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     tokenizer: str | PathLike[str] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Path]:
     """Write pictures of each of `prompts` into folder `out`, and return their paths in that order.
 
