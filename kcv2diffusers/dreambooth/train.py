@@ -91,10 +91,12 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
             out,
             model,
             trained,
+            {part: files.parts[part][0] for part in trained},
             base.stated,
             base.names,
             format=config.checkpoint_format,
             keep=config.keep_checkpoints,
+            note=notes.append,
         )
         start = _start(config, checkpoints)
         keep_record(config, start)
@@ -110,7 +112,7 @@ def train(config: Config, progress: Progress = lambda *_: None) -> Result:
         )
         run = Follow(config, checkpoints, drawings, start, progress)
         if start < config.steps:
-            with _signals(run.stop), memory_errors():
+            with _signals(run.stop), memory_errors(), checkpoints.finished():
                 callbacks = Unread([run], add_history=True, model=model, epochs=1, steps=len(batches))
                 model.fit(_dataset(batches), epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
     if run.problem:
@@ -242,6 +244,7 @@ def _release(
 
 def _start(config: Config, checkpoints: Checkpoints) -> int:
     """The step to go on from: 0 for a new run."""
+    checkpoints.tidy()
     steps = saved_steps(checkpoints.folder) if config.resume else []
     if not steps:
         return 0
