@@ -117,6 +117,12 @@ class Config:
     sample_every: int = _option(0, "Steps between drawings; 0 for only the last.", least=0)
     sample_steps: int = _option(25, "Denoising steps of a drawing.", least=1)
     guidance_scale: float = _option(7.5, "Guidance scale of drawings and class pictures.", least=0)
+    sample_batch_size: int = _option(
+        0,
+        "Pictures drawn at a time, of the class and of prompts, in --precision; 0: 4 on a GPU, --batch-size "
+        "on a CPU.",
+        least=0,
+    )
     tensorboard: bool = _option(False, "Write TensorBoard logs (needs tensorboard).")
     wandb: bool = _option(False, "Log to Weights & Biases (needs wandb).")
 

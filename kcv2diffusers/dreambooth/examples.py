@@ -45,8 +45,9 @@ def class_photos(config: Config, base: Base, notes: list[str], progress: Progres
     missing = config.num_class_images - len(find_photos(folder).found)
     numbers = (n for n in count() if not _class_path(folder, n).exists())
     sampler, size = base.sampler(), base.image_size
-    for done in range(0, missing, config.batch_size):
-        batch = list(islice(numbers, min(config.batch_size, missing - done)))
+    at_once = config.sample_batch_size or config.batch_size
+    for done in range(0, missing, at_once):
+        batch = list(islice(numbers, min(at_once, missing - done)))
         noise = np.concatenate([initial_noise(1, size, size, config.seed + number) for number in batch])
         latents = sampler.sample(
             [config.class_prompt] * len(batch),

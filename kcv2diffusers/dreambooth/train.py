@@ -193,8 +193,10 @@ def _resolved(config: Config) -> Config:
     running = keras.backend.backend()
     if config.backend not in ("auto", running):
         raise Error(f"--backend {config.backend}: Keras runs on {running} already.\nStart a new process.")
-    precision = best_precision() if config.precision == "auto" else config.precision
-    return replace(config, backend=running, precision=precision)
+    best = best_precision()
+    precision = best if config.precision == "auto" else config.precision
+    drawn = config.sample_batch_size or (config.batch_size if best == "float32" else 4)
+    return replace(config, backend=running, precision=precision, sample_batch_size=drawn)
 
 
 def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
