@@ -25,6 +25,7 @@ import numpy as np
 
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.lora import LORA_FILE, attention_projections, factors, write_lora
+from kcv2diffusers.dreambooth.memory import STATES
 from kcv2diffusers.dreambooth.snapshots import Array, Snapshots, Values, current, dtype_of
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models.base import read_values
@@ -47,15 +48,11 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(n) for n in numbers if n.isdecimal() and checkpoint_path(folder, int(n)).is_dir())
 
 
-# Bytes of the optimizer's state for a byte of float32 weights; what is shared or factored counts as none.
-_STATES = {"adamw": 2.0, "adam_mini": 0.5, "adafactor": 0.0, "lion": 1.0}
-
-
 def least_bytes(config: Config, parts: Mapping[str, tuple[Match, Any]]) -> int:
     """What the checkpoints of a run take on disk at least: those that are kept, and the next one."""
     trained = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
     weights = sum(4 * math.prod(t.shape) for part in trained for _, t in parts[part][0].slots())
-    state = 0.0 if config.lora_rank else weights * (1 + _STATES[config.optimizer] + bool(config.ema))
+    state = 0.0 if config.lora_rank else weights * (1 + STATES[config.optimizer] + bool(config.ema))
     written = math.ceil(config.steps / config.checkpoint_every) if config.checkpoint_every else 1
     if config.checkpoint_minutes:
         written = config.steps  # at most

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.memory import drawing_advice, memory_errors
 from kcv2diffusers.models.sampler import TextToImage, initial_noise
 from kcv2diffusers.pictures import grid
 
@@ -41,13 +42,14 @@ class Drawings:
         drawn = []
         for first in range(0, len(prompts), at_once):
             some = slice(first, first + at_once)
-            latents = self.sampler.denoise(
-                np.concatenate([without[some], with_prompts[some]]),
-                noise[some],
-                steps=self.config.sample_steps,
-                guidance_scale=self.config.guidance_scale,
-            )
-            drawn.append(self.sampler.decode(latents))
+            with memory_errors(lambda: drawing_advice(at_once)):
+                latents = self.sampler.denoise(
+                    np.concatenate([without[some], with_prompts[some]]),
+                    noise[some],
+                    steps=self.config.sample_steps,
+                    guidance_scale=self.config.guidance_scale,
+                )
+                drawn.append(self.sampler.decode(latents))
         path = samples(Path(self.config.out), step)
         path.parent.mkdir(parents=True, exist_ok=True)
         images = np.concatenate(drawn)
