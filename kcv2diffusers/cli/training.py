@@ -130,7 +130,7 @@ _GROUPS = {
     "train_text_encoder": "What is trained",
     "prior_weight": "Loss and pictures",
     "precision": "Machine",
-    "checkpoint_every": "Checkpoints",
+    "checkpoint_minutes": "Checkpoints",
     "sample_prompt": "Drawings and logs",
     "push_to_hub": "The Hub",
 }

@@ -2,16 +2,20 @@
 
 `checkpoints/step-000100/` holds weights as KerasCV names them, for `convert`; `resume/step-000100.h5` what
 going on needs: trained variables as they are (not averaged, not merged) and the optimizer's. Both appear
-whole by a rename, and older ones go only after that.
+whole by a rename, and older ones go only after that. A thread writes them while training goes on, from a
+snapshot in host memory; where there is no room for one, training waits until they are written.
 """
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import h5py
@@ -19,15 +23,18 @@ import keras
 import ml_dtypes
 import numpy as np
 
+from kcv2diffusers.diffusion import Array
 from kcv2diffusers.dreambooth.config import Config
-from kcv2diffusers.dreambooth.lora import attention_projections, write_lora
+from kcv2diffusers.dreambooth.lora import attention_projections, factors, write_lora
+from kcv2diffusers.dreambooth.memory import STATES
+from kcv2diffusers.dreambooth.snapshots import Snapshots, Values, current, dtype_of
 from kcv2diffusers.errors import Error
 from kcv2diffusers.json_text import write_json
+from kcv2diffusers.models.base import read_values
 from kcv2diffusers.pipeline_files import CONFIG_FILE, LORA_FILE
-from kcv2diffusers.sources.open import open_sources
-from kcv2diffusers.sources.recognise import Match, recognise
-from kcv2diffusers.targets.keras_h5 import write_legacy_h5
-from kcv2diffusers.targets.stream import run
+from kcv2diffusers.sources.recognise import Match
+from kcv2diffusers.system.positioned import write_at
+from kcv2diffusers.targets.keras_h5 import WRITERS, lay_out
 
 _STATE = ("trainable", "optimizer")
 
@@ -43,16 +50,14 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(n) for n in numbers if n.isdecimal() and checkpoint_path(folder, int(n)).is_dir())
 
 
-# Bytes of the optimizer's state for a byte of float32 weights; what is shared or factored counts as none.
-_STATES = {"adamw": 2.0, "adam_mini": 0.5, "adafactor": 0.0, "lion": 1.0}
-
-
 def least_bytes(config: Config, parts: Mapping[str, tuple[Match, Any]]) -> int:
     """What the checkpoints of a run take on disk at least: those that are kept, and the next one."""
     trained = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
     weights = sum(4 * math.prod(t.shape) for part in trained for _, t in parts[part][0].slots())
-    state = 0.0 if config.lora_rank else weights * (1 + _STATES[config.optimizer] + bool(config.ema))
+    state = 0.0 if config.lora_rank else weights * (1 + STATES[config.optimizer] + bool(config.ema))
     written = math.ceil(config.steps / config.checkpoint_every) if config.checkpoint_every else 1
+    if config.checkpoint_minutes:
+        written = config.steps  # at most
     return int((weights + state) * min(written, config.keep_checkpoints + 1))
 
 
@@ -60,8 +65,10 @@ class Checkpoints:
     """The checkpoints of the run in `folder`.
 
     `parts` are the models that are trained, by part name; `trainer` the compiled model that trains them.
-    `stated` is the content of the kcv2diffusers.json that a model of unusual widths needs, `names` what
-    diffusers calls each variable (both as in Base). `format` is "weights.h5" or "h5"; `keep` how many stay.
+    `files` are the base's, by part; frozen weights are taken from them as they are. `stated` is the content
+    of the kcv2diffusers.json that a model of unusual widths needs, `names` what diffusers calls each variable
+    (both as in Base). `format` is "weights.h5" or "h5"; `keep` how many stay. `note` is called with a
+    sentence for the user.
     """
 
     def __init__(
@@ -69,37 +76,147 @@ class Checkpoints:
         folder: Path,
         trainer: keras.Model,
         parts: dict[str, keras.Model],
+        files: Mapping[str, Match],
         stated: dict[str, Any],
         names: dict[int, str],
         *,
         format: str = "weights.h5",
         keep: int = 2,
+        note: Callable[[str], None] = lambda line: None,
     ) -> None:
-        self.folder, self.trainer, self.parts = folder, trainer, parts
+        self.folder, self.trainer, self.parts, self.files = folder, trainer, parts, files
         self.stated, self.names = stated, names
-        self.format, self.keep = format, keep
+        self.format, self.keep, self.note = format, keep, note
+        self.snapshots = Snapshots([variable for group in self._state() for variable in group])
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
 
-    def save(self, step: int) -> Path:
-        """Write a checkpoint and the state to go on from; remove those beyond `keep`."""
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written beside the steps."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, step: int, *, last: bool = False) -> None:
+        """Write a checkpoint and the state to go on from; remove those beyond `keep`.
+
+        A thread does it, unless this is the `last` of the run or there is no room for a snapshot: then all is
+        there on return. An earlier one that is being written is waited for. Raises Error, also for what a
+        thread could not write.
+        """
+        self.wait()
         if keras.backend.backend() == "jax":
             self.trainer.jax_state_sync()
-        target = checkpoint_path(self.folder, step)
-        with _appearing(self.folder / "resume" / f"step-{step:06}.h5") as part, h5py.File(part, "w") as file:
-            for group, variables in zip(_STATE, self._state(), strict=True):
-                for number, variable in enumerate(variables):
-                    file[f"{group}/{number}"] = keras.ops.convert_to_numpy(variable)
-        with _appearing(target) as part, self.averaged():
-            part.mkdir()
+        if last or not self._room():
+            self._write(step, lambda: current)
+            return self.check()
+        taken = self.snapshots.take()
+        # A daemon, because a second signal ends the process at once.
+        self._thread = Thread(target=self._write, args=(step, taken), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until no checkpoint is being written. Raises as `check`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise Error if a checkpoint could not be written."""
+        error, self._error = self._error, None
+        if isinstance(error, OSError):
+            raise _refusal(self.folder, error) from error
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def finished(self) -> Iterator[None]:
+        """After this block no checkpoint is being written, unless the process is to end at once."""
+        try:
+            yield
+        except Exception:
+            with suppress(Exception):
+                self.wait()
+            raise
+        self.wait()
+
+    def tidy(self) -> None:
+        """Remove what a killed process left half written."""
+        whole = saved_steps(self.folder)
+        left = [*self.folder.glob("resume/.step-*.part"), *self.folder.glob("checkpoints/.step-*.part")]
+        for path in self.folder.glob("resume/step-*.h5"):
+            step = path.stem.removeprefix("step-")
+            if step.isdecimal() and int(step) not in whole:
+                left.append(path)
+        for path in left:
+            _remove(path)
+
+    def _room(self) -> bool:
+        """Whether there is memory for a snapshot; if not, the user is told, once."""
+        if self.snapshots.fits():
+            return True
+        self.note(
+            "Training waited while checkpoints were written: a copy in memory of "
+            f"{self.snapshots.bytes / 1e9:.1f} GB would have taken more than half of what is free."
+        )
+        self.note = lambda line: None
+        return False
+
+    def _write(self, step: int, taken: Callable[[], Values]) -> None:
+        """What goes wrong is left for `check`."""
+        try:
+            value = taken()
+            self._write_state(self.folder / "resume" / f"step-{step:06}.h5", value)
+            self._write_weights(checkpoint_path(self.folder, step), value)
+            for old in saved_steps(self.folder)[: -self.keep]:
+                (self.folder / "resume" / f"step-{old:06}.h5").unlink()
+                shutil.rmtree(checkpoint_path(self.folder, old))
+        except BaseException as error:
+            self._error = error
+
+    def _write_state(self, target: Path, value: Values) -> None:
+        named = {
+            f"{group}/{number}": variable
+            for group, variables in zip(_STATE, self._state(), strict=True)
+            for number, variable in enumerate(variables)
+        }
+        with _appearing(target) as part:
+            offsets = lay_out(part, [(name, tuple(v.shape), dtype_of(v)) for name, v in named.items()])
+            _fill(part, offsets, map(value, named.values()))
+
+    def _write_weights(self, target: Path, value: Values) -> None:
+        averages = {id(variable): average for variable, average in self._averages()}
+
+        def averaged(variable: keras.Variable) -> Array:
+            return value(averages.get(id(variable), variable))
+
+        with _appearing(target) as folder:
+            folder.mkdir()
             for name, model in self.parts.items():
-                self._write(part, name, model)
+                stem = name if self.format == "weights.h5" else f"{self.folder.name}-{name}"
+                path = folder / f"{stem}.{self.format}"
+                offsets = [job.offset for job in WRITERS[self.format](path, self.files[name])]
+                _fill(path, offsets, self._weights(name, model, averaged))
             if any(p.lora_enabled for m in self.parts.values() for p in attention_projections(m)):
-                write_lora(part / LORA_FILE, self.parts, self.names)
+                write_lora(folder / LORA_FILE, self.parts, self.names, averaged)
             if self.stated:
-                write_json(part / CONFIG_FILE, self.stated)
-        for old in saved_steps(self.folder)[: -self.keep]:
-            (self.folder / "resume" / f"step-{old:06}.h5").unlink()
-            shutil.rmtree(checkpoint_path(self.folder, old))
-        return target
+                write_json(folder / CONFIG_FILE, self.stated)
+
+    def _weights(self, part: str, model: keras.Model, value: Values) -> Iterator[Array]:
+        """The weights of a trained part in the order of its file, low-rank updates merged in float32."""
+        variables = {self.names[id(v)]: v for v in model.weights if id(v) in self.names}
+        trained = {id(variable) for variable in self.trainer.trainable_variables}
+        updated = {id(layer._kernel): layer for layer in attention_projections(model) if layer.lora_enabled}
+        for slot, tensor in self.files[part].slots():
+            variable = variables[slot.target]
+            if id(variable) in trained:
+                yield value(variable)
+                continue
+            frozen = read_values(self.files[part], slot, tensor, tuple(variable.shape))
+            if layer := updated.get(id(variable)):
+                first, second = factors(layer, value)
+                frozen = frozen + first @ second
+            yield frozen
 
     def restore(self, step: int) -> None:
         """Give the trained and the optimizer's variables the values they had after `step` steps."""
@@ -123,26 +240,20 @@ class Checkpoints:
     def _state(self) -> tuple[list[keras.Variable], list[keras.Variable]]:
         return self.trainer.trainable_variables, self.trainer.optimizer.variables
 
-    def _write(self, folder: Path, name: str, model: keras.Model) -> None:
-        weights = folder / f"{name}.weights.h5"
-        model.save_weights(weights)
-        if self.format == "h5":  # the names that the 2023 scripts gave
-            match = recognise(open_sources(weights)[0])
-            run(write_legacy_h5(folder / f"{self.folder.name}-{name}.h5", match))
-            weights.unlink()
+    def _averages(self) -> list[tuple[keras.Variable, keras.Variable]]:
+        """The trained variables with their moving averages, if there are any."""
+        optimizer = self.trainer.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        if not optimizer.use_ema:
+            return []
+        averages = optimizer._model_variables_moving_average
+        return list(zip(self.trainer.trainable_variables, averages, strict=True))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The moving averages in the place of the weights, if there are any."""
-        optimizer = self.trainer.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-        if not optimizer.use_ema:
-            yield
-            return
-        pairs = list(
-            zip(self.trainer.trainable_variables, optimizer._model_variables_moving_average, strict=True)
-        )
-        held = [np.copy(keras.ops.convert_to_numpy(variable)) for variable, _ in pairs]
+        pairs = self._averages()
+        held = [np.copy(current(variable)) for variable, _ in pairs]
         for variable, average in pairs:
             variable.assign(average)
         try:
@@ -150,6 +261,33 @@ class Checkpoints:
         finally:
             for (variable, _), value in zip(pairs, held, strict=True):
                 variable.assign(value)
+
+
+def _fill(path: Path, offsets: Sequence[int], arrays: Iterable[Array]) -> None:
+    """Write `arrays` where a file has room for them, and wait until the disk has them.
+
+    The system writes; h5py would keep other threads waiting meanwhile.
+    """
+    with path.open("r+b") as file:
+        for offset, array in zip(offsets, arrays, strict=True):
+            left = np.ascontiguousarray(array).reshape(-1).view("uint8").data
+            while left:
+                done = write_at(file.fileno(), left, offset)
+                left, offset = left[done:], offset + done
+        os.fsync(file.fileno())
+
+
+def _refusal(folder: Path, error: OSError) -> Error:
+    """What the system said about a checkpoint, for the user."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Error(
+            f"{folder}: no space left to write a checkpoint; what was written before it is kept.\n"
+            "Free some space, then go on with --resume."
+        )
+    return Error(
+        f"{error.filename or folder}: a checkpoint cannot be written: {error.strerror or error}.\n"
+        "Check the path and its permissions, then go on with --resume."
+    )
 
 
 @contextmanager

@@ -102,7 +102,14 @@ class Config:
     rematerialise: bool = _option(False, "Compute activations twice: slower, less memory.")
     seed: int = _option(0, "The same seed gives the same run on the same backend.")
 
-    checkpoint_every: int = _option(100, "Steps between checkpoints; 0 for only the last.", least=0)
+    checkpoint_minutes: float = _option(
+        10.0,
+        "Minutes between checkpoints; 0 for none by time. They are written during training, from a copy in "
+        "host memory (adamw: 12 bytes a trained weight, with --ema 16). Where it would take more than half "
+        "of what is free, training waits.",
+        least=0,
+    )
+    checkpoint_every: int = _option(0, "Steps between checkpoints; 0 for none by steps.", least=0)
     keep_checkpoints: int = _option(2, "How many checkpoints to keep.", least=1)
     checkpoint_format: str = _option("weights.h5", "Format of checkpoints.", choices=("weights.h5", "h5"))
     resume: bool = _option(False, "Go on from the newest checkpoint in --out.")
@@ -110,6 +117,12 @@ class Config:
     sample_every: int = _option(0, "Steps between drawings; 0 for only the last.", least=0)
     sample_steps: int = _option(25, "Denoising steps of a drawing.", least=1)
     guidance_scale: float = _option(7.5, "Guidance scale of drawings and class pictures.", least=0)
+    sample_batch_size: int = _option(
+        0,
+        "Pictures drawn at a time, of the class and of prompts, in --precision; 0: 4 on a GPU, --batch-size "
+        "on a CPU.",
+        least=0,
+    )
     tensorboard: bool = _option(False, "Write TensorBoard logs (needs tensorboard).")
     wandb: bool = _option(False, "Log to Weights & Biases (needs wandb).")
 

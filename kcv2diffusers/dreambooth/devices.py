@@ -1,4 +1,4 @@
-"""What a run computes on: its precision, several devices of one host, and what to do when memory is short."""
+"""What a run computes on: its precision, and several devices of one host."""
 
 from __future__ import annotations
 
@@ -50,25 +50,6 @@ def _half(capability: Any) -> str:
         return "float32"
     major = int(capability.split(".")[0] if isinstance(capability, str) else capability[0])
     return "mixed_bfloat16" if major >= 8 else "mixed_float16"  # since Ampere
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Within it, an error of any backend for lack of memory is an Error that says what helps."""
-    try:
-        yield
-    except Exception as error:
-        lacks = isinstance(error, MemoryError) or type(error).__name__ in (
-            "OutOfMemoryError",  # PyTorch
-            "ResourceExhaustedError",  # TensorFlow
-        )
-        if not lacks and "RESOURCE_EXHAUSTED" not in str(error):  # JAX
-            raise
-        raise Error(
-            "The device has too little memory for this run; checkpoints that were written are kept.\n"
-            "What helps most first: --lora-rank 4, --optimizer adam_mini, --rematerialise, "
-            "a smaller --batch-size (with --accumulate) or --resolution."
-        ) from error
 
 
 @contextmanager

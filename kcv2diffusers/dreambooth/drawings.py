@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.memory import drawing_advice, memory_errors
 from kcv2diffusers.models.sampler import TextToImage, initial_noise
 from kcv2diffusers.pictures import grid
 
@@ -36,15 +37,22 @@ class Drawings:
         if not prompts:
             return
         noise = initial_noise(len(prompts), self.size, self.size, self.config.seed)
-        latents = self.sampler.denoise(
-            self.encode() if self.context is None else self.context,
-            noise,
-            steps=self.config.sample_steps,
-            guidance_scale=self.config.guidance_scale,
-        )
+        without, with_prompts = np.split(self.encode() if self.context is None else self.context, 2)
+        at_once = self.config.sample_batch_size or self.config.batch_size
+        drawn = []
+        for first in range(0, len(prompts), at_once):
+            some = slice(first, first + at_once)
+            with memory_errors(lambda: drawing_advice(at_once)):
+                latents = self.sampler.denoise(
+                    np.concatenate([without[some], with_prompts[some]]),
+                    noise[some],
+                    steps=self.config.sample_steps,
+                    guidance_scale=self.config.guidance_scale,
+                )
+                drawn.append(self.sampler.decode(latents))
         path = samples(Path(self.config.out), step)
         path.parent.mkdir(parents=True, exist_ok=True)
-        images = self.sampler.decode(latents)
+        images = np.concatenate(drawn)
         grid(images, min(4, len(images)), prompts, scale=max(1, 256 // self.size)).save(path)
 
 

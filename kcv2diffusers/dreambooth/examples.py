@@ -16,6 +16,7 @@ from PIL import Image
 
 from kcv2diffusers.dreambooth.batches import Examples
 from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.memory import drawing_advice, memory_errors
 from kcv2diffusers.dreambooth.photos import Photo, bucket_of, find_photos
 from kcv2diffusers.errors import Error, plain
 from kcv2diffusers.models.base import Base
@@ -46,16 +47,19 @@ def class_photos(config: Config, base: Base, notes: list[str], progress: StagePr
     missing = config.num_class_images - len(find_photos(folder).found)
     numbers = (n for n in count() if not _class_path(folder, n).exists())
     sampler, size = base.sampler(), base.image_size
-    for done in range(0, missing, config.batch_size):
-        batch = list(islice(numbers, min(config.batch_size, missing - done)))
+    at_once = config.sample_batch_size or config.batch_size
+    for done in range(0, missing, at_once):
+        batch = list(islice(numbers, min(at_once, missing - done)))
         noise = np.concatenate([initial_noise(1, size, size, config.seed + number) for number in batch])
-        latents = sampler.sample(
-            [config.class_prompt] * len(batch),
-            noise,
-            steps=config.sample_steps,
-            guidance_scale=config.guidance_scale,
-        )
-        for number, image in zip(batch, sampler.decode(latents), strict=True):
+        with memory_errors(lambda: drawing_advice(at_once)):
+            latents = sampler.sample(
+                [config.class_prompt] * len(batch),
+                noise,
+                steps=config.sample_steps,
+                guidance_scale=config.guidance_scale,
+            )
+            images = sampler.decode(latents)
+        for number, image in zip(batch, images, strict=True):
             path = _class_path(folder, number)
             with whole_file(path) as part:
                 Image.fromarray(image).save(part, format="png")

@@ -41,7 +41,7 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         self.loggers = open_loggers(config)
         self.log = Path(config.out) / LOG
         self.rows = [row for row in read_log(self.log) if row[0] <= start]
-        self.started = self.read_at = time.monotonic()
+        self.started = self.read_at = self.saved_at = time.monotonic()
         self.waiting: list[tuple[int, Any, float]] = []  # steps whose losses have not been read
 
     def stop(self, signal: int) -> None:
@@ -63,8 +63,11 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         """`logs` has the step's loss, which may still be computed."""
         self.step += 1
         self.waiting.append((self.step, (logs or {})["step_loss"], time.monotonic() - self.started))
-        every, last = self.config.checkpoint_every, self.step == self.config.steps
-        saves = last or bool(self.stopped_by) or bool(every and self.step % every == 0)
+        self.checkpoints.check()
+        every = self.config.checkpoint_every
+        last = self.step == self.config.steps
+        ends = last or bool(self.stopped_by)
+        saves = ends or bool(every and self.step % every == 0) or self._is_time_to_save()
         draws = bool(self.config.sample_every) and self.step % self.config.sample_every == 0 and not last
         if not (saves or draws or time.monotonic() - self.read_at > _SECONDS_BETWEEN_READINGS):
             return
@@ -74,17 +77,24 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
             return
         if saves:
             _write_log(self.log, self.rows)  # first: whoever resumes at a checkpoint needs the rows up to it
-            self.checkpoints.save(self.step)
+            self.saved_at = time.monotonic()
+            self.checkpoints.save(self.step, last=ends)
         if draws:
             self.draw()
         if self.stopped_by:
             self.model.stop_training = True
+
+    def _is_time_to_save(self) -> bool:
+        minutes = self.config.checkpoint_minutes
+        since = time.monotonic() - self.saved_at
+        return bool(minutes) and since >= 60 * minutes and not self.checkpoints.writing
 
     def _read_losses(self) -> None:
         """Wait for the steps so far, and log their losses."""
         for step, device_loss, seconds in self.waiting:
             loss = float(device_loss)
             if not math.isfinite(loss):
+                self.checkpoints.wait()
                 kept = saved_steps(self.checkpoints.folder)
                 where = (
                     f"The checkpoint of step {kept[-1]} is kept" if kept else "No checkpoint was written yet"

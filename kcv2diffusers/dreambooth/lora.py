@@ -9,6 +9,9 @@ import keras
 import numpy as np
 from safetensors.numpy import save_file
 
+from kcv2diffusers.diffusion import Array
+from kcv2diffusers.dreambooth.snapshots import Values
+
 
 def add_lora(model: keras.Model, rank: int, alpha: float, seed: int = 0) -> None:
     """Freeze `model` and give the attention projections of its transformer blocks low-rank updates of `rank`,
@@ -37,21 +40,25 @@ def attention_projections(model: keras.Model) -> list[keras.layers.Dense]:
     ]
 
 
-def write_lora(path: Path, parts: Mapping[str, keras.Model], names: Mapping[int, str]) -> None:
+def factors(layer: keras.layers.Dense, value: Values) -> tuple[Array, Array]:
+    """The two factors of a layer's update, (inputs, rank) and (rank, outputs) float32, the scale alpha / rank
+    multiplied into the second; `value` reads their variables.
+    """
+    first, second = (np.asarray(value(v), "float32") for v in (layer.lora_kernel_a, layer.lora_kernel_b))
+    return first, second * np.float32(layer.lora_alpha / layer.lora_rank)
+
+
+def write_lora(path: Path, parts: Mapping[str, keras.Model], names: Mapping[int, str], value: Values) -> None:
     """Write the updates of `parts` (unet, text_encoder) for diffusers' `load_lora_weights`.
 
-    `names` are what diffusers calls the kernels, by `id`. The scale alpha / rank is multiplied into the
-    second factor, so that every loader applies the same.
+    `names` are what diffusers calls the kernels, by `id`. The scale is part of a factor, so that every loader
+    applies the same.
     """
     tensors = {}
     for part, model in parts.items():
         for layer in attention_projections(model):
             module = f"{part}.{names[id(layer._kernel)].removesuffix('.weight')}"
-            first, second = (
-                np.asarray(keras.ops.convert_to_numpy(factor), dtype="float32")
-                for factor in (layer.lora_kernel_a, layer.lora_kernel_b)
-            )
-            scale = np.float32(layer.lora_alpha / layer.lora_rank)
+            first, second = factors(layer, value)
             tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(first.T)
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(second.T * scale)
+            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(second.T)
     save_file(tensors, path, metadata={"format": "pt"})

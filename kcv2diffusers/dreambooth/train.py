@@ -18,11 +18,12 @@ from kcv2diffusers.conversion.to_diffusers import convert, is_output
 from kcv2diffusers.dreambooth.batches import Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, least_bytes, saved_steps
 from kcv2diffusers.dreambooth.config import Config
-from kcv2diffusers.dreambooth.devices import allow_tf32, best_precision, memory_errors, spread
+from kcv2diffusers.dreambooth.devices import allow_tf32, best_precision, spread
 from kcv2diffusers.dreambooth.drawings import Drawings, samples
 from kcv2diffusers.dreambooth.examples import class_photos, encode, make_examples, usable_photos
 from kcv2diffusers.dreambooth.follow import LOG, Follow, Unread, read_log
 from kcv2diffusers.dreambooth.lora import add_lora
+from kcv2diffusers.dreambooth.memory import memory_errors, training_advice
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
 from kcv2diffusers.dreambooth.record import keep_record
@@ -76,7 +77,8 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
     files = _base_files(config)
     if done := _finished_before(config, files.prediction_type):
         return done
-    with spread(config):
+    matches = {part: match for part, (match, _) in files.parts.items()}
+    with spread(config), memory_errors(lambda: training_advice(config, matches)):
         base = files.load(moments=True, dtype=config.precision)
     out.mkdir(parents=True, exist_ok=True)
     keeps(f"what is in {out} is kept, and --resume goes on with it")
@@ -84,8 +86,9 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
     classes = class_photos(config, base, notes, progress) if config.prior_preservation else None
     instance, prior = make_examples(config, base, photos, classes)
     if config.cache:
-        encode(instance, prior, progress)
-    with spread(config):
+        with memory_errors(lambda: "Use a lower --resolution or --precision."):
+            encode(instance, prior, progress)
+    with spread(config), memory_errors(lambda: training_advice(config, matches)):
         trained = _freeze(config, base)
         model = _trainer(config, base)
         _release(config, base, drawings, instance, prior)
@@ -93,10 +96,12 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
             out,
             model,
             trained,
+            matches,
             base.stated,
             base.names,
             format=config.checkpoint_format,
             keep=config.keep_checkpoints,
+            note=notes.append,
         )
         start = _start(config, checkpoints)
         keep_record(config, start)
@@ -112,7 +117,11 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
         )
         run = Follow(config, checkpoints, drawings, start, progress)
         if start < config.steps:
-            with _signals(run.stop), memory_errors():
+
+            def advice() -> str:
+                return training_advice(config, matches, model, lambda: batches.step(run.step))
+
+            with _signals(run.stop), memory_errors(advice), checkpoints.finished():
                 callbacks = Unread([run], add_history=True, model=model, epochs=1, steps=len(batches))
                 model.fit(_dataset(batches), epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
     if run.problem:
@@ -193,8 +202,10 @@ def _resolved(config: Config) -> Config:
     running = keras.backend.backend()
     if config.backend not in ("auto", running):
         raise Error(f"--backend {config.backend}: Keras runs on {running} already.\nStart a new process.")
-    precision = best_precision() if config.precision == "auto" else config.precision
-    return replace(config, backend=running, precision=precision)
+    best = best_precision()
+    precision = best if config.precision == "auto" else config.precision
+    drawn = config.sample_batch_size or (config.batch_size if best == "float32" else 4)
+    return replace(config, backend=running, precision=precision, sample_batch_size=drawn)
 
 
 def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
@@ -244,6 +255,7 @@ def _release(
 
 def _start(config: Config, checkpoints: Checkpoints) -> int:
     """The step to go on from: 0 for a new run."""
+    checkpoints.tidy()
     steps = saved_steps(checkpoints.folder) if config.resume else []
     if not steps:
         return 0

@@ -22,6 +22,7 @@ from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.hub.address import snapshots
 from kcv2diffusers.maps.layouts import core, reverse
 from kcv2diffusers.maps.parts import family_of, label
+from kcv2diffusers.maps.tables import Slot
 from kcv2diffusers.models.config import Gelu, ModelConfig, TextEncoderConfig, UNetConfig, VAEConfig
 from kcv2diffusers.models.layers import zeros
 from kcv2diffusers.models.sampler import TextToImage
@@ -205,13 +206,18 @@ def load_weights(model: keras.Model, match: Match) -> dict[int, str]:
     if len(slots) != len(model.weights):
         raise Error(f"{match.source.path}: {len(slots)} tensors for {len(model.weights)} variables.")
     for (slot, tensor), variable in zip(slots, model.weights, strict=True):
-        values, shape = _read(tensor), tuple(variable.shape)
-        if not match.keras and slot.variable.reverses:
-            values = reverse(values, core(shape)[::-1], shape)
-        if values.shape != shape:
-            raise Error(f"{match.source.path}: {tensor.name} is {list(values.shape)}, not {list(shape)}.")
-        variable.assign(values.astype("float32", copy=False))
+        variable.assign(read_values(match, slot, tensor, tuple(variable.shape)))
     return {id(variable): slot.target for (slot, _), variable in zip(slots, model.weights, strict=True)}
+
+
+def read_values(match: Match, slot: Slot, tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """A tensor of a recognised part as Keras has it: float32 of `shape`, turned round if from diffusers."""
+    values = _read(tensor)
+    if not match.keras and slot.variable.reverses:
+        values = reverse(values, core(shape)[::-1], shape)
+    if values.shape != shape:
+        raise Error(f"{match.source.path}: {tensor.name} is {list(values.shape)}, not {list(shape)}.")
+    return values.astype("float32", copy=False)
 
 
 def unet_config(match: Match, stated: Mapping[str, Any], gelu: Gelu) -> UNetConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -65,20 +65,41 @@ def _new_file(path: Path) -> Iterator[h5py.File]:
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
+def lay_out(path: Path, arrays: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> list[int]:
+    """Make an HDF5 file of empty datasets, (name, shape, dtype) each, and return where their bytes will lie.
+    What HDF5 has no name for, such as bfloat16, becomes words of as many bytes.
+    """
+    with _new_file(path) as file:
+        create = _creator(file)
+        return [
+            create(name, shape, dtype if dtype.isbuiltin == 1 else np.dtype(f"V{dtype.itemsize}"))
+            for name, shape, dtype in arrays
+        ]
+
+
 def _lay_out(file: h5py.File, path: Path, match: Match, name: Callable[[Slot], str]) -> Iterator[Job]:
+    create = _creator(file)
+    for slot, tensor in match.slots():
+        shape = tuple(size.value(match.dims) or 0 for size in slot.shape)
+        offset = create(name(slot), shape, np.dtype(_DTYPE))
+        turned = core(shape)[::-1] if slot.variable.reverses and not match.keras else None
+        yield Job(slot.target, tensor, turned, np.dtype(_DTYPE), path, offset)
+
+
+def _creator(file: h5py.File) -> Callable[[str, tuple[int, ...], np.dtype], int]:
+    """A function that adds an empty dataset of a name, shape and dtype to `file` and returns its offset."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     settings.set_obj_track_times(False)  # the same pipeline makes the same file
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
-    kind = h5py.h5t.py_create(_DTYPE)
-    for slot, tensor in match.slots():
-        shape = tuple(size.value(match.dims) or 0 for size in slot.shape)
-        space = h5py.h5s.create_simple(shape)
-        dataset = h5py.h5d.create(file.id, name(slot).encode(), kind, space, settings, links)
-        turned = core(shape)[::-1] if slot.variable.reverses and not match.keras else None
-        yield Job(slot.target, tensor, turned, np.dtype(_DTYPE), path, dataset.get_offset())
+
+    def create(name: str, shape: tuple[int, ...], dtype: np.dtype) -> int:
+        space, kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(dtype)
+        return int(h5py.h5d.create(file.id, name.encode(), kind, space, settings, links).get_offset())
+
+    return create
 
 
 WRITERS = {"weights.h5": write_weights_h5, "h5": write_legacy_h5}

@@ -99,9 +99,11 @@ def test_a_disk_that_is_too_small(run: Callable[..., Any], monkeypatch: pytest.M
     """AdamW's state is twice the weights; a LoRA's checkpoints are the weights alone."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 40 * 10**6))
     with pytest.raises(Error, match=r"0\.\d+ GB are needed and 0\.04 GB are free"):
-        run(steps=1000, checkpoint_every=100)
+        run(steps=1000, checkpoint_minutes=0.0, checkpoint_every=100)
+    with pytest.raises(Error, match=r"0\.\d+ GB are needed and 0\.04 GB are free"):
+        run(steps=1000)
     with pytest.raises(Built):
-        run(steps=1000, checkpoint_every=0, lora_rank=4)
+        run(steps=1000, checkpoint_minutes=0.0, lora_rank=4)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from kcv2diffusers.dreambooth import devices
-from kcv2diffusers.errors import Error
 
 FAKE = Path(__file__).parent / "fake_cuda"
 
@@ -135,28 +134,3 @@ def test_precision_of_a_card(capability: Any, policy: str) -> None:
 
 def test_precision_here_is_float32() -> None:
     assert devices.best_precision() == "float32"
-
-
-class OutOfMemoryError(RuntimeError):
-    """Named as PyTorch's."""
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3.2GiB."),
-    ],
-    ids=["PyTorch", "host", "JAX"],
-)
-def test_too_little_memory_is_said_in_two_lines(error: Exception) -> None:
-    with pytest.raises(Error) as raised, devices.memory_errors():
-        raise error
-    first, second = str(raised.value).split("\n")
-    assert "memory" in first and "--lora-rank" in second
-
-
-def test_other_errors_are_left_alone() -> None:
-    with pytest.raises(ValueError, match="something else"), devices.memory_errors():
-        raise ValueError("something else")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from conftest import small_base
@@ -30,6 +31,22 @@ finally:
     assert not unasked & set(sys.modules), unasked & set(sys.modules)
 """
 
+# Keeps the weights of each checkpoint beside it, read in the moment when it is asked for.
+NOTING = """
+import numpy as np
+from kcv2diffusers.dreambooth import checkpoints
+
+save = checkpoints.Checkpoints.save
+
+def noting(self, step, **options):
+    self.trainer.jax_state_sync()
+    values = [np.array(checkpoints.current(variable)) for variable in self.trainer.trainable_variables]
+    np.savez(self.folder / f"{step}.npz", *values)
+    save(self, step, **options)
+
+checkpoints.Checkpoints.save = noting
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,7 +62,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def losses(
-    backend: str, folder: Path, out: str, *options: str, flags: str = "", forked: bool = False
+    backend: str,
+    folder: Path,
+    out: str,
+    *options: str,
+    flags: str = "",
+    forked: bool = False,
+    script: str = RUN,
 ) -> list[float]:
     """Those of a run in a process of its own, or in a fork as those of test_run."""
     given = [
@@ -53,7 +76,7 @@ def losses(
         "--base", small_base(), "--out", folder / out, "--steps", "4", "--learning-rate", "1e-4", *PROMPTS,
         "--train-text-encoder", *options,
     ]  # fmt: skip
-    command = [sys.executable, "-c", RUN, "dreambooth", *map(str, given)]
+    command = [sys.executable, "-c", script, "dreambooth", *map(str, given)]
     # The compiler's own work takes longer than what it saves.
     variables = environment(backend) | {"XLA_FLAGS": f"--xla_backend_optimization_level=0 {flags}"}
     done = (
@@ -73,8 +96,26 @@ def expected(folder: Path) -> list[float]:
     return losses("torch", folder, "torch")
 
 
-def test_jax_trains_alike(folder: Path, expected: list[float]) -> None:
-    np.testing.assert_allclose(losses("jax", folder, "jax"), expected, rtol=2e-4)
+@pytest.fixture(scope="module")
+def on_jax(folder: Path) -> list[float]:
+    return losses(
+        "jax", folder, "jax", "--checkpoint-every", "2", "--keep-checkpoints", "3", script=NOTING + RUN
+    )
+
+
+def test_jax_trains_alike(on_jax: list[float], expected: list[float]) -> None:
+    np.testing.assert_allclose(on_jax, expected, rtol=2e-4)
+
+
+def test_a_checkpoint_of_jax_is_of_its_step(on_jax: list[float], folder: Path) -> None:
+    """JAX gives the memory of a step's weights to the next step, while the checkpoint is being written."""
+    found = []
+    for step in (2, 4):
+        with h5py.File(folder / "jax" / "resume" / f"step-{step:06}.h5") as file:
+            found.append([file["trainable"][str(n)][()] for n in range(len(file["trainable"]))])
+        with np.load(folder / "jax" / f"{step}.npz") as noted:
+            assert all(np.array_equal(noted[name], one) for name, one in zip(noted, found[-1], strict=True))
+    assert not np.array_equal(found[0][0], found[1][0])
 
 
 def test_two_devices_train_as_one(folder: Path, expected: list[float]) -> None:

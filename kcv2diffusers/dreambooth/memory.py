@@ -1,0 +1,141 @@
+"""What a run takes of the device's memory, and which options take less: said when there is too little."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import keras
+
+from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.errors import Error
+from kcv2diffusers.models.layers import rematerialise
+from kcv2diffusers.sources.recognise import Match
+
+# Bytes of the optimizer's state for a byte of float32 weights; what is shared or factored counts as none.
+STATES = {"adamw": 2.0, "adam_mini": 0.5, "adafactor": 0.0, "lion": 1.0}
+_LORA_RANK = 4  # of the advice
+# What diffusers calls the projections that low-rank updates are of.
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+
+Matches = Mapping[str, Match]
+"""The base's files, by part."""
+
+
+@contextmanager
+def memory_errors(advice: Callable[[], str]) -> Iterator[None]:
+    """Within it, an error of any backend for lack of memory is an Error of two lines; `advice` makes the
+    second, of what helps.
+    """
+    try:
+        yield
+    except Exception as error:
+        lacks = isinstance(error, MemoryError) or type(error).__name__ in (
+            "OutOfMemoryError",  # PyTorch
+            "ResourceExhaustedError",  # TensorFlow
+        )
+        # JAX, and PyTorch on a CPU
+        if not lacks and not any(
+            words in str(error) for words in ("RESOURCE_EXHAUSTED", "can't allocate memory")
+        ):
+            raise
+        raise Error(
+            f"The device has too little memory; what was written before is kept.\n{advice()}"
+        ) from error
+
+
+def training_advice(
+    config: Config, files: Matches, model: Any = None, batch: Callable[[], Any] | None = None
+) -> str:
+    """The options with which training takes less, and how much less, the best first.
+
+    What weights, gradients and the optimizer take follows from the sizes of the base and the options; what
+    the pictures of a step take is computed on PyTorch, from the compiled `model` and what `batch` makes.
+    """
+    options = savings(config, files)
+    if model is not None and batch is not None and keras.backend.backend() == "torch":
+        with suppress(Exception):  # better fewer figures than another error
+            options |= _of_pictures(config, files, model, batch())
+    named = _named(options)
+    first = f"Less is taken with {named}. " if named else ""
+    return f"{first}A smaller --batch-size (with --accumulate) or --resolution takes less for pictures."
+
+
+def drawing_advice(at_once: int) -> str:
+    """What to do where pictures cannot be drawn."""
+    if at_once > 1:
+        return f"Draw fewer pictures at a time than {at_once}: --sample-batch-size 1."
+    return (
+        "Draw at a lower --precision, or take pictures from elsewhere (--class-images; no --sample-prompt)."
+    )
+
+
+def savings(config: Config, files: Matches) -> dict[str, float]:
+    """Options with the bytes that each saves of what weights, gradients and the optimizer take."""
+    parts = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
+    taken = sum(training_bytes(config, files[part]) for part in parts)
+    options = {
+        f"--lora-rank {_LORA_RANK}": {"lora_rank": _LORA_RANK} if not config.lora_rank else {},
+        "--optimizer adam_mini": {"optimizer": "adam_mini"},
+        "--ema 0": {"ema": 0.0},
+    }
+    found = {}
+    for name, changed in options.items():
+        other: Config = replace(config, **changed)  # type: ignore[arg-type]
+        found[name] = taken - sum(training_bytes(other, files[part]) for part in parts)
+    if config.train_text_encoder:
+        found["no --train-text-encoder"] = training_bytes(config, files["text_encoder"])
+    return found
+
+
+def training_bytes(config: Config, match: Match) -> float:
+    """What training a part takes beside its weights: gradients, the optimizer's state, averages and sums."""
+    kept = 1 + STATES[config.optimizer] + bool(config.ema) + (config.accumulate > 1)
+    if not config.lora_rank:
+        return 4 * kept * _count(match)
+    sizes = [
+        sum(tensor.shape[:2] if not match.keras else tensor.shape[-2:])
+        for slot, tensor in match.slots()
+        if slot.target.removesuffix(".weight").endswith(_PROJECTIONS) and slot.target.endswith(".weight")
+    ]
+    return 4 * (kept + 1) * config.lora_rank * sum(sizes)  # the updates themselves are more weights
+
+
+def _count(match: Match) -> int:
+    return sum(math.prod(tensor.shape) for _, tensor in match.slots())
+
+
+def _of_pictures(config: Config, files: Matches, model: Any, batch: Any) -> dict[str, float]:
+    """Options with what each saves of what forward and backward pass hold."""
+    from kcv2diffusers.dreambooth.torch_memory import step_bytes
+
+    found, taken = {}, step_bytes(model, batch)
+    trained = [part for part in (model.unet, model.text_encoder) if part is not None]
+    if not config.rematerialise:
+        for part in trained:
+            rematerialise(part)
+        found["--rematerialise"] = float(taken - step_bytes(model, batch))
+        for part in trained:
+            rematerialise(part, False)
+    if config.batch_size > 1:
+        # The first of the subject's and of the class pictures.
+        one = {name: array[:: config.batch_size] for name, array in batch.items()}
+        less, many = taken - step_bytes(model, one), config.batch_size * config.accumulate
+        other = replace(config, accumulate=many)
+        parts = ["unet", "text_encoder"][: len(trained)]
+        sums = sum(training_bytes(other, files[part]) - training_bytes(config, files[part]) for part in parts)
+        found[f"--batch-size 1 --accumulate {many}"] = less - sums
+    return found
+
+
+def _named(options: Mapping[str, float]) -> str:
+    """Those that save something, the best first, each with what it saves."""
+    best = sorted((item for item in options.items() if item[1] >= 1e5), key=lambda item: -item[1])
+    return ", ".join(f"{name} ({_size(saved)} less)" for name, saved in best)
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
