@@ -30,6 +30,11 @@ def test_every_map_is_complete() -> None:
         ("unet", "sd1", 686),
         ("unet", "sd2", 686),
         ("vae", "any", 248),
+        ("text_encoder, original layout", "sd1", 196),
+        ("text_encoder, original layout", "sd2", 372),
+        ("unet, original layout", "sd1", 686),
+        ("unet, original layout", "sd2", 686),
+        ("vae, original layout", "any", 248),
     ]
     assert all(result.compared and not result.problems for result in results)
 

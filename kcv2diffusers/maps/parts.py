@@ -92,6 +92,12 @@ def table_data() -> dict[str, dict[str, Any]]:
 
 
 @cache
+def naming_data() -> dict[str, dict[str, Any]]:
+    """The TOML of each naming of the original layout, as `table_data` has that of each table."""
+    return _read("original/*.toml")
+
+
+@cache
 def parts() -> dict[str, Part]:
     """Every part by name: in the order of the families, then any that is in no family."""
     found: dict[str, Part] = {}
