@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def problems_of(naming: Naming, targets: Shapes) -> list[str]:
-    """What is wrong with a naming for a component with the diffusers tensors `targets`: their shapes by name."""
+    """What is wrong with a naming; `targets` are the shapes of the component's diffusers tensors by name."""
     places = naming.places(targets)
     problems = [f"no row of the original layout names {t}" for t in sorted(targets.keys() - places.keys())]
     taken: dict[tuple[str, int], str] = {}
@@ -57,31 +57,37 @@ def _unused(naming: Naming, targets: Shapes) -> list[str]:
 def read_by_diffusers(naming: Naming, targets: Shapes, config: Mapping[str, Any]) -> list[str] | None:
     """What diffusers' own converter makes of the original layout, where that is not the component again.
 
-    `config` is the config.json of the component. Returns None where diffusers has no such converter or is not
-    installed.
+    Each tensor is given values of its own, so `targets` should be those of a small model; `config` is its
+    config.json. Returns None where diffusers has no such converter or is not installed.
     """
     try:
         import torch
         from diffusers.loaders import single_file_utils as converters
     except ImportError:
         return None
-    with torch.device("meta"):
-        file = {}
-        for target, place in naming.places(targets).items():
-            file[naming.prefix + place.name] = torch.empty(place.shape(targets[target]))
     convert: Any = getattr(converters, _CONVERTERS[naming.component, naming.version], None)
     if convert is None:
         return None
+    tensors = {
+        name: torch.full(shape, number, dtype=torch.int32)
+        for number, (name, shape) in enumerate(targets.items())
+    }
+    pieces: dict[str, dict[int, Any]] = {}
+    for target, place in naming.places(targets).items():
+        tensor = tensors[target]
+        pieces.setdefault(naming.prefix + place.name, {})[place.piece] = tensor.reshape(
+            *tensor.shape, *(1,) * place.ones
+        )
+    file = {name: torch.cat([held[piece] for piece in sorted(held)]) for name, held in pieces.items()}
     if naming.component == "text_encoder":
         found = convert(_TextModel(config), file) if naming.version == "sd2" else convert(file)
     else:
         found = convert(file, config)
-    got = {name: tuple(tensor.shape) for name, tensor in found.items()}
     return [
-        f"diffusers reads {name} as {got.get(name, 'nothing')}, it is {targets.get(name, 'nothing')}"
-        for name in sorted({*got, *targets})
-        if got.get(name) != targets.get(name)
-    ]
+        f"diffusers does not read {name} back from the original layout"
+        for name, tensor in tensors.items()
+        if name not in found or not torch.equal(found[name], tensor)
+    ] + [f"diffusers reads {name}, which the component has not" for name in found.keys() - tensors.keys()]
 
 
 _CONVERTERS = {

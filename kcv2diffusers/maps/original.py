@@ -1,8 +1,8 @@
 """Stable Diffusion's original layout: the names that the tensors of a component have in a single file.
 
-The tables in `weight_maps/original/` are a second naming of the diffusers side. A `Naming` turns the name of a
-diffusers tensor into its `Place` in the file. Values change nowhere: a place is a whole tensor, perhaps with axes
-of size one behind, or some rows of a tensor that holds several, one below the other.
+The tables in `weight_maps/original/` are a second naming of the diffusers side. A `Naming` turns the name of
+a diffusers tensor into its `Place` in the file. No value changes: a place is a whole tensor, perhaps with
+more axes of size one, or some rows of a tensor that holds several, one below the other.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from kcv2diffusers.maps.parts import invalid, naming_data
 class Operation:
     """How a layer is stored in the original layout.
 
-    `endings` are what follows the original name, by the last step of the diffusers name. `ones` is the number of
-    axes of size one behind the axes of a weight.
+    `endings` are what follows the original name, by the last step of the diffusers name. `ones` is the number
+    of axes of size one behind the axes of a weight.
     """
 
     endings: Mapping[str, str]
@@ -32,7 +32,7 @@ OPERATIONS: dict[str, Operation] = {
     "parameter": Operation({"weight": ""}),
     # A linear layer as a convolution of one point: (out, in) <-> (out, in, 1, 1).
     "conv1x1": Operation({"weight": ".weight", "bias": ".bias"}, ones=2),
-    # PyTorch's MultiheadAttention: several linear layers one below the other, their biases one after the other.
+    # PyTorch's MultiheadAttention: the weights of several linear layers one below the other, biases likewise.
     "in_proj": Operation({"weight": ".in_proj_weight", "bias": ".in_proj_bias"}),
 }
 
@@ -41,8 +41,8 @@ OPERATIONS: dict[str, Operation] = {
 class Place:
     """Where a diffusers tensor is in a single file.
 
-    It is the `piece`-th of `pieces` equal shares of the first axis of the tensor `name`, which has `ones` more
-    axes of size one.
+    It is the `piece`-th of `pieces` equal shares of the first axis of the tensor `name`, which has `ones`
+    more axes of size one.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Naming:
     ignore: tuple[str, ...]
 
     def place(self, target: str) -> Place | None:
-        """Where the diffusers tensor `target` is, None if no row names it. The prefix is not part of the name."""
+        """Where the diffusers tensor `target` is, None if no row names it; its name has no prefix."""
         steps = target.split(".")
         for end in range(len(steps) - 1, 0, -1):
             module = ".".join(steps[:end])
