@@ -69,9 +69,9 @@ class _Leaf:
 class Naming:
     """The original names of one component in one version ("any" where the versions share them).
 
-    `prefix` stands before every name in a whole checkpoint; `also` are other prefixes that files have, and
-    `ignore` the modules without a counterpart in diffusers. `rows` gives each module its original name and
-    what is inside of it: a block of leaves, or an operation.
+    `prefix` stands before every name in a whole checkpoint. `also` are other prefixes that files have,
+    `aliases` other beginnings of names, and `ignore` the modules without a counterpart in diffusers. `rows`
+    gives each module its original name and what is inside of it: a block of leaves, or an operation.
     """
 
     component: str
@@ -80,6 +80,7 @@ class Naming:
     also: tuple[str, ...]
     rows: Mapping[str, tuple[str, str | None]]
     blocks: Mapping[str, Mapping[str, _Leaf]]
+    aliases: Mapping[str, str]
     ignore: tuple[str, ...]
 
     def place(self, target: str) -> Place | None:
@@ -113,6 +114,13 @@ class Naming:
         """The places of diffusers tensors, those that no row names left out."""
         return {target: place for target in targets if (place := self.place(target)) is not None}
 
+    def renamed(self, name: str) -> str:
+        """The name of this layout for a tensor of a file (its name without the prefix)."""
+        for old, new in self.aliases.items():
+            if name.startswith(old):
+                return new + name[len(old) :]
+        return name
+
     def ignores(self, name: str) -> bool:
         """Whether a tensor of the file (its name without the prefix) has no counterpart in diffusers."""
         return any(name == module or name.startswith(f"{module}.") for module in self.ignore)
@@ -138,6 +146,7 @@ def load(component: str, data: Mapping[str, Any]) -> dict[str, Naming]:
             also=tuple(entry.get("also", ())),
             rows=_rows(entry["rows"]),
             blocks={name: _leaves(leaves) for name, leaves in entry.get("blocks", {}).items()},
+            aliases=entry.get("aliases", {}),
             ignore=tuple(entry.get("ignore", ())),
         )
         for version, entry in data.items()
