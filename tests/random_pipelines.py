@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from kcv2diffusers.json_text import write_json
+from kcv2diffusers.maps.parts import families
 from kcv2diffusers.maps.tables import REPEAT, specs, tables
-from kcv2diffusers.pipeline.configs import config_of, model_index, write_json
+from kcv2diffusers.pipeline.configs import config_of, model_index
 from kcv2diffusers.pipeline.scheduler import SCHEDULER
 
 TOKENIZER = Path(str(resources.files("kcv2diffusers") / "tiny" / "tokenizer"))
@@ -56,5 +58,5 @@ def random_pipeline(
     write_json(
         folder / "scheduler" / "scheduler_config.json", SCHEDULER | {"prediction_type": prediction_type}
     )
-    write_json(folder / "model_index.json", model_index({t.folder: t for t in tables().values()}))
+    write_json(folder / "model_index.json", model_index(families()[0], SCHEDULER["_class_name"]))
     return folder
