@@ -179,7 +179,7 @@ def convert(
     as_json: Json = False,
     **parts: str | None,
 ) -> None:
-    """Convert KerasCV checkpoints into a diffusers pipeline or single file."""
+    """Convert checkpoints into a diffusers pipeline or a single file."""
     from kcv2diffusers.conversion.to_diffusers import convert as run
     from kcv2diffusers.conversion.to_single_file import check_format
     from kcv2diffusers.maps.parts import label
