@@ -140,7 +140,7 @@ def test_debugging_shows_the_traceback(cli: Cli, tmp_path: Path, monkeypatch: Pa
 
 
 def test_what_the_system_says_names_the_way_to_debug(cli: Cli, monkeypatch: Patch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error", "/dev/x")
 
     monkeypatch.setattr("kcv2diffusers.conversion.inspection.inspect", fail)
@@ -154,7 +154,7 @@ def test_what_the_system_says_names_the_way_to_debug(cli: Cli, monkeypatch: Patc
 def test_a_mistake_of_ours_says_how_to_report_it(tmp_path: Path) -> None:
     code = (
         "import sys, kcv2diffusers.conversion.inspection as i; sys.argv = ['kcv2diffusers', 'inspect', 'x']\n"
-        "def fail(_): raise KeyError('gone')\n"
+        "def fail(*_, **__): raise KeyError('gone')\n"
         "i.inspect = fail\n"
         "from kcv2diffusers.cli import main; main()"
     )
@@ -323,7 +323,7 @@ def test_home_is_expanded_where_the_shell_did_not(
 def test_every_path_has_a_metavar_that_is_expanded() -> None:
     """A new option with a path would else be forgotten."""
     names = {"out", "report", "config", "tokenizer", "base", "unet", "sources", "pipeline", "export"}
-    names |= {"instance_images", "class_images", "text_encoder", "vae_decoder", "vae_encoder"}
+    names |= {"instance_images", "class_images", "text_encoder", "vae_decoder", "vae_encoder", "vae"}
     for each in typer.main.get_command(app).commands.values():  # type: ignore[attr-defined]
         for param in each.params:
             if param.name in names:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kcv2diffusers.conversion import map_check
 from kcv2diffusers.errors import Error
-from kcv2diffusers.maps import parts, tables
+from kcv2diffusers.maps import original, parts, tables
 from kcv2diffusers.maps.tables import Size
 
 
@@ -30,6 +30,11 @@ def test_every_map_is_complete() -> None:
         ("unet", "sd1", 686),
         ("unet", "sd2", 686),
         ("vae", "any", 248),
+        ("text_encoder, original layout", "sd1", 196),
+        ("text_encoder, original layout", "sd2", 372),
+        ("unet, original layout", "sd1", 686),
+        ("unet, original layout", "sd2", 686),
+        ("vae, original layout", "any", 248),
     ]
     assert all(result.compared and not result.problems for result in results)
 
@@ -74,9 +79,53 @@ def test_planted_mistakes_are_found(raw, monkeypatch, mistake: str, report: str)
     table = tables._load("unet", data)
     monkeypatch.setattr(map_check, "tables", lambda: {"unet": table})
     monkeypatch.setattr(map_check, "specs", lambda: [tables.Spec("unet", v, table) for v in table.versions])
-    for result in map_check.check():
+    results = [result for result in map_check.check() if "original" not in result.name]
+    assert len(results) == 2
+    for result in results:
         assert report in "\n".join(result.problems)
         assert report in result.text()
+
+
+def _plant_original(data: dict[str, Any], mistake: str) -> None:
+    unet, text = data["unet"]["any"], data["text_encoder"]["sd2"]
+    if mistake == "swapped":  # which only diffusers' own converter tells
+        unet["rows"][3][1], unet["rows"][5][1] = unet["rows"][5][1], unet["rows"][3][1]
+    elif mistake == "twice":
+        unet["rows"][3][1] = unet["rows"][5][1]
+    elif mistake == "missing row":
+        del unet["rows"][2]
+    elif mistake == "typo":
+        unet["rows"][2][0] = "conv_inn"
+    elif mistake == "wrong leaf":
+        unet["blocks"]["res_block"][0][0] = "norm3"
+    elif mistake == "missing piece":
+        text["blocks"]["resblock"][1][0] = "self_attn.q_proj self_attn.k_proj self_attn.x_proj"
+    elif mistake == "order":  # of q, k and v, which have one shape
+        text["blocks"]["resblock"][1][0] = "self_attn.k_proj self_attn.q_proj self_attn.v_proj"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "report"),
+    [
+        ("swapped", "diffusers does not read down_blocks.0.resnets.0.norm1.weight"),
+        ("twice", "are both input_blocks.2.0"),
+        ("missing row", "no row of the original layout names conv_in.weight"),
+        ("typo", "row conv_inn of the original layout names no tensor"),
+        ("wrong leaf", "norm3 in block res_block of the original layout names no tensor"),
+        ("missing piece", "attn.in_proj_weight: no tensor is piece 2"),
+        ("order", "diffusers does not read text_model.encoder.layers.0.self_attn.q_proj.weight"),
+    ],
+)
+def test_planted_mistakes_in_the_original_layout_are_found(monkeypatch, mistake: str, report: str) -> None:
+    folder = parts.folders()[0] / "original"
+    data = {path.stem: tomllib.loads(path.read_text()) for path in folder.glob("*.toml")}
+    _plant_original(data, mistake)
+    namings = {name: original.load(name, entry) for name, entry in data.items()}
+    monkeypatch.setattr(
+        map_check, "naming", lambda name, version: namings[name].get(version) or namings[name]["any"]
+    )
+    found = "\n".join(problem for result in map_check.check() for problem in result.problems)
+    assert report in found
 
 
 def test_show_and_list() -> None:
@@ -88,6 +137,61 @@ def test_show_and_list() -> None:
         map_check.show("nope")
     with pytest.raises(Error, match="no version 'sd3'"):
         map_check.show("unet", "sd3")
+
+
+@pytest.mark.parametrize(
+    ("component", "version", "target", "name", "shape"),
+    [  # as the files that Stability AI and Runway published have them
+        ("unet", "sd1", "conv_in.weight", "model.diffusion_model.input_blocks.0.0.weight", (320, 4, 3, 3)),
+        (
+            "unet",
+            "sd2",
+            "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k.weight",
+            "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight",
+            (320, 1024),
+        ),
+        (
+            "unet",
+            "sd1",
+            "up_blocks.0.upsamplers.0.conv.bias",
+            "model.diffusion_model.output_blocks.2.1.conv.bias",
+            (1280,),
+        ),
+        (
+            "vae",
+            "any",
+            "decoder.mid_block.attentions.0.to_out.0.weight",
+            "first_stage_model.decoder.mid.attn_1.proj_out.weight",
+            (512, 512, 1, 1),
+        ),
+        (
+            "text_encoder",
+            "sd1",
+            "text_model.embeddings.position_embedding.weight",
+            "cond_stage_model.transformer.text_model.embeddings.position_embedding.weight",
+            (77, 768),
+        ),
+        (
+            "text_encoder",
+            "sd2",
+            "text_model.embeddings.position_embedding.weight",
+            "cond_stage_model.model.positional_embedding",
+            (77, 1024),
+        ),
+        (
+            "text_encoder",
+            "sd2",
+            "text_model.encoder.layers.22.self_attn.k_proj.weight",
+            "cond_stage_model.model.transformer.resblocks.22.attn.in_proj_weight",
+            (3072, 1024),
+        ),
+    ],
+)
+def test_names_and_shapes_of_published_files(component, version, target, name, shape) -> None:
+    shapes, _ = map_check._shapes(tables.tables()[component], version if component != "vae" else "any")
+    named = original.naming(component, version)
+    place = named.place(target)
+    assert place is not None and (named.prefix + place.name, place.shape(shapes[target])) == (name, shape)
 
 
 symbols = st.sampled_from(["c0", "c1", "width"])

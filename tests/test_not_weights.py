@@ -65,7 +65,6 @@ FILES = [
     (".DS_Store", b"\0\0\0\x01Bud1", "a .DS_Store of macOS", "the file itself"),
     ("unet.h5.crdownload", b"\x89HDF\r\n\x1a\n", "a download that was not finished", "Download it again"),
     ("ab12.incomplete", b"\x89HDF\r\n\x1a\n", "a download that was not finished", "Download it again"),
-    ("unet.safetensors", (70).to_bytes(8, "little") + b"{}", "a .safetensors file", "--base"),
 ]
 
 
@@ -84,6 +83,14 @@ def test_a_file_is_named_as_what_it_is(
         first, second = str(refused.value).splitlines()
         assert str(tmp_path / name) in first and cause in first
         assert remedy in second
+
+
+def test_safetensors_files_in_a_folder_are_not_taken_for_its_checkpoints(tmp_path: Path) -> None:
+    (tmp_path / "unet.safetensors").write_bytes((70).to_bytes(8, "little") + b"{}")
+    with pytest.raises(Error, match=r"unet\.safetensors: a \.safetensors file.*\n.*--base"):
+        open_sources(tmp_path)
+    with pytest.raises(Error, match=r"damaged \.safetensors file"):
+        open_sources(tmp_path / "unet.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,11 @@ CONTAINERS = (
         "TensorFlow checkpoint (`.index`, `.data-*`)",
         'Keras 2 `save_weights("dir/ckpt")`',
     ),
+    (
+        ("single file .safetensors", "single file .ckpt"),
+        "single `.safetensors` file, `.ckpt` if allowed",
+        "training tools and merges for ComfyUI and A1111",
+    ),
 )
 
 # Public classes that are reached through what the public functions return.

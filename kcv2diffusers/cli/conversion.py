@@ -17,6 +17,7 @@ from kcv2diffusers.cli.options import (
     SOURCES,
     VERIFICATION,
     AllowNonfinite,
+    AllowPickle,
     DryRun,
     Dtype,
     Gelu,
@@ -41,6 +42,11 @@ from kcv2diffusers.errors import Error
 maps_app = typer.Typer(help="The weight maps: list, show and check them.", no_args_is_help=True)
 
 
+class OutputFormat(StrEnum):
+    pipeline = "pipeline"
+    single_file = "single-file"
+
+
 class KerasFormat(StrEnum):
     weights_h5 = "weights.h5"
     h5 = "h5"
@@ -51,12 +57,35 @@ def convert(
     sources: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="SRC", help="KerasCV checkpoints, folders of them or hf://user/repo, in any order."
+            metavar="SRC",
+            help="KerasCV checkpoints, folders of them, single .safetensors files or hf://user/repo, in any "
+            "order; for a single file also a diffusers pipeline.",
         ),
     ] = None,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="The pipeline folder to write.", rich_help_panel=RESULT)
+        Path,
+        typer.Option(
+            metavar="PATH",
+            help="The pipeline folder to write, or a single file that ends in .safetensors.",
+            rich_help_panel=RESULT,
+        ),
     ] = ...,  # type: ignore[assignment]
+    format: Annotated[
+        OutputFormat | None,
+        typer.Option(
+            help="What to write (default: by the ending of --out). A single file is what ComfyUI and A1111 "
+            "read.",
+            rich_help_panel=RESULT,
+        ),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC|none",
+            help="Source of both halves of the VAE; none writes a single file without one.",
+            rich_help_panel=SOURCES,
+        ),
+    ] = None,
     base: Annotated[
         list[str] | None,
         typer.Option(
@@ -119,6 +148,15 @@ def convert(
         ),
     ] = None,
     prediction_type: PredictionTypeOption = None,
+    title: Annotated[
+        str | None,
+        typer.Option(help="Title in a single file's metadata (default: its name).", rich_help_panel=RESULT),
+    ] = None,
+    trigger_phrase: Annotated[
+        str | None,
+        typer.Option(help="Trigger phrase in a single file's metadata.", rich_help_panel=RESULT),
+    ] = None,
+    allow_pickle: AllowPickle = False,
     allow_nonfinite: AllowNonfinite = False,
     push_to_hub: Annotated[
         str | None,
@@ -141,14 +179,20 @@ def convert(
     as_json: Json = False,
     **parts: str | None,
 ) -> None:
-    """Convert KerasCV checkpoints into a diffusers pipeline."""
+    """Convert checkpoints to a pipeline or a single file."""
     from kcv2diffusers.conversion.to_diffusers import convert as run
+    from kcv2diffusers.conversion.to_single_file import check_format
     from kcv2diffusers.maps.parts import label
 
     if report is not None and not verify:
         raise Error("--report is where --verify writes; give that as well.")
     if verify:
         require_packages(report)
+    if (verify or push_to_hub) and check_format(out, format.value if format else None):
+        raise Error(
+            "--verify and --push-to-hub are for pipeline folders.\n"
+            "Write the pipeline with them, then the single file from it."
+        )
     if push_to_hub:
         log_in(push_to_hub, license)
     with progress_bar("Converting") as progress:
@@ -164,6 +208,11 @@ def convert(
             image_size=image_size,
             gelu=gelu.value if gelu else None,
             prediction_type=prediction_type and prediction_type.value,
+            vae=vae,
+            format=format.value if format else None,
+            title=title,
+            trigger_phrase=trigger_phrase,
+            allow_pickle=allow_pickle,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             dry_run=dry_run,
@@ -194,12 +243,15 @@ def convert(
         print_json(result.to_dict() | {name: found.to_dict() for name, found in more.items() if found})
         return require_verified(verified)
     version = "" if result.version == "any" else f" ({result.version.upper()})"
-    tell(f"{'Pipeline' if result.complete else 'Parts'}{version} written to {result.out}")
+    what = "Single file" if result.metadata else "Pipeline" if result.complete else "Parts"
+    tell(f"{what}{version} written to {result.out}")
     for part, source in result.parts.items():
         tell(f"  {label(part)}: {source}")
     for note in result.notes:
         tell(note)
-    if result.complete:
+    if result.metadata:
+        tell(f"Title {result.metadata['modelspec.title']!r}, {result.metadata['modelspec.architecture']}")
+    elif result.complete:
         tell(f'Use it: StableDiffusionPipeline.from_pretrained("{result.out}"{_loading(variant)})')
     else:
         tell(result.needs())
@@ -217,7 +269,11 @@ def _loading(variant: str | None) -> str:
 
 def to_keras(
     pipeline: Annotated[
-        str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or hf://user/repo.")
+        str,
+        typer.Argument(
+            metavar="PIPELINE",
+            help="A diffusers pipeline folder, a single .safetensors file, or hf://user/repo.",
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
     format: Annotated[
@@ -262,6 +318,7 @@ def inspect(
         list[str],
         typer.Argument(metavar="SRC", help="Checkpoints, folders of them, hf://user/repo, or tiny."),
     ],
+    allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
     """Say what checkpoints hold, and what is wrong with them.
@@ -274,7 +331,7 @@ def inspect(
     found, refused = [], []
     for source in sources:
         try:
-            found += run(source)
+            found += run(source, allow_pickle=allow_pickle)
         except Error as error:
             refused.append(error)
     if as_json and found:

@@ -51,6 +51,13 @@ Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an earlier output at --out.", rich_help_panel=RESULT),
 ]
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Let PyTorch's restricted unpickler open .ckpt files, which are never opened otherwise.",
+    ),
+]
 AllowNonfinite = Annotated[
     bool,
     typer.Option(

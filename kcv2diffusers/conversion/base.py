@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -26,24 +26,31 @@ class Base:
     parts: Mapping[str, Match] = field(default_factory=dict)
 
 
+def bases_of(base: SourcePath | Sequence[SourcePath] | None) -> list[SourcePath]:
+    """What is given as a base, as a list."""
+    return [] if base is None else [base] if isinstance(base, (str, PathLike)) else list(base)
+
+
 def find_base(
     base: SourcePath | Sequence[SourcePath] | None,
     parts: Mapping[str, Match],
     variant: str | None,
     notes: list[str],
+    unwanted: Collection[str] = (),
 ) -> tuple[Base, bool]:
-    """The base of the given `parts`, and whether only these are to be written (`base` is "none").
+    """The base of the given `parts`, and whether only these are to be written (`base` is "none"). It is not
+    asked for `unwanted` parts.
 
     Without a `base` it is the default one of the parts' version, if that has one and parts are missing;
     `notes` then says so.
     """
-    bases = [] if base is None else [base] if isinstance(base, (str, PathLike)) else list(base)
+    bases = bases_of(base)
     if "none" in map(str, bases):
         if len(bases) > 1:
             raise Error("--base none cannot be combined with another --base.")
         return Base(), True
     family = family_of(parts)
-    missing = [part for part in family.parts if part not in parts]
+    missing = [part for part in family.parts if part not in parts and part not in unwanted]
     unusual = [match.part for match in parts.values() if not match.known]
     paths: list[Path] = []
     if bases:

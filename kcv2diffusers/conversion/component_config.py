@@ -28,7 +28,7 @@ def config_for(
     contradict.
     """
     table = match.spec.table
-    if not match.keras:  # the base's own component, with the base's own config
+    if match.of_pipeline:  # the base's own component, with the base's own config
         kept = _of_component(match, base.components[table.folder])
         return kept if "_class_name" in kept else kept | LOADED
     overrides = stated_beside(match, _of_base(match, base))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from kcv2diffusers.pipeline_files import EMBEDDINGS
 from kcv2diffusers.sources.recognise import Match
-from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.sources.tensor import rows
 from kcv2diffusers.targets.safetensors import Entry
 
 _TABLE = "token_embedding.weight"  # how diffusers' name of the token embedding ends
@@ -20,20 +19,11 @@ def embedding_files(text: Match | None, placeholder_tokens: Sequence[str]) -> di
     if text is None or not placeholder_tokens:
         return {}
     table = next(tensor for slot, tensor in text.slots() if slot.target.endswith(_TABLE))
-    rows, width = table.shape
+    last, width = table.shape
     count = len(placeholder_tokens)
     return {
         EMBEDDINGS.format("" if count == 1 else f"-{index}"): Entry(
-            token, (1, width), _row(table, rows - count + index), None
+            token, (1, width), rows(table, last - count + index, 1), None
         )
         for index, token in enumerate(placeholder_tokens)
     }
-
-
-def _row(tensor: Tensor, row: int) -> Tensor:
-    width = tensor.shape[1]
-    if tensor.load is not None:
-        load = tensor.load
-        return replace(tensor, shape=(1, width), load=lambda: load()[row : row + 1], crc32c=None)
-    offset = (tensor.offset or 0) + row * width * tensor.dtype.itemsize
-    return replace(tensor, shape=(1, width), offset=offset, crc32c=None)

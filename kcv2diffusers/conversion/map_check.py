@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from kcv2diffusers.conversion.original_check import problems_of, read_by_diffusers
 from kcv2diffusers.errors import Error
 from kcv2diffusers.maps.layouts import LAYOUTS, core, reverse
+from kcv2diffusers.maps.original import naming, namings
 from kcv2diffusers.maps.parts import family_of, label
 from kcv2diffusers.maps.tables import Spec, Table, specs, tables
 from kcv2diffusers.pipeline.configs import config_of
@@ -75,9 +77,40 @@ def check() -> list[Checked]:
     """Check every map: one to one, invertible, and, where diffusers is installed, complete.
 
     Complete means that the targets and their shapes are exactly the keys of the state dict that
-    diffusers or transformers builds from the config.json written beside them.
+    diffusers or transformers builds from the config.json written beside them. The names of the original
+    layout are checked likewise: diffusers' own converter has to read the same component from them.
     """
-    return [_check(table, version) for table in tables().values() for version in table.versions]
+    versions = [(table, version) for table in tables().values() for version in table.versions]
+    return [
+        *(_check(table, version) for table, version in versions),
+        *(_check_original(table, version) for table, version in versions if table.name in namings()),
+    ]
+
+
+_SMALLER = 32  # sizes are divided by it where that goes, so that sizes that differ still do
+
+
+def _check_original(table: Table, version: str) -> Checked:
+    """The check of a component's names in the original layout."""
+    named = naming(table.name, version)
+    targets, _ = _shapes(table, version)
+    small, dims = _shapes(table, version, _SMALLER)
+    found = read_by_diffusers(named, small, config_of(table, version, dims, image_size=512))
+    problems = [*problems_of(named, targets), *(found or ())]
+    return Checked(f"{table.name}, original layout", version, len(targets), found is not None, problems)
+
+
+def _shapes(
+    table: Table, version: str, smaller: int = 1
+) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """Names and shapes of a component's diffusers tensors, and the sizes they follow from."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    dims: dict[str, int] = {}
+    for spec in (s for s in specs() if s.table is table and s.version == version):
+        dims |= {n: v // smaller if v % smaller == 0 else v for n, v in spec.nominal.items()}
+        for slot in spec.existing(dims):
+            shapes[slot.target] = tuple(size.value(dims) or 0 for size in slot.diffusers_shape)
+    return shapes, dims
 
 
 def _check(table: Table, version: str) -> Checked:

@@ -17,7 +17,7 @@ class Converted:
     `parts` says of each part where it came from, `sources` are the KerasCV checkpoints among these, `base` is
     the pipeline folder that the others are from. `moved` says of each part what goes into which file,
     `scheduler` and `tokenizer` where those come from (None: they are not written). `version` is "sd1", "sd2",
-    or "any" if no part tells it.
+    or "any" if no part tells it. `metadata` are those of a single file, empty for a pipeline.
     """
 
     out: Path
@@ -36,10 +36,12 @@ class Converted:
     scheduler: str | None = None
     tokenizer: str | None = None
     dry_run: bool = False
+    metadata: dict[str, str] = field(default_factory=dict)
 
     def plan(self) -> str:
         """What a dry run found, for a person."""
         what = "a pipeline" if self.complete else "the given parts"
+        what = "a single file" if self.metadata else what
         origins = {"scheduler": self.scheduler, "tokenizer": self.tokenizer}
         notes = [*self.notes, *([] if self.complete else [self.needs()])]
         return plan_text(f"To write: {what}, {self.out}", self.moved, origins, notes)

@@ -66,6 +66,8 @@ _OUTPUT = (
     VERIFICATION_FILE,
 )
 
+_HALVES = ("vae_decoder", "vae_encoder")
+
 
 @dataclass(frozen=True)
 class _Component:
@@ -95,24 +97,34 @@ def convert(
     image_size: int | None = None,
     gelu: Literal["exact", "tanh"] | None = None,
     prediction_type: str | None = None,
+    vae: SourcePath | Literal["none"] | None = None,
+    format: Literal["pipeline", "single-file"] | None = None,
+    title: str | None = None,
+    trigger_phrase: str | None = None,
+    allow_pickle: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
     progress: Progress = silent,
     **parts: SourcePath | None,
 ) -> Converted:
-    """Write the diffusers pipeline of KerasCV checkpoints into folder `out`.
+    """Write a diffusers pipeline into folder `out`, or a single file.
 
-    `sources` are files or folders whose parts are recognised by content, or hf:// addresses. `parts` name a
-    part's source: `unet`, `text_encoder`, `vae_decoder`, `vae_encoder`. `base` fills in what is not given: a
-    diffusers pipeline folder, KerasCV parts, or "none" to write only the given parts, or "tiny" (default: for
-    SD1 the parts that are missing, from the Hub). `with_sibling` adds the text encoder from the repository
-    beside one that has none. `dtype` is float32, float16 or bfloat16, or fp32, fp16 or bf16 (default: that of
-    a `variant` fp16, bf16 or fp32, else as stored). `image_size` is the pipeline's default height and width
-    in pixels (default: 512), `gelu` the text encoder's activation for SD2 (default: exact; see the
-    documentation), `prediction_type` the scheduler's, "epsilon" or "v_prediction" (default: that of the
-    pipeline that the UNet is from, epsilon for KerasCV's). Where they are not given, the kcv2diffusers.json
-    beside a checkpoint counts before these defaults. The noise schedule comes with the UNet.
+    `sources` are KerasCV checkpoints, folders of them, single `.safetensors` files in Stable Diffusion's
+    original layout, or hf:// addresses; their parts are recognised by content. `parts` name a part's
+    source: `unet`, `text_encoder`, `vae_decoder`, `vae_encoder`; `vae` is one for both halves. `format` is
+    "pipeline" or "single-file" (default: by the ending of `out`). A single file may be made from a pipeline
+    folder too, and with `vae` "none" it has no VAE; `title` (default: its name) and `trigger_phrase` are
+    for its metadata. `allow_pickle` lets PyTorch's restricted unpickler open sources that are `.ckpt`
+    files, which is never done otherwise. `base` fills in what is not given: a diffusers pipeline folder,
+    KerasCV parts, or "none" to write only the given parts, or "tiny" (default: for SD1 the parts that are
+    missing, from the Hub). `with_sibling` adds the text encoder from the repository beside one that has
+    none. `dtype` is float32, float16 or bfloat16, or fp32, fp16 or bf16 (default: that of a `variant` fp16,
+    bf16 or fp32, else as stored). `image_size` is the pipeline's default height and width in pixels
+    (default: 512), `gelu` the text encoder's activation for SD2 (default: exact; see the documentation),
+    `prediction_type` the scheduler's, "epsilon" or "v_prediction" (default: that of the pipeline that the
+    UNet is from, epsilon for KerasCV's). Where they are not given, the kcv2diffusers.json beside a
+    checkpoint counts before these defaults. The noise schedule comes with the UNet.
     A `dry_run` makes all checks but those of the values, writes nothing, and returns what would be done.
     `progress` is called with the bytes done and in total. Raises Error with a message for the user; `out` is
     then as it was.
@@ -125,10 +137,46 @@ def convert(
         raise no_choice("--prediction-type", prediction_type, PREDICTION_TYPES)
     if image_size is not None and (image_size < 64 or image_size % 64):
         raise Error(f"--image-size {image_size}: give a multiple of 64.")
+    if vae is not None and vae != "none":
+        parts = {**dict.fromkeys(_HALVES, vae), **{p: s for p, s in parts.items() if s is not None}}
+
+    from kcv2diffusers.conversion.to_single_file import check_format, to_single_file
+
+    if check_format(target, format):
+        if tokenizer is not None or placeholder_tokens:
+            raise Error(
+                "--tokenizer and --placeholder-token: a single file holds no tokenizer.\n"
+                "Omit them, or write a pipeline."
+            )
+        return to_single_file(
+            *sources,
+            out=target,
+            named=parts,
+            unwanted=_HALVES if vae == "none" else (),
+            base=base,
+            dtype=dtype,
+            variant=variant,
+            with_sibling=with_sibling,
+            image_size=image_size,
+            gelu=gelu,
+            prediction_type=prediction_type,
+            title=title,
+            trigger_phrase=trigger_phrase,
+            allow_pickle=allow_pickle,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if vae == "none" or title is not None or trigger_phrase is not None:
+        raise Error(
+            "--vae none, --title and --trigger-phrase are for single files.\n"
+            "Give --out a name that ends in .safetensors, or omit them."
+        )
     check_free(target, overwrite=overwrite, replaceable=is_output)
     notes: list[str] = []
     paths = [path for source in sources for path in locate_all(source)]
-    held = gather(paths, parts)
+    held = gather(paths, parts, allow_pickle=allow_pickle)
     notes += left_out(held)
     if beside := find_sibling([*sources, *parts.values()], held, with_sibling, notes):
         paths += beside
@@ -144,13 +192,13 @@ def convert(
     text = matches.get(family.tokenizer_part or "")
     given = [*paths, *filling.paths, *snapshots(paths)]
     files = _tokenizer(family, text, tokenizer, given, placeholder_tokens, only_given)
-    scheduler, scheduler_origin = _scheduler(matches.get(family.scheduler_part or ""), prediction_type)
+    scheduler, scheduler_origin = scheduler_for(matches.get(family.scheduler_part or ""), prediction_type)
     components = [
         _component(table, mine, config_for(mine[0], filling, image_size, gelu, files), dtype, variant)
         for table in tables_of(family)
         if (mine := [matches[part] for part in table.parts if part in matches])
     ]
-    earlier = files.placeholder_tokens if files and text and text.keras else ()
+    earlier = files.placeholder_tokens if files and text and not text.of_pipeline else ()
     embeddings = embedding_files(text, [*earlier, *placeholder_tokens])
     notes += _remarks(components, complete, dtype)
     for match in matches.values():
@@ -204,7 +252,7 @@ def _component(
     table: Table, mine: Sequence[Match], config: dict[str, Any], dtype: str | None, variant: str | None
 ) -> _Component:
     entries = [entry for match in mine for entry in diffusers_entries(match)]
-    stated = None if dtype else _stated_dtype(mine)
+    stated = None if dtype else stated_dtype(mine)
     name = dtype or stated
     kind = DTYPES[name] if name else common_dtype(entry.tensor for entry in entries)
     file = f"{table.folder}/{with_variant(table.weights, variant)}"
@@ -271,7 +319,7 @@ def _tokenizer(
     return files
 
 
-def _scheduler(trained: Match | None, prediction_type: str | None) -> tuple[dict[str, Any] | None, str]:
+def scheduler_for(trained: Match | None, prediction_type: str | None) -> tuple[dict[str, Any] | None, str]:
     """The scheduler's config, which is what a part was trained with, and what it predicts if that is given;
     and whence it comes. None for a family without a scheduler.
     """
@@ -296,7 +344,7 @@ def _dtype(dtype: str | None, variant: str | None) -> str | None:
     return dtype or implied
 
 
-def _stated_dtype(matches: Sequence[Match]) -> str | None:
+def stated_dtype(matches: Sequence[Match]) -> str | None:
     """The dtype of the pipeline that `to_keras` made these checkpoints of, if it made them."""
     table = matches[0].spec.table
     stated = {user_dtype(match.source.path, table) if match.keras else None for match in matches}

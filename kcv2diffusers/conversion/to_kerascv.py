@@ -10,17 +10,21 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+from kcv2diffusers.conversion.base import Base
+from kcv2diffusers.conversion.component_config import config_for
 from kcv2diffusers.conversion.outline import PLAN, SLACK, Moved, moved, plan_text
-from kcv2diffusers.errors import no_choice
+from kcv2diffusers.errors import SourceError, no_choice
 from kcv2diffusers.hub.address import shown
 from kcv2diffusers.json_text import write_json
+from kcv2diffusers.maps.parts import family_of
 from kcv2diffusers.maps.parts import parts as all_parts
-from kcv2diffusers.pipeline.configs import carried
-from kcv2diffusers.pipeline.scheduler import read_scheduler
+from kcv2diffusers.pipeline.configs import carried, scheduler_with
+from kcv2diffusers.pipeline.scheduler import SCHEDULER, read_scheduler
 from kcv2diffusers.pipeline.tokenizer_files import copy_tokenizer
 from kcv2diffusers.pipeline_files import CONFIG_FILE, SCHEDULER_FILE, TOKENIZER
 from kcv2diffusers.progress import Progress, silent
 from kcv2diffusers.sources.diffusers_pipeline import Component, read_pipeline
+from kcv2diffusers.sources.gather import check_together, gather
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.system.output import check_target, new_folder
@@ -68,7 +72,8 @@ def to_keras(
 ) -> ToKeras:
     """Write the parts of a diffusers pipeline as float32 files that KerasCV's `load_weights` takes.
 
-    `pipeline` is a folder or hf://user/repo. `format` is "weights.h5" (Keras 3) or "h5" (Keras 2 and 3).
+    `pipeline` is a folder, a single `.safetensors` file, or hf://user/repo. `format` is "weights.h5" (Keras
+    3) or "h5" (Keras 2 and 3).
     Beside them stand the pipeline's `tokenizer/` and, for what `convert` could not know otherwise, a
     kcv2diffusers.json, so that it makes the same pipeline of the folder again. A `dry_run` makes all checks
     but those of the values, writes nothing, and returns what would be done. Raises Error with a message
@@ -78,11 +83,13 @@ def to_keras(
     if format not in WRITERS:
         raise no_choice("--format", format, WRITERS)
     source = locate_all(pipeline, pipelines=True, variant=variant)[0]
-    components = read_pipeline(source, variant=variant)
+    single = source.is_file()
+    components = _of_single_file(source) if single else read_pipeline(source, variant=variant)
     parts = {p: m.require_complete() for component in components.values() for p, m in component.parts.items()}
     needed = sum(4 * math.prod(t.shape) for match in parts.values() for _, t in match.slots())
     ours = {CONFIG_FILE, TOKENIZER, *(f"{part}.{name}" for part in all_parts() for name in WRITERS)}
-    stated = _stated(source, components)
+    scheduler = _scheduler_of(components) if single else read_scheduler(source)
+    stated = _stated(components, scheduler)
 
     def is_output(path: Path) -> bool:
         return all(entry.name in ours for entry in path.iterdir())
@@ -96,7 +103,9 @@ def to_keras(
         needed,
         time.monotonic() - started,
         moved=[moved(match, files[part]) for part, match in parts.items()],
-        scheduler=f"as {shown(source / SCHEDULER_FILE)} states" if "scheduler" in stated else None,
+        scheduler=f"as {shown(source if single else source / SCHEDULER_FILE)} states"
+        if "scheduler" in stated
+        else None,
         tokenizer=shown(source / TOKENIZER) if (source / TOKENIZER).is_dir() else None,
         dry_run=dry_run,
     )
@@ -118,13 +127,34 @@ def _keras_class(match: Match) -> str:
     return match.spec.keras_class + (f" (vocab_size={words})" if words != usual else "")
 
 
-def _stated(source: Path, components: Mapping[str, Component]) -> dict[str, Any]:
+def _of_single_file(path: Path) -> dict[str, Component]:
+    """The components of a single file by folder name, with the config.json that each would have."""
+    parts = check_together(gather([path]))
+    if any(match.keras for match in parts.values()):
+        raise SourceError(path, "a Keras checkpoint already.", "Give a diffusers pipeline or a single file.")
+    components: dict[str, Component] = {}
+    for match in parts.values():
+        folder = match.spec.table.folder
+        if folder not in components:
+            components[folder] = Component(path, config_for(match, Base(), None, None, None), {})
+        components[folder].parts[match.part] = match
+    return components
+
+
+def _scheduler_of(components: Mapping[str, Component]) -> dict[str, Any]:
+    """The scheduler's config that goes with the weights of a single file."""
+    parts = {part: match for component in components.values() for part, match in component.parts.items()}
+    trained = parts.get(family_of(parts).scheduler_part or "")
+    return scheduler_with(trained)[0] if trained else SCHEDULER
+
+
+def _stated(components: Mapping[str, Component], scheduler: Mapping[str, Any]) -> dict[str, Any]:
     """The kcv2diffusers.json to write: configs, and the dtypes that are not those of the files here."""
     held = {folder: list(component.parts.values()) for folder, component in components.items()}
     configs = {folder: (matches[0], components[folder].config) for folder, matches in held.items()}
     dtypes = {folder: _dtype(matches) for folder, matches in held.items()}
     halved = {folder: name for folder, name in dtypes.items() if name != "float32"}
-    return carried(configs, read_scheduler(source)) | ({"dtypes": halved} if halved else {})
+    return carried(configs, scheduler) | ({"dtypes": halved} if halved else {})
 
 
 def _dtype(matches: Sequence[Match]) -> str:

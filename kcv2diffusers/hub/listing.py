@@ -59,7 +59,12 @@ class Candidate:
 
 
 def candidates(listing: Listing, repository: str, below: str = "") -> list[Candidate]:
-    """The Keras checkpoints at or below a path of a repository; a file of one means it."""
+    """The Keras checkpoints at or below a path of a repository; a file of one means it.
+
+    A single `.safetensors` file is one only where its path is given.
+    """
+    if below.endswith(".safetensors") and below in listing:
+        return [Candidate(below, (below,), listing[below], None)]
     found = []
     for path, files in sorted(_checkpoints(listing).items()):
         size = sum(listing[name] for name in files)

@@ -55,10 +55,11 @@ class Family:
     """A kind of pipeline.
 
     `parts` are all required, in the order of messages. `index` are entries of model_index.json.
-    `tokenizer_part` is the part whose token embedding the tokenizer's tokens index, `scheduler_part` the one
-    whose training the scheduler config states (None: the pipeline has no such folder). `version_of` says of a
-    part whose version is taken where its own sizes do not tell it. `bases` are default sources of missing
-    parts by version, `no_base` a remark on versions without one. `image_size` is in pixels.
+    `tokenizer_part` is the part whose token embedding the tokenizer's tokens index, `scheduler_part` the
+    one whose training the scheduler config states (None: the pipeline has no such folder). `version_of`
+    says of a part whose version is taken where its own sizes do not tell it. `bases` are default sources of
+    missing parts by version, `no_base` a remark on versions without one, `modelspec` what the metadata of a
+    single file say of a version. `image_size` is in pixels.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Family:
     agreements: tuple[Agreement, ...] = ()
     bases: Mapping[str, str] = field(default_factory=dict)
     no_base: Mapping[str, str] = field(default_factory=dict)
+    modelspec: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def folders() -> list[Path]:
@@ -89,6 +91,12 @@ def table_data() -> dict[str, dict[str, Any]]:
     file that is no TOML.
     """
     return _read("*.toml")
+
+
+@cache
+def naming_data() -> dict[str, dict[str, Any]]:
+    """The TOML of each naming of the original layout, as `table_data` has that of each table."""
+    return _read("original/*.toml")
 
 
 @cache
@@ -180,4 +188,5 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         agreements=tuple(Agreement(*entry) for entry in data.get("same", {}).get("sizes", ())),
         bases=data.get("bases", {}),
         no_base=data.get("no_base", {}),
+        modelspec=data.get("modelspec", {}),
     )

@@ -14,11 +14,10 @@ from os import PathLike
 from typing import Any
 
 import keras
-import numpy as np
 
-from kcv2diffusers.diffusion import PIXELS_PER_LATENT, SD, Schedule
+from kcv2diffusers.diffusion import PIXELS_PER_LATENT, SD, Array, Schedule
 from kcv2diffusers.dtypes import full_name
-from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import snapshots
 from kcv2diffusers.maps.layouts import core, reverse
 from kcv2diffusers.maps.parts import family_of, label
@@ -39,7 +38,7 @@ from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_pipeline
 from kcv2diffusers.sources.gather import check_together, gather
 from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.recognise import Match
-from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.sources.tensor import Tensor, values_of
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact", "gelu_pytorch_tanh": "tanh"}
 
@@ -162,7 +161,7 @@ def open_base(
     tokenizer: str | PathLike[str] | None = None,
     gelu: Gelu | None = None,
 ) -> BaseFiles:
-    """The files of `sources`: a diffusers pipeline folder, KerasCV checkpoints, or "tiny".
+    """The files of `sources`: a diffusers pipeline folder, a single file, KerasCV checkpoints, or "tiny".
 
     `tokenizer` is a folder or CLIP's file of merges (default: the one beside the weights, then one found on
     this machine). `gelu` is the UNet's: by default KerasCV's "tanh" for its checkpoints and "exact" for
@@ -175,7 +174,8 @@ def open_base(
         gelu = gelu or "exact"
     else:
         configs = {part: (match, _beside(match)) for part, match in gather(paths).items()}
-        gelu = gelu or "tanh"
+        keras_own = any(match.keras for match, _ in configs.values())
+        gelu = gelu or ("tanh" if keras_own else "exact")
     family = family_of(configs)
     if missing := [label(part) for part in family.parts if part not in configs]:
         raise Error(f"Not a whole model, {', '.join(missing)} missing: {', '.join(map(str, paths))}.")
@@ -210,9 +210,9 @@ def load_weights(model: keras.Model, match: Match) -> dict[int, str]:
     return {id(variable): slot.target for (slot, _), variable in zip(slots, model.weights, strict=True)}
 
 
-def read_values(match: Match, slot: Slot, tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+def read_values(match: Match, slot: Slot, tensor: Tensor, shape: tuple[int, ...]) -> Array:
     """A tensor of a recognised part as Keras has it: float32 of `shape`, turned round if from diffusers."""
-    values = _read(tensor)
+    values = values_of(tensor)
     if not match.keras and slot.variable.reverses:
         values = reverse(values, core(shape)[::-1], shape)
     if values.shape != shape:
@@ -235,10 +235,11 @@ def unet_config(match: Match, stated: Mapping[str, Any], gelu: Gelu) -> UNetConf
 
 
 def text_encoder_config(match: Match, stated: Mapping[str, Any]) -> TextEncoderConfig:
-    """The sizes of a text encoder; SD2's GELU is KerasCV's tanh approximation unless a pipeline states its
-    own.
+    """The sizes of a text encoder. Where nothing states SD2's GELU, it is the tanh approximation for those of
+    KerasCV and the exact one for those of single files.
     """
-    activation = stated.get("hidden_act", "quick_gelu" if match.version == "sd1" else "gelu_pytorch_tanh")
+    sd2 = "gelu_pytorch_tanh" if match.keras else "gelu"
+    activation = stated.get("hidden_act", "quick_gelu" if match.version == "sd1" else sd2)
     if activation not in _ACTIVATIONS:
         raise Error(f"{match.source.path}: unknown activation {activation!r} in the text encoder's config.")
     return TextEncoderConfig(
@@ -276,14 +277,3 @@ def _stateable(match: Match, config: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a config that a kcv2diffusers.json may state."""
     stated = untold(match.spec.table, config)
     return {name: value for name, value in stated.items() if value is not None}
-
-
-def _read(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """All values of a stored tensor."""
-    if tensor.load is not None:
-        return np.asarray(tensor.load()).reshape(tensor.shape)
-    count = tensor.nbytes // tensor.dtype.itemsize
-    values = np.fromfile(tensor.path, tensor.dtype, count, offset=tensor.offset or 0)
-    if values.size != count:
-        raise SourceError(tensor.path, f"{tensor.name}: the file ends within it.")
-    return values.reshape(tensor.shape)

@@ -7,15 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kcv2diffusers.diffusion import PIXELS_PER_LATENT
 from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.json_text import parse_object
 from kcv2diffusers.maps.parts import Family, family_of
 from kcv2diffusers.maps.tables import Size, Table, tables_of
+from kcv2diffusers.pipeline.modelspec import OWN, own_sections, prediction_in
 from kcv2diffusers.pipeline.scheduler import SCHEDULER, read_scheduler, scheduler_of
 from kcv2diffusers.pipeline_files import CONFIG_FILE, SCHEDULER_FILE
+from kcv2diffusers.sources.diffusers_pipeline import PREDICTION_TYPES, read_header
 from kcv2diffusers.sources.recognise import Match
+from kcv2diffusers.sources.source import Style
+from kcv2diffusers.sources.tensor import values_of
 
 # What transformers loads in where the user asks for nothing, whatever the weights are stored in. diffusers
 # takes float32 then, and a pipeline of two dtypes fails.
@@ -155,10 +161,32 @@ def scheduler_with(unet: Match) -> tuple[dict[str, Any], Path]:
     """The config of the scheduler to write beside a UNet, which was trained with its noise schedule, and the
     file that states it: beside a checkpoint, or in the pipeline that it is from.
     """
+    if unet.source.style is Style.NAMED:
+        config = user_scheduler(unet.source.path)
+        if _SCHEDULER not in (own_sections(unet.source.metadata) or {}):
+            config = config | {"prediction_type": _prediction(unet)}
+        return config, unet.source.path
     if unet.keras:
         return user_scheduler(unet.source.path), _beside(unet.source.path) / CONFIG_FILE
     file = unet.source.path.parent.parent / SCHEDULER_FILE
     return scheduler_of(read_scheduler(file.parent.parent), file), file
+
+
+# What tells the two kinds of Stable Diffusion 2 apart in files that do not say: in the last layer of the UNet
+# the biases of the first norm spread further where it was trained to predict v. ComfyUI decides by it too.
+_V_TENSOR = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
+_V_SPREAD = 0.09
+
+
+def _prediction(unet: Match) -> str:
+    """What the UNet of a single file predicts: as its metadata state, else as its weights tell for SD2."""
+    if stated := prediction_in(unet.source.metadata):
+        return stated
+    tensor = unet.source.named.get(_V_TENSOR)
+    if unet.version != "sd2" or not unet.known or tensor is None:
+        return PREDICTION_TYPES[0]
+    spread = float(values_of(tensor).astype(np.float64).std())
+    return PREDICTION_TYPES[spread > _V_SPREAD]
 
 
 def user_dtype(path: Path, table: Table) -> str | None:
@@ -202,8 +230,17 @@ def _follows(table: Table, name: str) -> bool:
 
 
 def _section(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    """The `kcv2diffusers.json` beside a checkpoint and one of its sections, empty where there is none."""
+    """The file that states something of a checkpoint, and a section of it, empty where there is none.
+
+    A single file that `convert` wrote states it itself; for others it is the `kcv2diffusers.json` beside.
+    """
     folder = _beside(path)
+    if path.suffix == ".safetensors" and path.is_file() and OWN in (metadata := read_header(path)[1]):
+        own = own_sections(metadata)
+        held = None if own is None else own.get(name, {})
+        if not isinstance(held, dict):
+            raise SourceError(path, "its metadata of kcv2diffusers are not what convert writes.")
+        return path, held
     file = next((f for f in (folder / CONFIG_FILE, folder.parent / CONFIG_FILE) if f.is_file()), None)
     if file is None or (file.parent != folder and not path.is_dir()):
         return folder / CONFIG_FILE, {}

@@ -16,7 +16,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def homes(text: Match) -> list[Path]:
     """The folders in which the tokenizer of a text encoder may lie, best first."""
     path = text.source.path
-    if not text.keras:
+    if text.of_pipeline:
         return [path.parent.parent]
     return [path, path.parent] if path.is_dir() else [path.parent]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,13 +185,22 @@ def read_json(path: Path, if_absent: str = "Copy or download it again.") -> dict
 
 def read_safetensors(path: Path) -> list[Tensor]:
     """The tensors of a `.safetensors` file; the safetensors library checks its header first."""
+    return read_header(path)[0]
+
+
+def read_header(path: Path) -> tuple[list[Tensor], dict[str, str]]:
+    """The tensors of a `.safetensors` file, and the texts that it holds about itself.
+
+    The safetensors library checks the header first: its size, shapes and offsets. Raises SourceError for a
+    damaged file, for two tensors of one name, and for a dtype that no model here has.
+    """
     try:
         with safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, _MAX_HEADER)))
-        header.pop("__metadata__", None)
+            header = json.loads(file.read(min(length, _MAX_HEADER)), object_pairs_hook=_once)
+        metadata = header.pop("__metadata__", None) or {}
         tensors = []
         for name, entry in header.items():
             dtype, shape = SAFETENSORS.get(entry["dtype"]), tuple(entry["shape"])
@@ -200,7 +210,16 @@ def read_safetensors(path: Path) -> list[Tensor]:
             if end - start != math.prod(shape) * dtype.itemsize:
                 raise SourceError(path, f"{name}: size and shape disagree, the file is damaged.")
             tensors.append(Tensor(name, shape, dtype, path, 8 + length + start))
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return tensors, {str(name): str(text) for name, text in metadata.items()}
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         require_own(path)
         raise SourceError(path, f"damaged .safetensors file ({error}).") from error
-    return tensors
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose names is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{twice[:80]} is there twice")
+    return found

@@ -19,7 +19,7 @@ _MAX_MEMBERS = 1000
 _WEIGHTS = re.compile(r"\.(h5|hdf5|keras|index)$|(^|/)saved_model\.pb$")
 _LFS = re.compile(rb"version https://git-lfs\.github\.com/spec/.*?(?:\nsize (\d{1,18})\n|\Z)", re.S)
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", ".aria2", ".opdownload")
-_PICKLE = "Pickled weights can run code and are never opened: get the Keras file, or .safetensors."
+_PICKLE = "They can run code and are never opened: get a .safetensors file, or see convert --allow-pickle."
 _UNPACK = "Unpack it and give what is inside."
 
 # The first bytes, what they are of, and the remedy.
@@ -66,8 +66,8 @@ def reason(path: Path) -> tuple[str, str] | None:
     with path.open("rb") as file:
         head = file.read(HEAD)
     if _SAFETENSORS.match(head):
-        problem = "a .safetensors file, which holds no Keras model."
-        return problem, "Give the folder of its pipeline with --base, or to to-keras."
+        problem = "a .safetensors file, which is read only under that ending and if it is given itself."
+        return problem, "Give the file, or the folder of its pipeline with --base or to to-keras."
     return _by_name(path) or _by_head(head) or _archive(path, head)
 
 

@@ -15,22 +15,30 @@ from kcv2diffusers.sources.leftovers import summary
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.open import open_all
 from kcv2diffusers.sources.recognise import Match, recognise_all
+from kcv2diffusers.sources.source import Style
 
 SourcePath = str | PathLike[str]
 
 
-def gather(paths: Sequence[Path], named: Mapping[str, SourcePath | None] | None = None) -> dict[str, Match]:
+def gather(
+    paths: Sequence[Path],
+    named: Mapping[str, SourcePath | None] | None = None,
+    *,
+    allow_pickle: bool = False,
+) -> dict[str, Match]:
     """One match for each part of the checkpoints at `paths`, and of those `named` by the part they are for.
 
+    A named source comes before the same part of a single file. `allow_pickle` is as in `open_sources`.
     Raises Error if two sources hold the same part, or a named one does not hold its part.
     """
     parts: dict[str, Match] = {}
-    for match in recognise_all(open_all(paths)):
+    for match in recognise_all(open_all(paths, allow_pickle=allow_pickle)):
         add_part(parts, match)
     for part, given in (named or {}).items():
         if given is None:
             continue
-        matches = recognise_all(open_all(locate_all(given, parts={part})))
+        located = locate_all(given, parts={part})
+        matches = recognise_all(open_all(located, allow_pickle=allow_pickle))
         fitting = [match for match in matches if match.part == part]
         if not fitting:
             held = " and a ".join(match.label for match in matches)
@@ -39,6 +47,8 @@ def gather(paths: Sequence[Path], named: Mapping[str, SourcePath | None] | None 
                 f"Omit --{part.replace('_', '-')}: parts are detected from the file."
             )
         for match in fitting:
+            if part in parts and parts[part].source.style is Style.NAMED:
+                del parts[part]  # of a whole checkpoint
             add_part(parts, match)
     return parts
 

@@ -10,7 +10,9 @@ from typing import BinaryIO
 from kcv2diffusers.errors import SourceError, pipeline_given, reading
 from kcv2diffusers.maps.tables import specs
 from kcv2diffusers.pipeline_files import MODEL_INDEX
+from kcv2diffusers.sources import single_file
 from kcv2diffusers.sources.foreign import reason, require_own
+from kcv2diffusers.sources.pickled import ENDINGS as PICKLED
 from kcv2diffusers.sources.source import Source
 from kcv2diffusers.sources.tensor_bundle import is_table
 
@@ -21,23 +23,29 @@ _KINDS = (
 )
 
 
-def open_sources(path: Path) -> list[Source]:
+def open_sources(path: Path, *, allow_pickle: bool = False) -> list[Source]:
     """The models at `path`: those of a file, a SavedModel or a checkpoint prefix, of all in a folder.
 
+    `allow_pickle` lets PyTorch's restricted unpickler open a `.ckpt` file that is given itself.
     Raises SourceError if there is none or one cannot be read.
     """
     with reading(path):
+        if allow_pickle and path.suffix in PICKLED and path.is_file():
+            return single_file.read_pickled_file(path)
         return _open(path)
 
 
-def open_all(paths: Sequence[Path]) -> list[Source]:
-    """The models at all `paths`; what takes most of the time is done for several at once."""
+def open_all(paths: Sequence[Path], *, allow_pickle: bool = False) -> list[Source]:
+    """The models at all `paths`; what takes most of the time is done for several at once.
+
+    `allow_pickle` is as in `open_sources`.
+    """
     from kcv2diffusers.sources import hdf5
 
     with hdf5.ahead(paths):
         for spec in specs():
             spec.slots(0)  # which whoever recognises the sources asks for; meanwhile they are read
-        return [source for path in paths for source in open_sources(path)]
+        return [source for path in paths for source in open_sources(path, allow_pickle=allow_pickle)]
 
 
 def _open(path: Path) -> list[Source]:
@@ -120,6 +128,8 @@ def _file(path: Path, *, others: bool = False) -> list[Source]:
         return keras3_h5.read_sharded(path)
     if path.suffix == ".index":
         return _checkpoint(path.with_suffix(""))
+    if path.suffix == ".safetensors":
+        return single_file.read_single_file(path)
     if head[:4] == b"PK\x03\x04":
         return keras3_h5.read_archive(path)
     if start is None:

@@ -10,7 +10,7 @@ each tensor what it is: of a part, of a known kind that no pipeline has (`leftov
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -63,6 +63,11 @@ class Match:
         return self.spec.version
 
     @property
+    def of_pipeline(self) -> bool:
+        """Whether it is from a diffusers pipeline, whose config.json and scheduler go with it."""
+        return not self.keras and self.source.style is not Style.NAMED
+
+    @property
     def known(self) -> bool:
         nominal = self.spec.table.versions[self.version].dims
         return all(self.dims.get(name) == value for name, value in nominal.items() if name != "latent")
@@ -90,7 +95,8 @@ class Match:
         if not self.problems:
             lines = [f"{self.place}: has tensors that belong to no part of Stable Diffusion:"]
         else:
-            lines = [f"{self.place}: not a complete KerasCV {self.label}:"]
+            whose = "KerasCV " if self.keras else ""
+            lines = [f"{self.place}: not a complete {whose}{self.label}:"]
         for title, entries in (
             ("missing", self.missing),
             ("unexpected", self.unexpected),
@@ -107,7 +113,8 @@ class Match:
     def require_complete(self) -> Match:
         """Itself, or PlanError with the report."""
         if self.problems:
-            raise PlanError(f"{self.report()}\nGive all weights of unchanged KerasCV models in each file.")
+            whose = "unchanged KerasCV models" if self.keras else "Stable Diffusion's models"
+            raise PlanError(f"{self.report()}\nGive all weights of {whose} in each file.")
         if self.strangers:
             raise PlanError(f"{self.report()}\nSave the models of Stable Diffusion without them.")
         return self
@@ -125,9 +132,14 @@ def recognise(source: Source) -> Match:
 
 
 def _best(source: Source) -> Match | None:
-    matches = [fit(source, spec) for spec in specs()]
+    matches = [fit(source, spec) for spec in specs() if _may_be(source, spec)]
     best = max(matches, key=lambda m: (len(m.found) - m.problems, m.known))
     return best if len(best.found) > best.problems else None
+
+
+def _may_be(source: Source, spec: Spec) -> bool:
+    """Whether a source may be a part, as far as its reader knows already."""
+    return source.part in (None, spec.part) and source.version in (None, spec.version)
 
 
 def _unknown(path: Path, count: int) -> SourceError:
@@ -160,6 +172,8 @@ def _checkpoint(path: Path, models: list[Source]) -> list[Match]:
     leftovers: dict[str, list[Tensor]] = {}
     strangers: list[Tensor] = []
     for model in models:
+        for known, held in model.leftovers.items():
+            leftovers.setdefault(known, []).extend(held)
         # What is in a model that is kept is not a copy for the name of the whole.
         is_kept = any(id(tensor) in used for tensor in model.tensors)
         above = model.inside if is_kept else ""
@@ -204,6 +218,8 @@ def _without(match: Match, leftovers: dict[str, list[Tensor]], strangers: list[T
 
 def fit(source: Source, spec: Spec) -> Match:
     """The source's tensors on the slots of one part."""
+    if source.style is Style.NAMED:
+        return fit_diffusers(source, spec)
     if source.style is Style.FLAT:
         source = _split(source, spec)
     layers = _classified(source, spec)
@@ -226,11 +242,13 @@ def fit(source: Source, spec: Spec) -> Match:
 
 
 def fit_diffusers(source: Source, spec: Spec) -> Match:
-    """The tensors of a diffusers file (`source.flat`) on the slots of one part, by name.
+    """The tensors of a diffusers file (`source.flat`) or of a NAMED source on the slots of one part, by name.
 
     Tensors of other parts in the same file are nobody's problem here.
     """
-    by_name = {spec.table.rename(tensor.name): tensor for tensor in source.flat}
+    by_name: Mapping[str | None, Tensor] = {spec.table.rename(tensor.name): tensor for tensor in source.flat}
+    if source.style is Style.NAMED:
+        by_name = dict(source.named.items())
     repeat = 0
     if spec.repeated_layer:
         row = next(row for row in spec.rows if row.repeated)
@@ -268,7 +286,7 @@ def _check(match: Match, expected: Iterable[Slot]) -> None:
         other = f" (for {slot.target})" if match.keras else ""
         if tensor is None:
             if slot.exists(dims):
-                name = slot.keras_name if match.keras else slot.target
+                name = slot.keras_name if match.keras else match.source.spelled.get(slot.target, slot.target)
                 match.missing.append(f"{name} {wanted}{other}")
         elif not slot.exists(dims):
             match.unexpected.append(described(tensor))

@@ -9,12 +9,13 @@ that a table's slot can form by itself:
 - PATH: `.weights.h5` and `.keras`: class, number within the class, path and variable index;
 - ATTRIBUTE: SavedModels of Keras 2 and TensorFlow checkpoints: Python attributes, no class;
 - ORDER: legacy `.h5`: class, and the rank of each inner layer among those of its class;
-- FLAT: SavedModels exported by Keras 3: all variables of the model in order, nothing else.
+- FLAT: SavedModels exported by Keras 3: all variables of the model in order, nothing else;
+- NAMED: single files in Stable Diffusion's original layout: each tensor by its name in diffusers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -29,6 +30,7 @@ class Style(Enum):
     ATTRIBUTE = "attribute"
     ORDER = "order"
     FLAT = "flat"
+    NAMED = "named"
 
 
 KEYS: dict[Style, Callable[[Slot], str]] = {
@@ -66,6 +68,11 @@ class Source:
 
     `inside` is where in the checkpoint the model is ("" for the root), as the container names it. `others`
     are the tensors of the checkpoint that belong to no model; the first model of a checkpoint has them.
+
+    A NAMED source is one part: `named` are its tensors by their names in diffusers, laid out as there, and
+    `spelled` what the file calls each that it could have. `part` and `version` say which one it is (version
+    None: the one that fits best), `leftovers` are the tensors of no part whose kind the reader knows, and
+    `metadata` the texts that the file holds about itself.
     """
 
     path: Path
@@ -76,8 +83,15 @@ class Source:
     keras_version: str | None = None
     inside: str = ""
     others: list[Tensor] = field(default_factory=list)
+    named: dict[str, Tensor] = field(default_factory=dict)
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    part: str | None = None
+    version: str | None = None
+    leftovers: dict[str, list[Tensor]] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
     spool: TemporaryDirectory[str] | None = None  # keeps unpacked weights alive as long as the source
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*self.flat, *(t for layer in self.layers for t in layer.tensors.values())]
+        stored = (tensor for layer in self.layers for tensor in layer.tensors.values())
+        return [*self.flat, *stored, *self.named.values()]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+
+from kcv2diffusers.errors import SourceError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,3 +33,25 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def values_of(tensor: Tensor) -> np.ndarray:
+    """All values of a tensor. Raises SourceError where its file ends within it."""
+    if tensor.load is not None:
+        return np.asarray(tensor.load()).reshape(tensor.shape)
+    count = math.prod(tensor.shape)
+    values = np.fromfile(tensor.path, tensor.dtype, count, offset=tensor.offset or 0)
+    if values.size != count:
+        raise SourceError(tensor.path, f"{tensor.name}: the file ends within it.")
+    return values.reshape(tensor.shape)
+
+
+def rows(tensor: Tensor, first: int, count: int) -> Tensor:
+    """`count` rows of a tensor, along its first axis, from row `first` on."""
+    shape = (count, *tensor.shape[1:])
+    if tensor.load is not None:
+        load = tensor.load
+        return replace(tensor, shape=shape, load=lambda: load()[first : first + count], crc32c=None)
+    share = replace(tensor, shape=shape, crc32c=None)
+    row = share.nbytes // count if count else 0
+    return replace(share, offset=(tensor.offset or 0) + first * row)

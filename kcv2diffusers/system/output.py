@@ -27,6 +27,32 @@ def new_folder(
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  (a link is replaced, not followed)
     check_free(target, overwrite=overwrite, replaceable=replaceable)
+    with _beside(target, needed) as temporary:
+        yield temporary
+        _move_into_place(temporary, target)
+        keeps(f"{target} is complete")
+
+
+@contextmanager
+def new_file(
+    target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool], needed: int
+) -> Iterator[Path]:
+    """The path of a file to write that becomes `target` when the block ends without an error.
+
+    The arguments are those of `new_folder`; `replaceable` is given the file that exists. Raises TargetError.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100  (a link is replaced, not followed)
+    check_free_file(target, overwrite=overwrite, replaceable=replaceable)
+    with _beside(target, needed) as temporary:
+        file = temporary / target.name
+        yield file
+        file.replace(target)
+        keeps(f"{target} is complete")
+
+
+@contextmanager
+def _beside(target: Path, needed: int) -> Iterator[Path]:
+    """A temporary folder beside `target` that is gone when the block ends."""
     parent = target.parent
     with _writing(parent), _made(parent):
         _remove_stale(target)
@@ -36,8 +62,6 @@ def new_folder(
         try:
             temporary.mkdir()
             yield temporary
-            _move_into_place(temporary, target)
-            keeps(f"{target} is complete")
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -88,6 +112,22 @@ def check_free(target: Path, *, overwrite: bool, replaceable: Callable[[Path], b
         if not overwrite:
             raise TargetError(f"{target}: exists already.\nUse --overwrite to replace it, or another --out.")
         if not folder or not replaceable(target):
+            raise TargetError(
+                f"{target}: exists and is not an earlier output, so --overwrite leaves it alone.\n"
+                "Remove it yourself or choose another --out."
+            )
+
+
+def check_free_file(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
+    """Raise TargetError unless a file `target` does not exist or may be overwritten."""
+    with _writing(target):
+        if not os.path.lexists(target):
+            return
+        if target.is_dir():
+            raise TargetError(f"{target}: is a folder.\nChoose another --out.")
+        if not overwrite:
+            raise TargetError(f"{target}: exists already.\nUse --overwrite to replace it, or another --out.")
+        if not replaceable(target):
             raise TargetError(
                 f"{target}: exists and is not an earlier output, so --overwrite leaves it alone.\n"
                 "Remove it yourself or choose another --out."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,20 +49,46 @@ def common_dtype(tensors: Iterable[Tensor]) -> np.dtype:
     return found if found in DTYPES.values() else DTYPES["float32"]
 
 
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor of a target file in its dtype: the entries lie one below the other in it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    entries: tuple[Entry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_safetensors(path: Path, entries: Sequence[Entry], dtype: np.dtype) -> list[Job]:
     """Allocate the file, write its header, and return the jobs that fill it."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    return write_stored(path, [Stored(entry.name, entry.shape, dtype, (entry,)) for entry in entries])
+
+
+def write_stored(
+    path: Path, tensors: Sequence[Stored], metadata: Mapping[str, str] | None = None
+) -> list[Job]:
+    """Allocate the file, write its header, and return the jobs that fill it, in the order of their offsets.
+
+    The jobs leave no gap. `metadata` stands in the header beside the format.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     codes = {dtype: code for code, dtype in SAFETENSORS.items()}
     jobs, offset = [], 0
-    for entry in entries:
-        size = math.prod(entry.shape) * dtype.itemsize
-        header[entry.name] = {
-            "dtype": codes[dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [offset, offset + size],
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": codes[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
-        jobs.append(Job(entry.name, entry.tensor, entry.core, dtype, path, offset))
-        offset += size
+        at = offset
+        for entry in tensor.entries:
+            jobs.append(Job(entry.name, entry.tensor, entry.core, tensor.dtype, path, at))
+            at += math.prod(entry.shape) * tensor.dtype.itemsize
+        offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)

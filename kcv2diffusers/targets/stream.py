@@ -21,10 +21,15 @@ _LISTED = 8  # tensors that a refusal names
 
 
 def run(
-    jobs: Sequence[Job], advance: Callable[[int], None] = lambda _: None, worker: type[Worker] = Worker
+    jobs: Sequence[Job],
+    advance: Callable[[int], None] = lambda _: None,
+    worker: type[Worker] = Worker,
+    after: Callable[[int], None] | None = None,
 ) -> list[Finding]:
-    """Do all jobs; `advance` is told the source bytes done. Returns what `worker` found, in the order of the
-    jobs: by default the tensors that are not finite.
+    """Do all jobs; `advance` is called with the source bytes done. Returns what `worker` found, in the order
+    of the jobs: by default the tensors that are not finite.
+
+    `after` is called with the number of each job that is done; the jobs are then begun in the order given.
 
     Target files must exist at their final size. Raises SourceError if a source cannot be read or its
     checksum fails, OSError if a target cannot be written, Error if a process is killed.
@@ -37,15 +42,25 @@ def run(
             own = worker(files)
             return lambda number: own.do(jobs[number])
 
-        for number, finding in stack.enter_context(closing(work(_order(jobs), make))):
+        order = range(len(jobs)) if after else _order(jobs)
+        for number, finding in stack.enter_context(closing(work(order, make))):
             if finding is not None:
                 found[number] = finding
             advance(jobs[number].tensor.nbytes)
+            if after:
+                after(number)
     return [found[number] for number in sorted(found)]
 
 
-def run_finite(jobs: Sequence[Job], progress: Progress, *, allow_nonfinite: bool) -> int:
-    """Do all jobs, telling `progress` the bytes done and in total; returns the total.
+def run_finite(
+    jobs: Sequence[Job],
+    progress: Progress,
+    *,
+    allow_nonfinite: bool,
+    after: Callable[[int], None] | None = None,
+) -> int:
+    """Do all jobs, calling `progress` with the bytes done and in total; returns the total. `after` is as in
+    `run`.
 
     Raises Error, listing the tensors, if values are not finite and that is not allowed.
     """
@@ -56,7 +71,7 @@ def run_finite(jobs: Sequence[Job], progress: Progress, *, allow_nonfinite: bool
         done += count
         progress(done, total)
 
-    found = run(jobs, advance)
+    found = run(jobs, advance, after=after)
     if found and not allow_nonfinite:
         files = {job.name: job.tensor.path.name for job in jobs}
         lines = [f"  {files[f.name]}: {f.name} {f.problem}" for f in found[:_LISTED]]
