@@ -66,7 +66,7 @@ def _check(name: str, found: list[str], setting: str = f"{VARIABLE}=") -> None:
         raise Error(f"{setting}{name}: {name} is not installed.\nInstall it{others}.")
     near = difflib.get_close_matches(name.lower(), BACKENDS, 1, 0.5)
     meant = f" Did you mean {near[0]}?" if near else ""
-    raise Error(f"{setting}{name}: no backend that is known here.\nSet one of {', '.join(BACKENDS)}.{meant}")
+    raise Error(f"{setting}{name}: not a Keras backend.\nSet one of {', '.join(BACKENDS)}.{meant}")
 
 
 def _configured() -> str | None:

@@ -102,7 +102,7 @@ class Schedule:
         """
         count = self.num_train_timesteps
         if steps < 1:
-            raise Error(f"{steps} steps: at least 1 is needed")
+            raise Error(f"{steps} steps: a picture needs at least 1.\nGive more --steps.")
         if self.timestep_spacing == "trailing":
             return np.arange(count, 0, -count / steps).round().astype("int64")[steps - 1 :: -1] - 1
         ratio = (count - 1) / (steps - 1) if steps > 1 else count

@@ -70,7 +70,7 @@ def test_keras_own_config(choose: Any, tmp_path: Path) -> None:
     ("installed", "variable", "message"),
     [
         ("torch", "jax", r"jax is not installed\.\n.*set KERAS_BACKEND to torch"),
-        ("torch", "pytorch", r"no backend that is known here\.\n.*Did you mean torch\?"),
+        ("torch", "pytorch", r"not a Keras backend\.\n.*Did you mean torch\?"),
         ("torch", "tensorfow", r"Did you mean tensorflow\?"),
         ("", None, "No backend of Keras is installed"),
     ],

@@ -78,8 +78,8 @@ def test_every_command_has_one_line_of_80_columns(cli: Cli, monkeypatch: Patch) 
     ("name", "groups"),
     [
         ("convert", ["Arguments", "Sources", "Result", "Verification", "The Hub", "Options"]),
-        ("dreambooth", ["Pictures and base", "Training", "Checkpoints", "The Hub", "Options"]),
-        ("verify", ["Arguments", "Sources", "Verification", "What is drawn", "Options"]),
+        ("dreambooth", ["Photos and base", "Training", "Checkpoints", "The Hub", "Options"]),
+        ("verify", ["Arguments", "Sources", "Verification", "Images", "Options"]),
         ("push", ["Arguments", "The Hub", "The model card", "Options"]),
     ],
 )
@@ -438,7 +438,7 @@ def test_dry_run_makes_the_checks(cli: Cli, tiny: Path, tmp_path: Path, monkeypa
     (tmp_path / "there" / "file").touch()
     arguments = ["convert", tiny, "--base", "none", "--dry-run", "--out"]
     assert "exists already" in cli(*arguments, tmp_path / "there")[2]
-    assert "is no folder" in cli(*arguments, tmp_path / "there" / "file" / "x")[2]
+    assert "not a folder" in cli(*arguments, tmp_path / "there" / "file" / "x")[2]
     assert "needs" in cli("convert", tiny, "--dry-run", "--out", tmp_path / "x")[2]
     assert "report" in cli(*arguments, tmp_path / "x", "--report", tmp_path / "y")[2]
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))

@@ -1,4 +1,4 @@
-"""The application and its way out."""
+"""The Typer app, and how the program exits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kcv2diffusers.cli.progress import say
 from kcv2diffusers.errors import Error, plain
 
 app = typer.Typer(
-    help="Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.",
+    help="Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines and single files, and back.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
@@ -40,7 +40,7 @@ def _version(wanted: bool) -> None:
 def _program(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and end."),
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     pass

@@ -90,9 +90,9 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="SRC|tiny|none",
-            help="Where missing parts come from: a diffusers pipeline folder, KerasCV checkpoints, "
-            "hf://user/repo, or tiny; none writes only the given parts. Default for SD1: the missing "
-            "parts of stable-diffusion-v1-5 from the Hub.",
+            help="Source of the missing parts: a diffusers pipeline folder, KerasCV checkpoints, "
+            "hf://user/repo, or tiny. none writes only the given parts. Default for SD1: "
+            "stable-diffusion-v1-5 from the Hub.",
             rich_help_panel=SOURCES,
         ),
     ] = None,
@@ -108,14 +108,15 @@ def convert(
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            help="Dtype of the weights (default: the variant's, else as stored).", rich_help_panel=RESULT
+            help="Dtype of the weights (default: the dtype of the variant, else as stored).",
+            rich_help_panel=RESULT,
         ),
     ] = None,
     variant: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Variant in the file names; fp16 and bf16 mean that dtype too.",
+            help="Variant in the file names. fp16 and bf16 also set the dtype.",
             rich_help_panel=RESULT,
         ),
     ] = None,
@@ -123,7 +124,7 @@ def convert(
         bool,
         typer.Option(
             "--with-sibling",
-            help="Take the text encoder from hf://user/repo-text-encoder.",
+            help="Take the text encoder from the repository beside the source (user/repo-text-encoder).",
             rich_help_panel=SOURCES,
         ),
     ] = False,
@@ -131,19 +132,19 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="TOKEN",
-            help="Name of an extra token embedding (textual inversion), in order.",
+            help="Name of an extra token embedding (textual inversion). Repeat the option, in order.",
             rich_help_panel=RESULT,
         ),
     ] = None,
     image_size: Annotated[
         int | None,
-        typer.Option(help="The pipeline's default image size in pixels (512).", rich_help_panel=RESULT),
+        typer.Option(help="Default image size of the pipeline in pixels (512).", rich_help_panel=RESULT),
     ] = None,
     gelu: Annotated[
         Gelu | None,
         typer.Option(
-            help="Activation of an SD2 text encoder (default: exact); tanh if trained on keras-cv 0.6.4 or "
-            "newer.",
+            help="Activation of an SD2 text encoder (default: exact). Use tanh if it was trained with "
+            "keras-cv 0.6.4 or newer.",
             rich_help_panel=SOURCES,
         ),
     ] = None,
@@ -169,7 +170,7 @@ def convert(
         bool,
         typer.Option(
             "--verify",
-            help="Compare the result with its sources at the end, as verify does.",
+            help="Verify the result against its sources at the end.",
             rich_help_panel=VERIFICATION,
         ),
     ] = False,
@@ -286,9 +287,9 @@ def to_keras(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a diffusers pipeline into weights for KerasCV.
+    """Convert a diffusers pipeline to weights for KerasCV.
 
-    They are float32 files that the load_weights of its models takes.
+    The files are float32. The load_weights methods of KerasCV's models read them.
     """
     from kcv2diffusers.conversion.to_kerascv import to_keras as run
 
@@ -321,10 +322,10 @@ def inspect(
     allow_pickle: AllowPickle = False,
     as_json: Json = False,
 ) -> None:
-    """Say what checkpoints hold, and what is wrong with them.
+    """Show what checkpoints contain, and what is wrong with them.
 
-    Of each part: version, container, dtype, Keras version, sizes. One that cannot be read does not keep the
-    others from being shown.
+    For each part: version, container, dtype, Keras version, sizes. A file that cannot be read does not stop
+    the others.
     """
     from kcv2diffusers.conversion.inspection import inspect as run
 

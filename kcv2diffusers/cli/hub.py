@@ -23,49 +23,62 @@ class Stated(StrEnum):
 
 def push(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder.")],
-    repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name, made if it is not there.")],
+    repository: Annotated[
+        str,
+        typer.Argument(metavar="REPO_ID", help="Repository, user/name. It is created if it does not exist."),
+    ],
     private: Private = False,
     revision: Annotated[
         str | None,
-        typer.Option(metavar="BRANCH", help="The branch, made if it is not there.", rich_help_panel=HUB),
+        typer.Option(
+            metavar="BRANCH", help="Branch. It is created if it does not exist.", rich_help_panel=HUB
+        ),
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request.", rich_help_panel=HUB)
     ] = False,
     message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The commit's message.", rich_help_panel=HUB)
+        str | None, typer.Option(metavar="TEXT", help="Commit message.", rich_help_panel=HUB)
     ] = None,
     token: Annotated[
         str | None,
         typer.Option(
-            help="Default: HF_TOKEN, then that of `hf auth login`.", show_default=False, rich_help_panel=HUB
+            help="Access token (default: HF_TOKEN, then the token of `hf auth login`).",
+            show_default=False,
+            rich_help_panel=HUB,
         ),
     ] = None,
     license: License = None,
     base_model: Annotated[
         str | None,
         typer.Option(
-            metavar="REPO_ID", help="What it was fine-tuned from, for the card.", rich_help_panel=CARD
+            metavar="REPO_ID", help="Base model of the fine-tuning, for the model card.", rich_help_panel=CARD
         ),
     ] = None,
     tag: Tag = None,
     trained_with: Annotated[
         list[Stated] | None,
-        typer.Option(help="What weights do not tell, as a warning in the card.", rich_help_panel=CARD),
+        typer.Option(
+            help="A warning in the model card about the training, which weights do not tell.",
+            rich_help_panel=CARD,
+        ),
     ] = None,
     overwrite_card: Annotated[
         bool,
-        typer.Option("--overwrite-card", help="Replace a README.md that is there.", rich_help_panel=CARD),
+        typer.Option("--overwrite-card", help="Replace an existing README.md.", rich_help_panel=CARD),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check it and print the card; ask the Hub nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Run all checks and print the model card. Nothing is sent to the Hub."
+        ),
     ] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Check a pipeline and publish it on the Hugging Face Hub.
 
-    A model card is written for it.
+    The command writes a model card.
     """
     pushed = publish(
         pipeline,
@@ -88,12 +101,17 @@ def push(
 
 
 def space(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="The published pipeline's folder.")],
-    repository: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where it is published.")],
+    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="Folder of the published pipeline.")],
+    repository: Annotated[
+        str, typer.Argument(metavar="REPO_ID", help="Repository of the published pipeline.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
-    title: Annotated[str | None, typer.Option(metavar="TEXT", help="Default: the repository's name.")] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Title (default: the name of the repository).")
+    ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="An example (default: those of the run).")
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Example prompt (default: the prompts of the training run)."),
     ] = None,
     tag: Tag = None,
     license: License = None,
@@ -102,7 +120,7 @@ def space(
 ) -> None:
     """Write the folder of a Space with a demo of a pipeline.
 
-    The pipeline is a published one; the folder has a card, a Gradio app and its requirements.
+    The pipeline must be published. The folder has a card, a Gradio app and its requirements.
     """
     from kcv2diffusers.publish.space import space as run
 

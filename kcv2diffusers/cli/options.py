@@ -14,7 +14,7 @@ from kcv2diffusers.cli.progress import be_quiet
 from kcv2diffusers.maps.parts import parts
 
 # Groups of options in the help of a command.
-SOURCES, RESULT, DRAWING = "Sources", "Result", "What is drawn"
+SOURCES, RESULT, DRAWING = "Sources", "Result", "Images"
 VERIFICATION, HUB, CARD = "Verification", "The Hub", "The model card"
 
 
@@ -41,12 +41,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[
     bool,
     typer.Option(
-        "--quiet", "-q", callback=be_quiet, help="No progress and no notes; errors, and what is asked for."
+        "--quiet", "-q", callback=be_quiet, help="Print no progress and no notes, only errors and results."
     ),
 ]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Run all checks, print the plan, write nothing.")]
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace an earlier output at --out.", rich_help_panel=RESULT),
@@ -62,7 +60,7 @@ AllowNonfinite = Annotated[
     bool,
     typer.Option(
         "--allow-nonfinite",
-        help="Write values that are NaN, infinite or overflow.",
+        help="Write NaN, infinite and overflowing values instead of refusing them.",
         rich_help_panel=RESULT,
     ),
 ]
@@ -70,25 +68,25 @@ License = Annotated[
     str | None,
     typer.Option(
         metavar="ID",
-        help="The license of what is published (default: the base's on the Hub).",
+        help="License of the published model (default: the license of the base on the Hub).",
         rich_help_panel=HUB,
     ),
 ]
 Tag = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", help="A tag for the card, such as keras-dreambooth.", rich_help_panel=CARD),
+    typer.Option(
+        metavar="TEXT", help="Tag of the model card, such as keras-dreambooth.", rich_help_panel=CARD
+    ),
 ]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository private.", rich_help_panel=HUB)]
 Report = Annotated[
     Path | None,
-    typer.Option(
-        metavar="DIR", help="A folder for report.html and report.json.", rich_help_panel=VERIFICATION
-    ),
+    typer.Option(metavar="DIR", help="Folder for report.html and report.json.", rich_help_panel=VERIFICATION),
 ]
 PredictionTypeOption = Annotated[
     PredictionType | None,
     typer.Option(
-        help="What the UNet predicts (default: epsilon, as in KerasCV; a base's as it says).",
+        help="Prediction type of the UNet (default: epsilon for KerasCV, as stated for a pipeline).",
         rich_help_panel=SOURCES,
     ),
 ]
@@ -106,7 +104,7 @@ def with_part_options(command: Callable[..., None]) -> Callable[..., None]:
             default=None,
             annotation=Annotated[
                 str | None,
-                typer.Option(metavar="SRC", help=f"The source of the {part.label}.", rich_help_panel=SOURCES),
+                typer.Option(metavar="SRC", help=f"Source of the {part.label}.", rich_help_panel=SOURCES),
             ],
         )
         for part in parts().values()

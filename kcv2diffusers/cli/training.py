@@ -29,25 +29,33 @@ def generate(
     base: Annotated[
         list[str],
         typer.Option(
-            metavar="SRC|tiny", help="A pipeline folder, KerasCV checkpoints, hf://user/repo, or tiny."
+            metavar="SRC|tiny",
+            help="The model: a pipeline folder, a single .safetensors file, hf://user/repo, tiny, or KerasCV "
+            "checkpoints (repeat the option for each).",
         ),
     ],
-    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="As often as there are prompts.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write pictures to.")],
-    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to keep out.")] = "",
+    prompt: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="Prompt. Repeat the option for more prompts.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the images.")],
+    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="Negative prompt.")] = "",
     steps: Annotated[int, typer.Option(help="Number of denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="How strictly to follow the prompt.")] = 7.5,
-    images_per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same pictures.")] = None,
-    height: Annotated[int | None, typer.Option(help="In pixels, a multiple of 64.")] = None,
-    width: Annotated[int | None, typer.Option(help="In pixels, a multiple of 64.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(metavar="SRC", help="As in convert.")] = None,
+    guidance_scale: Annotated[
+        float, typer.Option(help="Guidance scale: how strictly to follow the prompt.")
+    ] = 7.5,
+    images_per_prompt: Annotated[int, typer.Option(help="Images per prompt.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed. The same seed gives the same images.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels, a multiple of 64.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels, a multiple of 64.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="SRC", help="Tokenizer, as in convert.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Generate pictures with Keras.
+    """Generate images with Keras.
 
-    KERAS_BACKEND chooses TensorFlow, JAX or PyTorch.
+    KERAS_BACKEND selects TensorFlow, JAX or PyTorch.
     """
     from kcv2diffusers.generation import generate as run
 
@@ -124,14 +132,14 @@ def dreambooth(**given: Any) -> None:
 
 # The groups in the help, each by the first of its options, in the order of Config.
 _GROUPS = {
-    "instance_images": "Pictures and base",
+    "instance_images": "Photos and base",
     "out": "Result",
     "steps": "Training",
-    "train_text_encoder": "What is trained",
-    "prior_weight": "Loss and pictures",
+    "train_text_encoder": "Trained weights",
+    "prior_weight": "Loss and data",
     "precision": "Machine",
     "checkpoint_minutes": "Checkpoints",
-    "sample_prompt": "Drawings and logs",
+    "sample_prompt": "Sample images and logs",
     "push_to_hub": "The Hub",
 }
 

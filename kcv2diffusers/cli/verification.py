@@ -45,13 +45,15 @@ def verify(
     ],
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SRC", help="The KerasCV checkpoints it was made of, or folders of them."),
+        typer.Argument(
+            metavar="SRC", help="The checkpoints that the pipeline was converted from, or folders of them."
+        ),
     ] = None,
     base: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SRC|tiny",
-            help="Where the conversion took other parts from, as in convert.",
+            help="The base of the conversion, as in convert.",
             rich_help_panel=SOURCES,
         ),
     ] = None,
@@ -61,34 +63,37 @@ def verify(
     level: Annotated[
         Level,
         typer.Option(
-            help="Compare weights; these and modules; these and images.", rich_help_panel=VERIFICATION
+            help="The last level to compare: weights, modules (forward passes), images.",
+            rich_help_panel=VERIFICATION,
         ),
     ] = Level.images,
     reference: Annotated[
         Reference,
         typer.Option(
-            help="The Keras side: our models, or KerasCV's classes (need TensorFlow and keras-cv).",
+            help="The Keras side: built-in models, or KerasCV's classes (need TensorFlow and keras-cv).",
             rich_help_panel=VERIFICATION,
         ),
     ] = Reference.builtin,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEXT", help="What to draw; as often as there are prompts.", rich_help_panel=DRAWING
+            metavar="TEXT", help="Prompt. Repeat the option for more prompts.", rich_help_panel=DRAWING
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Number of denoising steps.", rich_help_panel=DRAWING)] = 25,
     guidance_scale: Annotated[
-        float, typer.Option(help="How strictly to follow the prompt.", rich_help_panel=DRAWING)
+        float,
+        typer.Option(help="Guidance scale: how strictly to follow the prompt.", rich_help_panel=DRAWING),
     ] = 7.5,
     images_per_prompt: Annotated[
         int,
-        typer.Option(help="Pictures of each prompt, from seeds 0, 1, ...", rich_help_panel=DRAWING),
+        typer.Option(help="Images per prompt, with seeds 0, 1, ...", rich_help_panel=DRAWING),
     ] = 3,
     image_size: Annotated[
         int | None,
         typer.Option(
-            help="Height and width in pixels (default: the pipeline's own, 512).", rich_help_panel=DRAWING
+            help="Height and width in pixels (default: as the pipeline states, else 512).",
+            rich_help_panel=DRAWING,
         ),
     ] = None,
     gelu: Annotated[
@@ -98,7 +103,7 @@ def verify(
     unet_gelu: Annotated[
         Gelu,
         typer.Option(
-            help="Of the Keras UNet: KerasCV's tanh, or exact, as dreambooth trains.",
+            help="GELU of the Keras UNet: tanh as in KerasCV, or exact as dreambooth trains.",
             rich_help_panel=SOURCES,
         ),
     ] = Gelu.tanh,
@@ -108,9 +113,9 @@ def verify(
     as_json: Json = False,
     **parts: str | None,
 ) -> None:
-    """Compare a pipeline with the checkpoints it was made of.
+    """Compare a pipeline with the checkpoints it was converted from.
 
-    Compared are weights, modules and pictures.
+    The command compares weights, modules and images.
     """
     result = verify_pipeline(
         pipeline,

@@ -33,74 +33,97 @@ class Config:
     """A DreamBooth run. Sizes are in pixels."""
 
     instance_images: str = _option("", "Folder with photos of the subject.", metavar="DIR")
-    instance_prompt: str = _option("", 'What they show, with the identifier: "a photo of sks dog".')
-    class_prompt: str = _option("", 'The class without the identifier: "a photo of a dog".')
-    class_images: str = _option(
-        "", "Folder with pictures of the class; missing ones are generated into it.", metavar="DIR"
+    instance_prompt: str = _option(
+        "", 'Prompt that describes the photos, with the identifier: "a photo of sks dog".'
     )
-    num_class_images: int = _option(100, "How many pictures of the class to use.", least=1)
+    class_prompt: str = _option(
+        "", 'Prompt of the class, without the identifier: "a photo of a dog". Turns on prior preservation.'
+    )
+    class_images: str = _option(
+        "", "Folder with class images. Missing images are generated into it.", metavar="DIR"
+    )
+    num_class_images: int = _option(100, "Number of class images.", least=1)
     base: list[str] = _option(
         [],
-        "A pipeline folder, KerasCV checkpoints (once for each), hf://user/repo, tiny.",
+        "The model to fine-tune: a pipeline folder, a single .safetensors file, hf://user/repo, tiny, or "
+        "KerasCV checkpoints (repeat the option for each).",
         metavar="SRC|tiny",
     )
-    tokenizer: str = _option("", "As in convert.", metavar="SRC")
-    out: str = _option("", "Folder of the run: checkpoints, logs, pictures.", metavar="DIR")
-    export: str = _option("", "Folder for the result as a diffusers pipeline.", metavar="DIR")
-    verify: bool = _option(False, "Compare that with the last checkpoint; the report goes to OUT/verify.")
+    tokenizer: str = _option("", "Tokenizer of the base, as in convert.", metavar="SRC")
+    out: str = _option("", "Folder of the run: checkpoints, logs, sample images.", metavar="DIR")
+    export: str = _option("", "Folder for the fine-tuned model as a diffusers pipeline.", metavar="DIR")
+    verify: bool = _option(
+        False,
+        "Verify the exported pipeline against the last checkpoint. The report is written to OUT/verify.",
+    )
 
     steps: int = _option(400, "Number of training steps.", least=1)
-    batch_size: int = _option(1, "Photos in a step; with prior preservation as many class pictures.", least=1)
-    learning_rate: float = _option(5e-6, "Of the UNet (LoRA: 1e-4 is usual).", least=0)
-    lr_schedule: str = _option(
-        "constant", "Course of the learning rate.", choices=("constant", "linear", "cosine")
+    batch_size: int = _option(
+        1, "Photos per step. With prior preservation a step has as many class images.", least=1
     )
-    warmup_steps: int = _option(0, "Steps over which the learning rate rises to its value.", least=0)
+    learning_rate: float = _option(5e-6, "Learning rate of the UNet (LoRA: 1e-4 is usual).", least=0)
+    lr_schedule: str = _option(
+        "constant", "Learning-rate schedule.", choices=("constant", "linear", "cosine")
+    )
+    warmup_steps: int = _option(0, "Warm-up steps of the learning rate.", least=0)
     optimizer: str = _option(
         "adamw",
-        "The optimizer; adam_mini and adafactor need least memory.",
+        "Optimizer. adam_mini and adafactor need the least memory.",
         choices=("adamw", "adam_mini", "adafactor", "lion"),
     )
     weight_decay: float = _option(0.01, "Decoupled weight decay.", least=0)
-    clip_norm: float = _option(1.0, "Limit of the gradient's global norm; 0 for none.", least=0)
-    accumulate: int = _option(1, "Steps whose gradients make one update.", least=1)
-    ema: float = _option(
-        0.0, "Decay of a moving average of the weights, which is the result; 0 for none.", least=0
+    clip_norm: float = _option(
+        1.0, "Maximum global norm of the gradients (clipping). 0 turns clipping off.", least=0
     )
-    train_text_encoder: bool = _option(False, "Train the text encoder too.")
-    text_encoder_learning_rate: float = _option(0.0, "Its learning rate; 0 for the UNet's.", least=0)
-    text_encoder_steps: int = _option(0, "Steps after which it stays as it is; 0 for never.", least=0)
-    lora_rank: int = _option(0, "Train low-rank updates of this rank, not all weights; 0 for all.", least=0)
-    lora_alpha: float = _option(0.0, "Their scale times the rank; 0 for the rank.", least=0)
+    accumulate: int = _option(1, "Gradient-accumulation steps.", least=1)
+    ema: float = _option(
+        0.0,
+        "Decay of the exponential moving average (EMA) of the weights, which is exported. 0 turns EMA off.",
+        least=0,
+    )
+    train_text_encoder: bool = _option(False, "Train the text encoder as well.")
+    text_encoder_learning_rate: float = _option(
+        0.0, "Learning rate of the text encoder. 0: the learning rate of the UNet.", least=0
+    )
+    text_encoder_steps: int = _option(0, "Steps after which the text encoder is frozen. 0: never.", least=0)
+    lora_rank: int = _option(0, "Rank of a LoRA. 0 trains all weights.", least=0)
+    lora_alpha: float = _option(0.0, "LoRA alpha (scale = alpha / rank). 0: the rank.", least=0)
 
-    prior_weight: float = _option(1.0, "Weight of the class pictures in the loss.", least=0)
-    snr_gamma: float = _option(0.0, "Gamma of min-SNR weighting; 0 for none, 5 is usual.", least=0)
-    offset_noise: float = _option(0.0, "Strength of noise common to a channel; 0.1 is usual.", least=0)
+    prior_weight: float = _option(1.0, "Weight of the prior-preservation loss (class images).", least=0)
+    snr_gamma: float = _option(0.0, "Gamma of min-SNR loss weighting (5 is usual). 0 turns it off.", least=0)
+    offset_noise: float = _option(0.0, "Strength of offset noise (0.1 is usual).", least=0)
     prediction_type: str = _option(
         "auto",
-        "What the base predicts; auto: as its scheduler says, epsilon for KerasCV checkpoints.",
+        "Prediction type of the base. auto: as its scheduler config states, epsilon for KerasCV checkpoints.",
         choices=("auto", "epsilon", "v_prediction"),
     )
-    resolution: int = _option(0, "Pictures have about its square of pixels; 0 for the base's size.", least=0)
-    flip: bool = _option(False, "Mirror half of the pictures (not for faces, text, or sides that matter).")
-    cache: bool = _option(True, "Encode pictures and prompts once, before training.")
+    resolution: int = _option(
+        0,
+        "Training resolution. Images are resized to about N x N pixels in area. 0: the resolution of the "
+        "base.",
+        least=0,
+    )
+    flip: bool = _option(False, "Flip half of the images horizontally (not for faces or text).")
+    cache: bool = _option(True, "Encode images and prompts once, before training.")
     unet_gelu: str = _option(
-        "exact", "Of the UNet; exact is what diffusers computes.", choices=("exact", "tanh")
+        "exact", "GELU of the UNet. diffusers computes exact, KerasCV tanh.", choices=("exact", "tanh")
     )
     precision: str = _option(
         "auto",
-        "Of the computation; weights stay float32. auto: bfloat16 on a GPU that has it, float16 on another, "
-        "float32 on a CPU.",
+        "Precision of the computation. Weights stay float32. auto: bfloat16 on a GPU that has it, float16 "
+        "on another, float32 on a CPU.",
         choices=("auto", "float32", "mixed_bfloat16", "mixed_float16", "fp32", "bf16", "fp16"),
     )
     backend: str = _option(
         "auto",
-        "Keras' backend. auto: KERAS_BACKEND's, else the best that is installed.",
+        "Keras backend. auto: KERAS_BACKEND, else the best one that is installed.",
         choices=("auto", *BACKENDS),
     )
-    devices: int = _option(1, "Devices to divide each step among (JAX).", least=1)
-    rematerialise: bool = _option(False, "Compute activations twice: slower, less memory.")
-    seed: int = _option(0, "The same seed gives the same run on the same backend.")
+    devices: int = _option(1, "Number of devices for data parallelism (JAX).", least=1)
+    rematerialise: bool = _option(
+        False, "Recompute activations in the backward pass (gradient checkpointing): slower, less memory."
+    )
+    seed: int = _option(0, "Random seed. The same seed gives the same run on the same backend.")
 
     checkpoint_minutes: float = _option(
         10.0,
@@ -109,14 +132,16 @@ class Config:
         "of what is free, training waits.",
         least=0,
     )
-    checkpoint_every: int = _option(0, "Steps between checkpoints; 0 for none by steps.", least=0)
-    keep_checkpoints: int = _option(2, "How many checkpoints to keep.", least=1)
-    checkpoint_format: str = _option("weights.h5", "Format of checkpoints.", choices=("weights.h5", "h5"))
-    resume: bool = _option(False, "Go on from the newest checkpoint in --out.")
-    sample_prompt: list[str] = _option([], "A prompt to draw during the run; several times for several.")
-    sample_every: int = _option(0, "Steps between drawings; 0 for only the last.", least=0)
-    sample_steps: int = _option(25, "Denoising steps of a drawing.", least=1)
-    guidance_scale: float = _option(7.5, "Guidance scale of drawings and class pictures.", least=0)
+    checkpoint_every: int = _option(0, "Steps between checkpoints. 0: by time only.", least=0)
+    keep_checkpoints: int = _option(2, "Number of checkpoints to keep.", least=1)
+    checkpoint_format: str = _option(
+        "weights.h5", "Format of the weight files in checkpoints.", choices=("weights.h5", "h5")
+    )
+    resume: bool = _option(False, "Resume from the newest checkpoint in --out.")
+    sample_prompt: list[str] = _option([], "Prompt of a sample image. Repeat the option for more prompts.")
+    sample_every: int = _option(0, "Steps between sample images. 0: only after the last step.", least=0)
+    sample_steps: int = _option(25, "Denoising steps of a sample image.", least=1)
+    guidance_scale: float = _option(7.5, "Guidance scale of sample images and class images.", least=0)
     sample_batch_size: int = _option(
         0,
         "Pictures drawn at a time, of the class and of prompts, in --precision; 0: 4 on a GPU, --batch-size "
@@ -127,7 +152,9 @@ class Config:
     wandb: bool = _option(False, "Log to Weights & Biases (needs wandb).")
 
     push_to_hub: str = _option("", "Publish --export as this repository, user/name.", metavar="REPO_ID")
-    license: str = _option("", "The license of what is published (default: the base's).", metavar="ID")
+    license: str = _option(
+        "", "License of the published model (default: the license of the base).", metavar="ID"
+    )
     private: bool = _option(False, "Make the repository private.")
 
     @property

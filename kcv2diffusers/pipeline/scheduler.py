@@ -72,7 +72,7 @@ def class_of(config: Mapping[str, Any], path: Path) -> str:
     name = config.get("_class_name", SCHEDULER["_class_name"])
     if not isinstance(name, str) or not name.isidentifier() or not name.endswith("Scheduler"):
         raise SourceError(
-            path, f"_class_name {str(name)[:40]!r} is no scheduler of diffusers.", "Correct it."
+            path, f"_class_name {str(name)[:40]!r} is not a scheduler class of diffusers.", "Correct it."
         )
     if name.startswith(_NO_BETAS):
         raise SourceError(
@@ -92,7 +92,7 @@ def schedule_of(config: Mapping[str, Any], path: Path) -> Schedule:
     try:
         return Schedule(**values)
     except ValueError as error:
-        raise SourceError(path, f"{error}: not a noise schedule that is known here.", "Correct it.") from None
+        raise SourceError(path, f"{error}: an unknown noise schedule.", "Correct it.") from None
 
 
 def prediction_in(config: Mapping[str, Any], path: Path) -> str:

@@ -122,7 +122,7 @@ def _license(folder: Path, conversion: Mapping[str, Any]) -> dict[str, str]:
         return next(iter(stated.values()))
     what = f"its sources state {', '.join(stated)}" if stated else "none of its sources states one"
     raise Error(
-        f"{folder}: under which license? {what[0].upper()}{what[1:]}.\nGive --license ID, such as "
+        f"{folder}: the license is not known: {what}.\nGive --license ID, such as "
         "creativeml-openrail-m, which models made from Stable Diffusion 1 have to keep."
     )
 

@@ -83,7 +83,7 @@ def push(
     with a message for the user; nothing that is not whole, finite and licensed is published.
     """
     if create_pr and revision:
-        raise Error("A pull request goes to the default branch.\nLeave --revision or --create-pr away.")
+        raise Error("A pull request goes to the default branch.\nOmit --revision or --create-pr.")
     if wrong := [fact for fact in trained_with if fact not in STATED]:
         raise Error(f"--trained-with {wrong[0]}: choose of {', '.join(STATED)}.")
     require_hub()
@@ -106,7 +106,7 @@ def push(
         info = _info(api, repository, made=not create_pr)
         if private and not info.private:
             raise Error(
-                f"{repository}: is there already, and public.\nMake it private in its settings first."
+                f"{repository}: exists already and is public.\nMake it private in its settings first."
             )
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
@@ -139,7 +139,7 @@ def log_in(repository: str, token: str | None = None, license: str | None = None
     check_names(repository, license)
     with asking(repository, token_of(api)):
         if api.token is None:
-            raise Error(f"{repository}: to publish you have to say who you are.\n{NOT_LOGGED_IN}")
+            raise Error(f"{repository}: publishing needs a login.\n{NOT_LOGGED_IN}")
         me = api.whoami()["name"]
     return api, repository if "/" in repository else f"{me}/{repository}"
 

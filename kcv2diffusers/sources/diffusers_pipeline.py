@@ -141,7 +141,8 @@ def _component(folder: Path, table: Table, variant: str | None, strict: bool) ->
         raise SourceError(weights, "holds a LoRA that is not merged (base_layer).", _MERGE)
     if not parts or (strict and stray):
         detail = f" ({stray[0].name}, ...)" if stray else ""
-        raise SourceError(weights, f"tensors that no Stable Diffusion {table.folder} has{detail}.", _RESAVE)
+        problem = f"tensors that are not part of a Stable Diffusion {table.folder}{detail}."
+        raise SourceError(weights, problem, _RESAVE)
     return Component(folder, config, parts, stray)
 
 

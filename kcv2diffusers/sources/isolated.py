@@ -140,7 +140,7 @@ class _Spawned:
             if self._new and pipe.read(1) != _READY:
                 raise Error(
                     f"{sys.executable}: cannot be started once more, to read HDF5 files.\n"
-                    "Is kcv2diffusers installed in that Python?"
+                    "Check that kcv2diffusers is installed in that Python."
                 )
             size = int.from_bytes(head, "little") if len(head := pipe.read(_SIZE)) == _SIZE else -1
             result = pipe.read(max(0, size))

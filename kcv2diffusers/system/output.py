@@ -80,7 +80,7 @@ def check_folder(folder: Path, needed: int = 0) -> None:
     """
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
-        raise TargetError(f"{there}: is no folder.\nRemove it yourself or choose another folder.")
+        raise TargetError(f"{there}: not a folder.\nRemove it yourself or choose another folder.")
     if not os.access(there, os.W_OK | os.X_OK):
         raise TargetError(f"{there}: cannot be written.\nCheck its permissions, or choose another folder.")
     _check_space(there, needed)

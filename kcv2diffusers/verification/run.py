@@ -148,7 +148,7 @@ def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
     ):
         entries = ", ".join(f"{name} {value}" for name, value in stated.items())
         raise Error(
-            f"{request.pipeline}: {entries}, which KerasCV's sampler knows nothing of.\n"
+            f"{request.pipeline}: {entries}, which KerasCV's sampler does not support.\n"
             "Use --reference builtin."
         )
     unusual = [side.name for side in sides.values() if not side.source.known]

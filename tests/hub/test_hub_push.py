@@ -139,10 +139,10 @@ def test_card(hub: Hub, pipeline: Path) -> None:
 def test_license_is_never_invented(hub: Hub, pipeline: Path) -> None:
     record = json.loads((pipeline / "conversion.json").read_text())
     for origins, message in (
-        ([], "None of its sources states one"),
+        ([], "none of its sources states one"),
         (
             [{"source": "a", "license": "mit"}, {"source": "b", "license": "other"}],
-            "Its sources state mit, other",
+            "its sources state mit, other",
         ),
     ):
         (pipeline / "conversion.json").write_text(json.dumps(record | {"origins": origins}))
@@ -210,7 +210,7 @@ def test_private_revision_and_pull_request(hub: Hub, pipeline: Path) -> None:
     hub.does("push", pipeline, "alice/hidden", "--private", **TOKEN)
     assert hub.ask("state")["alice/hidden"]["private"]
     hub.does("push", pipeline, "alice/open", **TOKEN)
-    assert "is there already, and public" in hub.refuses("push", pipeline, "alice/open", "--private", **TOKEN)
+    assert "exists already and is public" in hub.refuses("push", pipeline, "alice/open", "--private", **TOKEN)
     hub.does("push", pipeline, "alice/open", "--revision", "epoch/2", "--overwrite-card", **TOKEN)
     scheduler = pipeline / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text() + "\n")
@@ -220,9 +220,7 @@ def test_private_revision_and_pull_request(hub: Hub, pipeline: Path) -> None:
     heads = hub.ask("state")["alice/open"]["heads"]
     assert set(heads) == {"main", "epoch/2", "fp32", "refs/pr/1"} and UNET in heads["refs/pr/1"]
     both = ("--create-pr", "--revision", "x")
-    assert "Leave --revision or --create-pr away" in hub.refuses(
-        "push", pipeline, "alice/open", *both, **TOKEN
-    )
+    assert "Omit --revision or --create-pr" in hub.refuses("push", pipeline, "alice/open", *both, **TOKEN)
     assert "no such repository" in hub.refuses("push", pipeline, "alice/none", "--create-pr", **TOKEN)
 
 
@@ -230,7 +228,7 @@ def test_who_may_not(hub: Hub, pipeline: Path) -> None:
     hub.seed("alice/hers", pipeline)
     hub.seed("alice/secret", pipeline, private=True)
     for repo, token, message in (
-        ("alice/x", "", "to publish you have to say who you are"),
+        ("alice/x", "", "publishing needs a login"),
         ("alice/x", "hf_wrongToken", "does not accept this token (401"),
         ("alice/x", "hf wrong token", "holds a space"),
         ("alice/x", READER, "has no right to do this (403"),
@@ -401,7 +399,7 @@ def test_convert_and_push(hub: Hub, made: Path, tmp_path: Path) -> None:
     for name in ("unet.weights.h5", "text_encoder.weights.h5", "kcv2diffusers.json"):
         shutil.copy(locate(TINY) / name, mine)
     arguments = ["convert", mine, "--base", "hf://bob/base", "--out", tmp_path / "out", "--push-to-hub"]
-    assert "to publish you have to say who you are" in hub.refuses(*arguments, "alice/mine2")
+    assert "publishing needs a login" in hub.refuses(*arguments, "alice/mine2")
     assert not (tmp_path / "out").exists()  # told before the work
     told = hub.does(*arguments, "alice/mine2", "--private", **TOKEN)
     assert f"14 files: {hub.url}/alice/mine2" in told
@@ -441,7 +439,7 @@ def test_from_photos_to_the_hub_and_back(hub: Hub, tmp_path: Path) -> None:
         "--sample-steps", "2", "--out", tmp_path / "run", "--export", tmp_path / "tiger",
         "--push-to-hub", "alice/tiger",
     ]  # fmt: skip
-    assert "to publish you have to say who you are" in hub.refuses(*arguments)
+    assert "publishing needs a login" in hub.refuses(*arguments)
     assert not (tmp_path / "run").exists()
     told = hub.does(*arguments, **TOKEN)
     assert f"16 files: {hub.url}/alice/tiger" in told
