@@ -35,7 +35,7 @@ venv-space: .venv-space/.done
 	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-space/bin/pip install --quiet -r constraints/space.txt
 	touch $@
 
-# Two files at a time, in the order of tests/conftest.py.
+# Two groups of files at a time, in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Everything but models of the full size.

@@ -36,12 +36,22 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _SHARE)))
 Checkpoints = Callable[..., Path]
 
 
-# One process runs the tests of a file. The files that take longest come first, or the other would wait
-# at the end.
-FIRST = (
-    "test_fuzz.py",
+# One worker runs all tests of a file, and one worker all files that use KerasCV's processes most, so that
+# each of those is started once and builds a UNet once. The files that take longest come first; otherwise one
+# worker would wait for the other at the end.
+KERASCV = (
     "test_exactness.py",
+    "test_fuzz.py",
+    "test_several_models.py",
+    "test_to_keras.py",
     "test_bad_input.py",
+    "test_hub_download.py",
+    "test_pipeline.py",
+    "test_portable.py",
+    "test_not_weights.py",
+    "test_imports.py",
+)
+FIRST = (
     "test_run.py",
     "test_training_backends.py",
     "test_parity.py",
@@ -49,10 +59,9 @@ FIRST = (
     "test_kerascv_weights.py",
     "test_notebooks.py",
     "test_verify_command.py",
-    "test_pipeline.py",
+    "test_hub_push.py",
     "test_tiny.py",
     "test_sampler.py",
-    "test_to_keras.py",
     "test_on_tensorflow.py",
     "test_models.py",
     "test_backends.py",
@@ -61,8 +70,21 @@ FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    order = {name: number for number, name in enumerate(FIRST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(FIRST)))
+    order = {name: number for number, name in enumerate([*KERASCV, *FIRST])}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile` with the files of KERASCV as one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "kerascv" if Path(file).name in KERASCV else file
+
+    return Files(config, log)
 
 
 def _hash(*files: Path) -> str:
@@ -96,7 +118,8 @@ def run_script(stack: str, script: str, *arguments: str | Path) -> str:
         pytest.skip(f"needs keras-cv 0.4.2 on TensorFlow 2.12 at {SPRINT_PYTHON} (make venv-sprint)")
     python = SPRINT_PYTHON if stack == "sprint" else sys.executable
     legacy = {"TF_USE_LEGACY_KERAS": "1"} if stack == "keras2" else {}
-    environment = {**os.environ, "KERAS_BACKEND": "tensorflow", **legacy}
+    backend = "torch" if stack == "keras3-torch" else "tensorflow"
+    environment = {**os.environ, "KERAS_BACKEND": backend, **legacy}
     serving = server(stack, [python, MAKER / "serve.py"], environment)
     done, printed = serving.ask(script.removesuffix(".py"), *arguments)
     if not done:

@@ -28,7 +28,7 @@ import google_crc32c
 import h5py
 import numpy as np
 import pytest
-from conftest import ROOT, Checkpoints
+from conftest import ROOT, Checkpoints, cached
 from safetensors.numpy import load_file, save_file
 
 import kcv2diffusers
@@ -824,14 +824,14 @@ def test_values_that_are_not_finite(
 
 
 @pytest.fixture(scope="module")
-def parts(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def parts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One file of each part, which nobody changes."""
     found = {}
     wanted = [("unet", 1), ("text_encoder", 1), ("text_encoder", 2), ("vae_decoder", 1), ("vae_encoder", 1)]
     for part, version in wanted:
         folder = tmp_path_factory.mktemp(f"{part}{version}")
         (folder / "kcv2diffusers.json").write_text(json.dumps(CONFIG))
-        source = checkpoints("keras3", part, version) / "weights.weights.h5"
+        source = cached("keras3-torch", "forward.py", part, str(version)) / f"{part}.weights.h5"
         found[f"{part}{version}"] = Path(shutil.copy(source, folder / f"{part}{version}.weights.h5"))
     return found
 

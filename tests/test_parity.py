@@ -59,7 +59,7 @@ def keras(folder: Path, kind: str) -> KerasSide:
             stop_all()
             assert error_of_ours(folder, part, version) < 1e-5
         else:
-            for file in cached("keras3", "forward.py", part, str(version)).iterdir():
+            for file in cached("keras3-torch", "forward.py", part, str(version)).iterdir():
                 if not (folder / file.name).exists():
                     (folder / file.name).symlink_to(file)
         with np.load(folder / f"{part}.npz") as arrays:

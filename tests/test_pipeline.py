@@ -94,7 +94,7 @@ def load() -> Load:
 
 def sampled(version: int, bpe: Path) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
     """A small model's checkpoints and what KerasCV's own pipeline made of it (tests/kerascv/sample.py)."""
-    folder = cached("keras3", "sample.py", str(version), str(bpe))
+    folder = cached("keras3-torch", "sample.py", str(version), str(bpe))
     with np.load(folder / "sample.npz") as arrays:
         return folder, json.loads((folder / "sample.json").read_text()), dict(arrays)
 
@@ -359,7 +359,7 @@ def other(
 ) -> dict[str, torch.Tensor]:
     """Weights of another small model's VAE, to tell where a tensor is from."""
     files = [
-        cached("keras3", "forward.py", f"vae_{h}", "1") / f"vae_{h}.weights.h5"
+        cached("keras3-torch", "forward.py", f"vae_{h}", "1") / f"vae_{h}.weights.h5"
         for h in ("encoder", "decoder")
     ]
     out = tmp_path_factory.mktemp("other") / "vae"
@@ -425,7 +425,7 @@ def test_base_pipeline_fills_in_half_a_vae(
     converted: Path, other: dict[str, torch.Tensor], cli: Cli, load: Load, tmp_path: Path
 ) -> None:
     for half, prefixes in (("decoder", ("decoder.", "post_quant")), ("encoder", ("encoder.", "quant"))):
-        file = cached("keras3", "forward.py", f"vae_{half}", "1") / f"vae_{half}.weights.h5"
+        file = cached("keras3-torch", "forward.py", f"vae_{half}", "1") / f"vae_{half}.weights.h5"
         out = tmp_path / half
         cli("convert", f"--vae-{half}", file, "--out", out, "--base", converted)
         mine = {k: v for k, v in other.items() if k.startswith(prefixes)}
@@ -547,7 +547,7 @@ def test_partly_frozen(stack: str, part: str, cli: Cli, tmp_path: Path) -> None:
         sources = [file]
         if part.startswith("vae"):
             half = "vae_encoder" if part == "vae_decoder" else "vae_decoder"
-            sources.append(cached("keras3", "forward.py", half, "1") / f"{half}.weights.h5")
+            sources.append(cached("keras3-torch", "forward.py", half, "1") / f"{half}.weights.h5")
         out = tmp_path / str(number)
         cli("convert", *sources, "--out", out, "--base", "none")
         (weights,) = tensors(out).values()

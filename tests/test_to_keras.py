@@ -28,7 +28,7 @@ VAE_CLASSES = {"vae_decoder": "Decoder", "vae_encoder": "ImageEncoder"}
 
 def made(part: str, version: int) -> Path:
     """The folder of a small part as Keras 3 saved it."""
-    return cached("keras3", "forward.py", part, str(version if part in CLASSES else 1))
+    return cached("keras3-torch", "forward.py", part, str(version if part in CLASSES else 1))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def datasets(file: Path) -> dict[str, np.ndarray]:
 # KerasCV loads it
 
 STACKS = [
-    *(("keras3", form, version) for form in FORMATS for version in (1, 2)),
+    *(("keras3-torch", form, version) for form in FORMATS for version in (1, 2)),
     *(("keras2", "h5", version) for version in (1, 2)),
     ("sprint", "h5", 1),
 ]
@@ -96,7 +96,8 @@ def test_kerascv_loads_it(stack: str, form: str, version: int, part: str, back: 
 @pytest.mark.parametrize("count", [1, 2])
 def test_extra_embeddings_come_along(count: int, bpe: Path, tmp_path: Path) -> None:
     """A textual-inversion text encoder: KerasCV's TextEncoder takes its vocabulary as an argument."""
-    source = cached("keras3", "sample.py", "1", str(bpe)) / f"inverted_{count}" / "text_encoder.weights.h5"
+    sample = cached("keras3-torch", "sample.py", "1", str(bpe))
+    source = sample / f"inverted_{count}" / "text_encoder.weights.h5"
     names = ["<a>", "<b>"][:count]
     convert(source, out=tmp_path / "out", base="none", placeholder_tokens=names, tokenizer=bpe)
     result = to_keras(tmp_path / "out", out=tmp_path / "back")

@@ -28,7 +28,7 @@ def timestep_embedding(timestep: int, width: int) -> np.ndarray:
     """KerasCV's own; the width is its `dim`."""
     from keras_cv.src.models.stable_diffusion.stable_diffusion import StableDiffusionBase
 
-    return np.asarray(StableDiffusionBase._get_timestep_embedding(None, timestep, 1, dim=width))
+    return stack.array(StableDiffusionBase._get_timestep_embedding(None, timestep, 1, dim=width))
 
 
 def inputs(part: str, model: Any, size: int) -> dict[str, np.ndarray]:
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
     if args.kind == "small":
         (args.out / "kcv2diffusers.json").write_text(json.dumps(stack.HEADS))
     given = inputs(args.part, model, args.size)
-    output = np.asarray(forward(args.part, model, given))
+    output = stack.array(forward(args.part, model, given))
     np.savez(file.with_suffix(".npz"), output=output, **given)
     file.with_suffix(".expected.json").write_text(json.dumps(expected.digests(args.part, model)))
 

@@ -50,8 +50,8 @@ class Small(StableDiffusionBase):
     diffusion_model = property(lambda self: self.models["unet"])
 
     def predict_on_batch(self, latent: Any) -> Any:  # as the decoder
-        self.latent = np.asarray(latent)
-        return np.asarray(self.models["vae_decoder"](latent))
+        self.latent = stack.array(latent)
+        return stack.array(self.models["vae_decoder"](latent))
 
 
 class Eager:
@@ -61,7 +61,7 @@ class Eager:
         self.model, self.inputs, self.names = model, model.inputs, names
 
     def predict_on_batch(self, given: dict[str, Any]) -> Any:
-        return np.asarray(self.model([given[name] for name in self.names]))
+        return stack.array(self.model([given[name] for name in self.names]))
 
 
 def eager_text_encoder(model: Any) -> Eager:
@@ -72,8 +72,8 @@ class Formula:
     """A UNet that rounds alike everywhere, so that it is the sampler that is compared."""
 
     def predict_on_batch(self, given: dict[str, Any]) -> Any:
-        latent, cosine = np.asarray(given["latent"]), np.asarray(given["timestep_embedding"])[:, 0]
-        context = np.asarray(given["context"]).mean((1, 2))
+        latent, cosine = stack.array(given["latent"]), stack.array(given["timestep_embedding"])[:, 0]
+        context = stack.array(given["context"]).mean((1, 2))
         return np.sin(latent) * (1 + cosine / 2)[:, None, None, None] + context[:, None, None, None]
 
 

@@ -25,6 +25,10 @@ def main() -> None:
     os.dup2(2, 1)  # libraries print as they like, keras-cv 0.4.2 when it is imported
     import stack
 
+    if stack.keras.backend.backend() == "torch":
+        import torch
+
+        torch.set_grad_enabled(False)
     for line in sys.stdin:
         script, *arguments = json.loads(line)
         printed = io.StringIO()

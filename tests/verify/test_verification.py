@@ -53,7 +53,7 @@ def made2(bpe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
 
 
 def make(version: int, bpe: Path, folder: Path) -> tuple[Path, Path]:
-    source = cached("keras3", "sample.py", str(version), str(bpe)) / "parts"
+    source = cached("keras3-torch", "sample.py", str(version), str(bpe)) / "parts"
     convert(source, out=folder / "pipeline", tokenizer=bpe, image_size=64)
     return source, folder / "pipeline"
 

@@ -207,7 +207,7 @@ def test_kerascv_as_the_reference(bpe: Path, tmp_path: Path) -> None:
     """`--reference keras-cv` with small models of KerasCV's own blocks in place of its classes, whose one
     size takes minutes: KerasCV's loop, tokenizer and blocks against stock diffusers.
     """
-    source = cached("keras3", "sample.py", "1", str(bpe)) / "parts"
+    source = cached("keras3-torch", "sample.py", "1", str(bpe)) / "parts"
     convert(source, out=tmp_path / "pipeline", tokenizer=bpe)
     code = f"""
 import sys
