@@ -159,7 +159,7 @@ def test_its_record_repeats_it(whole: Path, base: Path, photos: Path, tmp_path: 
 
 
 EVERYTHING = [
-    "--train-text-encoder", "--text-encoder-learning-rate", "1e-4", "--text-encoder-steps", "4",
+    "--train-text-encoder", "--text-encoder-learning-rate", "1e-4", "--text-encoder-steps", "2",
     "--ema", "0.9", "--accumulate", "2", "--lr-schedule", "cosine", "--warmup-steps", "2",
     "--snr-gamma", "5", "--offset-noise", "0.1", "--flip", "--no-cache",
 ]  # fmt: skip
@@ -177,27 +177,20 @@ EVERYTHING = [
     ids=["plain", "everything", "lora", "adafactor", "mini"],
 )
 def test_resuming_reaches_the_same_weights(
-    base: Path, photos: Path, tmp_path: Path, options: list[str]
+    base: Path, photos: Path, whole: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    """A run of six steps, and one that goes on where a run was killed after the third."""
-    common = [
-        *COMMON,
-        "--class-images",
-        tmp_path / "class",
-        *options,
-        "--checkpoint-every",
-        "3",
-        "--steps",
-        "6",
-    ]
+    """A run of four steps, and one that goes on where a run was killed after the third: with `--accumulate 2`
+    between two updates.
+    """
+    common = [*COMMON, "--class-images", whole / "class", *options, "--checkpoint-every", "3", "--steps", "4"]
     done = run(base, photos, tmp_path / "whole", *common)
     assert done.returncode == 0, done.stderr
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000006")
-    (tmp_path / "parts" / "resume" / "step-000006.h5").unlink()
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000004")
+    (tmp_path / "parts" / "resume" / "step-000004.h5").unlink()
     done = run(base, photos, tmp_path / "parts", *common, "--resume")
     assert done.returncode == 0, done.stderr
-    one, other = (weights(tmp_path / out / "checkpoints" / "step-000006") for out in ("whole", "parts"))
+    one, other = (weights(tmp_path / out / "checkpoints" / "step-000004") for out in ("whole", "parts"))
     assert different(one, other) == []
     records = [(tmp_path / out / "config.toml").read_text() for out in ("whole", "parts")]
     assert records[0] == records[1] and 'backend = "torch"' in records[0] and "precision" in records[0]

@@ -118,6 +118,7 @@ def test_a_checkpoint_of_jax_is_of_its_step(on_jax: list[float], folder: Path) -
     assert not np.array_equal(found[0][0], found[1][0])
 
 
+@pytest.mark.full_size  # XLA compiles for one and a half minutes of a processor, as much as all other runs
 def test_two_devices_train_as_one(folder: Path, expected: list[float]) -> None:
     """Two of JAX's devices on this machine's CPU; a drawing of one picture at the end."""
     flags = "--xla_force_host_platform_device_count=2"
