@@ -11,14 +11,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import small_base
-from hub import Hub
+from support.checkpoints import small_base
+from support.hub.hub import Hub
 
 from kcv2diffusers.cli import main
 from kcv2diffusers.cli.progress import say, stages
 from kcv2diffusers.errors import SourceError, plain
 
-pytest_plugins = ["hub_fixtures"]
+pytest_plugins = ["support.hub.fixtures"]
 
 EVIL = "\x1b[2J\nkcv2diffusers: all is well\u202e\x07\x9b"
 SHOWN = "\\x1b[2J\\nkcv2diffusers: all is well\\u202e\\x07\\x9b"

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from conftest import small_base
+from support.checkpoints import small_base
 
 from kcv2diffusers import backend, convert, inspect, to_keras
 from kcv2diffusers.dreambooth.config import make_config

@@ -1,7 +1,7 @@
 """Converted tensors equal, bit for bit, what the live KerasCV model's variables must become.
 
-For each stack, part and container; the expectation (tests/kerascv/expected.py) walks the Python objects of
-the model and knows nothing of files, names or the weight maps.
+For each stack, part and container; the expectation (tests/support/kerascv/expected.py) walks the Python
+objects of the model and knows nothing of files, names or the weight maps.
 """
 
 from __future__ import annotations

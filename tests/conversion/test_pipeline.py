@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, cached
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from safetensors.torch import load_file, save_file
+from support.checkpoints import ROOT, cached
 from transformers import CLIPTextConfig
 
 from kcv2diffusers.maps.tables import specs
@@ -93,7 +93,7 @@ def load() -> Load:
 
 
 def sampled(version: int, bpe: Path) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
-    """A small model's checkpoints and what KerasCV's own pipeline made of it (tests/kerascv/sample.py)."""
+    """A small model's checkpoints and what KerasCV's own pipeline made of it (support/kerascv/sample.py)."""
     folder = cached("keras3-torch", "sample.py", str(version), str(bpe))
     with np.load(folder / "sample.npz") as arrays:
         return folder, json.loads((folder / "sample.json").read_text()), dict(arrays)

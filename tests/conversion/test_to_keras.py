@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, cached, run_script
 from safetensors.torch import load_file, save_file
+from support.checkpoints import ROOT, cached, run_script
+from support.hdf5 import datasets
 
 from kcv2diffusers import convert, to_keras
 
@@ -49,15 +49,6 @@ def back(pipelines: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -
         for form in FORMATS:
             to_keras(pipeline, out=folder / f"{version}-{form}", format=form)  # type: ignore[arg-type]
     return folder
-
-
-def datasets(file: Path) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    with h5py.File(file) as opened:
-        opened.visititems(
-            lambda name, item: found.update({name: item[()]} if isinstance(item, h5py.Dataset) else {})
-        )
-    return found
 
 
 # KerasCV loads it

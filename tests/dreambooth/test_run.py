@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import struct
@@ -19,15 +18,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import small_base
 from PIL import Image
-from servers import server
+from support.checkpoints import small_base
+from support.dreambooth.run import PROMPTS, command, environment, run
 
 from kcv2diffusers import convert, inspect
 
 pytestmark = pytest.mark.slow
-
-PROMPTS = ["--instance-prompt", "a sks car", "--class-prompt", "a car"]
 
 
 @pytest.fixture(scope="module")
@@ -51,29 +48,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image.save(folder / "3_sks car" / "2.jpg", exif=odd)
     (folder / "notes.txt").write_text("no picture")
     return folder
-
-
-def arguments(base: Path, photos: Path, out: Path, *options: str | Path) -> list[str]:
-    given = ["--instance-images", photos, "--base", base, "--out", out, *options]
-    return ["dreambooth", *map(str, given)]
-
-
-def command(*given: str | Path) -> list[str]:
-    return [sys.executable, "-m", "kcv2diffusers", *arguments(*given)]
-
-
-def environment(backend: str = "torch") -> dict[str, str]:
-    return {**os.environ, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-
-
-def run(base: Path, photos: Path, out: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
-    return in_fork(base, *arguments(base, photos, out, *options))
-
-
-def in_fork(base: Path, *given: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command line in a fork of a process that has the base's models already (forks.py)."""
-    forks = server("forks", [sys.executable, Path(__file__).with_name("forks.py")], environment())
-    return subprocess.CompletedProcess(given, *forks.ask(base, *given))
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:

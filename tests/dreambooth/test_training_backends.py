@@ -12,9 +12,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import small_base
 from PIL import Image
-from test_run import PROMPTS, environment, in_fork
+from support.checkpoints import small_base
+from support.dreambooth.run import PROMPTS, environment, in_fork
 
 pytestmark = pytest.mark.slow
 

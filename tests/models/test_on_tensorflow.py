@@ -35,7 +35,7 @@ def test_on_tensorflow(file: str, chosen: str) -> None:
             "-q",
             "-p",
             "no:cacheprovider",
-            Path(__file__).parent / file,
+            Path(__file__).parents[1] / file,
             "-k",
             chosen,
         ],

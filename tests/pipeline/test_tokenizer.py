@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import ROOT
 
 from kcv2diffusers.errors import Error, SourceError, TargetError
 from kcv2diffusers.pipeline.tokenizer_files import (
@@ -181,7 +182,7 @@ print(json.dumps(result))
 
 
 def test_transformers_4(placed_reference: Any, placed: Path) -> None:
-    default = Path(__file__).parents[1] / ".venv" / "transformers4"
+    default = ROOT / ".venv" / "transformers4"
     where = Path(os.environ.get("KCV_TRANSFORMERS4") or default)
     if not where.is_dir():
         pytest.skip(f"transformers 4 is not at $KCV_TRANSFORMERS4 or {default}")

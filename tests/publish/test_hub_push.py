@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hub import ALICE, BOB, READER, Hub
+from support.hub.hub import ALICE, BOB, READER, Hub
 
 import kcv2diffusers
 import kcv2diffusers.publish.push
@@ -28,7 +28,7 @@ from kcv2diffusers.publish.card_facts import figures
 from kcv2diffusers.publish.check import check
 from kcv2diffusers.sources.locate import TINY, locate
 
-pytest_plugins = ["hub_fixtures"]
+pytest_plugins = ["support.hub.fixtures"]
 UNET = "unet/diffusion_pytorch_model.safetensors"
 TOKEN = {"HF_TOKEN": ALICE}
 

@@ -17,8 +17,8 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT
 from PIL import Image
+from support.checkpoints import ROOT
 
 import kcv2diffusers
 from kcv2diffusers.publish.space import GRADIO, space
@@ -94,7 +94,7 @@ def test_a_visitor(pipeline: Path, tmp_path: Path) -> None:
     seen.mkdir()
     with running(demo, pipeline) as url:
         done = subprocess.run(
-            [PYTHON, Path(__file__).with_name("drive_demo.py"), url, seen],
+            [PYTHON, ROOT / "tests" / "support" / "hub" / "drive_demo.py", url, seen],
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

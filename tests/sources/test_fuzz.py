@@ -23,7 +23,8 @@ import h5py
 import numpy as np
 import psutil
 import pytest
-from conftest import Checkpoints
+from support.checkpoints import Checkpoints
+from support.hdf5 import compress
 
 from kcv2diffusers import convert
 from kcv2diffusers.errors import Error, SourceError
@@ -92,24 +93,6 @@ def damaged(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) 
         return folder
 
     return copy
-
-
-def compress(source: Path, target: Path) -> None:
-    """The same HDF5 file with its matrices in compressed, shuffled chunks."""
-    with h5py.File(source) as old, h5py.File(target, "w") as new:
-        for name, value in old.attrs.items():
-            new.attrs[name] = value
-
-        def copy(name: str, item: h5py.Group | h5py.Dataset) -> None:
-            if isinstance(item, h5py.Dataset):
-                packed = {"compression": "gzip", "shuffle": True} if item.ndim > 1 else {}
-                made = new.create_dataset(name, data=item[()], **packed)
-            else:
-                made = new.create_group(name)
-            for key, value in item.attrs.items():
-                made.attrs[key] = value
-
-        old.visititems(copy)
 
 
 def deflate(source: Path, target: Path) -> None:

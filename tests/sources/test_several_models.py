@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import cached
+from support.checkpoints import cached
 
 from kcv2diffusers.conversion.inspection import inspect
 from kcv2diffusers.conversion.to_diffusers import convert
@@ -31,7 +31,7 @@ from kcv2diffusers.targets.stream import run
 STACKS = ("keras3", "keras2", "sprint")
 TEXT, BOTH = {"text_encoder": ""}, {"text_encoder": "", "vae_encoder": ""}
 ALL = {"unet": "", **BOTH}
-# The networks in each wrapping of tests/kerascv/make_wrappers.py, with the suffix of what they must become.
+# The networks in each wrapping of support/kerascv/make_wrappers.py, with the suffix of what they must become.
 LIGHT = {
     "one": TEXT,
     "functional": TEXT,

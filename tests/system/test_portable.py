@@ -1,7 +1,7 @@
 """The way without what only Linux has: threads for forks, processes that are asked, files with one position.
 
-tests/portable hides from the package what Windows does not have: a stand-in for Windows itself, which cannot
-run here. `make test-portable` runs the tests of conversions so.
+tests/support/portable hides from the package what Windows does not have: a stand-in for Windows itself, which
+cannot run here. `make test-portable` runs the tests of conversions so.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ import h5py
 import numpy as np
 import psutil
 import pytest
-from conftest import Checkpoints
-from test_fuzz import compress
-from test_to_keras import datasets
+from support.checkpoints import ROOT, Checkpoints
+from support.hdf5 import compress, datasets
 
 from kcv2diffusers.errors import Error
 from kcv2diffusers.sources import isolated as isolation
@@ -29,7 +28,7 @@ from kcv2diffusers.sources.hdf5 import read_tree
 from kcv2diffusers.sources.isolated import Died, isolated, start
 from kcv2diffusers.system.workers import _threads
 
-HIDING = Path(__file__).parent / "portable"
+HIDING = ROOT / "tests" / "support" / "portable"
 
 CONVERT = """
 import sys

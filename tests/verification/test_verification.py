@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import cached
 from safetensors.numpy import load_file, save_file
+from support.checkpoints import cached
 
 from kcv2diffusers import convert, models, verify
 from kcv2diffusers.errors import Error

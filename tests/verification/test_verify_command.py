@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, cached
 from safetensors.numpy import load_file, save_file
-from test_imports import HEAVY
+from support.checkpoints import ROOT, cached
+from support.frameworks import HEAVY
 
 from kcv2diffusers import convert, verify
 from kcv2diffusers.errors import Error
@@ -211,7 +211,7 @@ def test_kerascv_as_the_reference(bpe: Path, tmp_path: Path) -> None:
     convert(source, out=tmp_path / "pipeline", tokenizer=bpe)
     code = f"""
 import sys
-sys.path[:0] = [{str(ROOT / "tests" / "kerascv")!r}]
+sys.path[:0] = [{str(ROOT / "tests" / "support" / "kerascv")!r}]
 from functools import partialmethod
 import stack
 from keras_cv.src.models.stable_diffusion.stable_diffusion import StableDiffusionBase

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub import Hub, serving
+
+from support.hub.hub import Hub, serving
 
 HEADS = {"unet": {"attention_head_dim": 2}, "text_encoder": {"num_attention_heads": 2}}
 
