@@ -124,7 +124,7 @@ def datasets(file: Path) -> dict[str, tuple[object, ...]]:
     def add(name: str, value: Any) -> None:
         if isinstance(value, h5py.Dataset):
             array = value[()]
-            found[name] = array.shape, array.dtype, google_crc32c.value(memoryview(array).cast("B"))
+            found[name] = array.shape, array.dtype, google_crc32c.value(array.tobytes())
 
     with h5py.File(file) as opened:
         opened.visititems(add)

@@ -189,13 +189,15 @@ def small_vae_encoder(size: int = SIZE, widths: tuple[int, ...] = (32, 64, 96, 9
 
 
 def full(part: str, version: int, size: int, vocabulary: int = 49408) -> Any:
-    """KerasCV's own class. On Keras 3 its kernels begin as zeros: random ones take half of the time that it takes
-    to build, and `randomise` replaces all variables.
+    """KerasCV's own class. On Keras 3 its kernels start as zeros, which take less time than random numbers:
+    `randomise` replaces all variables.
     """
     if KERAS3:
-        keras.initializers.GlorotUniform.__call__ = lambda self, shape, dtype=None: keras.ops.zeros(
-            shape, dtype
-        )
+
+        def zeros(self: Any, shape: Any, dtype: Any = None) -> Any:
+            return keras.ops.zeros(shape, dtype)
+
+        keras.initializers.GlorotUniform.__call__ = zeros
     suffix = "V2" if version == 2 else ""
     if part == "unet":
         cls = _get("diffusion_model", "DiffusionModel" + suffix)
