@@ -50,6 +50,7 @@ FIRST = (
     "test_verification.py",
     "test_kerascv_weights.py",
     "test_notebooks.py",
+    "test_docs.py",
     "test_verify_command.py",
     "test_hub_push.py",
     "test_tiny.py",

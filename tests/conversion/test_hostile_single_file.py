@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_pipelines import TOKENIZER, random_pipeline
 from safetensors.numpy import load_file
+from support.random_pipelines import TOKENIZER, random_pipeline
 
 from kcv2diffusers import convert, inspect
 from kcv2diffusers.errors import Error, SourceError

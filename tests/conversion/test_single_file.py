@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from random_pipelines import CONFIGS, TOKENIZER, random_pipeline
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.random_pipelines import CONFIGS, TOKENIZER, random_pipeline
 
 from kcv2diffusers import convert, inspect, to_keras
 from kcv2diffusers.errors import Error

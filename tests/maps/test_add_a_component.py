@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from kcv2diffusers.maps.parts import VARIABLE
 
-PAGE = Path(__file__).parents[1] / "docs" / "develop" / "add-a-component.md"
+PAGE = Path(__file__).parents[2] / "docs" / "develop" / "add-a-component.md"
 TABLE, FAMILY = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
 
 
