@@ -57,6 +57,12 @@ def wrapped(stack: str, name: str) -> Path:
     return cached(stack, "make_wrappers.py", *LIGHT, *REFUSED) / name
 
 
+def with_a_unet(stack: str) -> Path:
+    """The same of what holds a UNet; Keras 3 builds it faster on PyTorch, which writes no SavedModel."""
+    beside = ["side-by-side"] if stack == "keras2" else []
+    return cached(stack, "make_wrappers.py", "three", *beside)
+
+
 def checkpoints_of(folder: Path) -> dict[str, Path]:
     found = {}
     for path in folder.iterdir():
@@ -106,7 +112,7 @@ def test_every_network_is_found(stack: str, name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stack", UNET_CONTAINERS)
 def test_a_trainer_with_a_unet(stack: str, tmp_path: Path) -> None:
-    folder = cached(stack, "make_wrappers.py", "three") / "three"
+    folder = with_a_unet(stack) / "three"
     assert {*checkpoints_of(folder)} >= UNET_CONTAINERS[stack]
     for container in UNET_CONTAINERS[stack]:
         check(folder, container, ALL, tmp_path / "out.safetensors")
@@ -114,8 +120,9 @@ def test_a_trainer_with_a_unet(stack: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stack", ["keras3", "keras2"])
 def test_networks_without_a_model_around_them(stack: str) -> None:
-    folder = cached(stack, "make_wrappers.py", "side-by-side") / "side-by-side"
-    beside = recognise_all(open_sources(folder / "ckpt"))
+    """In Keras 3 TensorFlow does not see what a layer of the UNet keeps in a list."""
+    made = with_a_unet(stack) if stack == "keras2" else cached(stack, "make_wrappers.py", "side-by-side")
+    beside = recognise_all(open_sources(made / "side-by-side" / "ckpt"))
     assert {match.part for match in beside} == ({"text_encoder"} if stack == "keras3" else {*ALL})
     assert [*beside[0].leftovers] == ["counters"]
 

@@ -26,7 +26,7 @@ from keras_cv.src.models.stable_diffusion.stable_diffusion import StableDiffusio
 
 PROMPT, NEGATIVE = "a photo of a red cat, in the style of Monet", "blurry"
 PLACEHOLDERS = ("<my-cat>", "<my-dog>")
-STEPS, GUIDANCE = 7, 7.5
+STEPS, GUIDANCE = 4, 7.5
 VOCABULARY = 49408
 
 
