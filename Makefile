@@ -35,7 +35,7 @@ venv-space: .venv-space/.done
 	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-space/bin/pip install --quiet -r constraints/space.txt
 	touch $@
 
-# Two files at a time, in the order of tests/conftest.py.
+# Two groups of files at a time, in the order of tests/conftest.py.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # Everything but models of the full size.
@@ -46,12 +46,14 @@ test: venv venv-sprint venv-space
 test-quick: venv venv-sprint venv-space
 	$(PYTEST) -m 'not full_size and not slow'
 
-# The tests of conversions once more, without what Windows does not have (tests/portable).
-PORTABLE := fuzz portable exactness round_trip to_keras several_models pipeline bad_input not_weights stream \
-	tensor_bundle
+# The tests of conversions once more, without what Windows does not have (tests/support/portable).
+PORTABLE := sources/test_fuzz sources/test_not_weights sources/test_tensor_bundle sources/test_bad_hdf5 \
+	sources/test_bad_archives sources/test_bad_bundles sources/test_bad_tensors targets/test_stream \
+	conversion/test_exactness conversion/test_round_trip conversion/test_bad_target system/test_portable \
+	cli/test_stopped
 test-portable: venv venv-sprint
-	PYTHONPATH=$(CURDIR)/tests/portable $(PYTEST) -m 'not full_size' -k 'not kerascv_loads_it' \
-		$(PORTABLE:%=tests/test_%.py)
+	PYTHONPATH=$(CURDIR)/tests/support/portable $(PYTEST) -m 'not full_size' \
+		-k 'not (unet or vae or SavedModel or TensorFlow)' $(PORTABLE:%=tests/%.py)
 
 # Full-size models too. They are in one file, one at a time, and take up to 10 GB.
 test-full: venv venv-sprint venv-space

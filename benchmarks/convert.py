@@ -86,7 +86,7 @@ def make(work: Path) -> None:
         return
     environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1"}
     for part in PARTS:
-        script = ROOT / "tests" / "kerascv" / "make_checkpoints.py"
+        script = ROOT / "tests" / "support" / "kerascv" / "make_checkpoints.py"
         wanted = ["--parts", part, "--versions", "1", "--containers", "legacy.h5", "weights.weights.h5"]
         subprocess.run(
             [sys.executable, script, work, "--kind", "full", *wanted],

@@ -81,7 +81,7 @@ def kerascv(arguments: argparse.Namespace) -> Step:
     import tensorflow as tf
 
     if arguments.small:
-        sys.path.insert(0, str(interleaved.ROOT / "tests" / "kerascv"))
+        sys.path.insert(0, str(interleaved.ROOT / "tests" / "support" / "kerascv"))
         from stack import small_unet, small_vae_encoder
 
         unet, encoder = small_unet(1, arguments.pixels), small_vae_encoder()

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kerascv"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support" / "kerascv"))
 
 import expected
 import stack

@@ -54,7 +54,7 @@ def keras_calls(kind: str, arguments: argparse.Namespace) -> Calls:
         models.rematerialise(model, arguments.remat)
         width, context = config.timestep_width, config.context_width
     elif arguments.small:
-        sys.path.insert(0, str(ROOT / "tests" / "kerascv"))
+        sys.path.insert(0, str(ROOT / "tests" / "support" / "kerascv"))
         from stack import small_unet
 
         model, width, context = small_unet(1, arguments.pixels), 32, 48

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Checkpoints
-
-HEAVY = ("tensorflow", "keras", "torch", "diffusers", "transformers", "keras_cv", "jax", "huggingface_hub")
+from support.checkpoints import Checkpoints
+from support.frameworks import HEAVY
 
 
 @pytest.mark.slow

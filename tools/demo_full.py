@@ -42,7 +42,7 @@ def main(folder: Path) -> None:
     for part, name in PARTS.items():
         started = time.monotonic()
         print(f"KerasCV {name}: building, saving, running ... ", end="", flush=True)
-        script = ROOT / "tests" / "kerascv" / "forward.py"
+        script = ROOT / "tests" / "support" / "kerascv" / "forward.py"
         run(sys.executable, script, keras, part, "1", "--kind", "full", "--size", str(SIZE), quiet=True)
         print(f"{time.monotonic() - started:.0f} s")
     print("\n$ kcv2diffusers convert", keras, "--out", pipeline, flush=True)

@@ -79,7 +79,7 @@ RETURNED = (
 
 
 def parity(path: Path) -> str:
-    """The table of .cache/parity.json, which the full-size tests of tests/test_parity.py leave."""
+    """The table of .cache/parity.json, which the full-size tests of tests/conversion/test_parity.py leave."""
     lines = ["| part | largest error / largest value | limit in the tests |", "|---|---|---|"]
     for name, entry in json.loads(path.read_text()).items():
         lines.append(f"| {name} | {entry['error']:.1e} | {entry['limit']:.0e} |")

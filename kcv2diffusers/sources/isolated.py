@@ -1,9 +1,9 @@
 """Run a function in a child process of its own.
 
 On damaged metadata libhdf5 crashes, loops without end or asks for all memory (about one in a hundred files
-with a few bytes changed; tests/test_fuzz.py makes them). In a child that costs the child: in a fork, a few
-milliseconds and no second import; where the system has no safe fork, a process that is started once and then
-asked one thing after the other.
+with a few bytes changed; tests/sources/test_fuzz.py makes them). In a child that costs the child: in a fork,
+a few milliseconds and no second import; where the system has no safe fork, a process that is started once and
+then asked one thing after the other.
 """
 
 from __future__ import annotations

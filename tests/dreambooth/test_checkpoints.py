@@ -18,8 +18,8 @@ import h5py
 import keras
 import numpy as np
 import pytest
-from conftest import small_base
 from PIL import Image
+from support.checkpoints import small_base
 
 from kcv2diffusers.dreambooth import checkpoints, snapshots, train
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, saved_steps

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import small_base
 from PIL import Image
+from support.checkpoints import small_base
 
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.drawings import Drawings, samples

@@ -25,8 +25,8 @@ OPTIONS = [
 
 
 def train(out: Path) -> Path:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
-    from test_run import PROMPTS, run
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from support.dreambooth.run import PROMPTS, run
 
     done = run(Path("tiny"), SUBJECT, out, *PROMPTS, *OPTIONS)
     assert done.returncode == 0, done.stderr

@@ -11,9 +11,9 @@ import keras
 import numpy as np
 import pytest
 import torch
-from backend_run import TEXT, UNET
-from conftest import small_base
 from PIL import Image
+from support.checkpoints import small_base
+from support.models.backend_run import TEXT, UNET
 
 from kcv2diffusers import models
 from kcv2diffusers.dreambooth import train as training

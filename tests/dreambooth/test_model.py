@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from backend_run import TEXT, UNET, gradients
+from support.models.backend_run import TEXT, UNET, gradients
 
 from kcv2diffusers import models
 from kcv2diffusers.diffusion import SD, Schedule, alphas_cumprod, timestep_embedding

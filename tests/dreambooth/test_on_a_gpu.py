@@ -1,5 +1,6 @@
-"""What can be known without a GPU of a step on one: on a device that is not there (`fake_cuda/step.py`), by
-programs for one that are only compiled, and by devices that are described.
+"""What can be known without a GPU of a step on one: on a device that is not there
+(`support/dreambooth/fake_cuda/step.py`), by programs for one that are only compiled, and by devices that are
+described.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import ROOT
 
 from kcv2diffusers.dreambooth import devices
 
-FAKE = Path(__file__).parent / "fake_cuda"
+FAKE = ROOT / "tests" / "support" / "dreambooth" / "fake_cuda"
 
 
 @pytest.fixture(scope="module")

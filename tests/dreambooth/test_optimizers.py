@@ -1,4 +1,4 @@
-"""Adam-mini is its formula, and its state is small. On TensorFlow: tests/test_on_tensorflow.py."""
+"""Adam-mini is its formula, and its state is small. On TensorFlow: tests/models/test_on_tensorflow.py."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import signal
 import struct
@@ -19,15 +18,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import small_base
 from PIL import Image
-from servers import server
+from support.checkpoints import small_base
+from support.dreambooth.run import PROMPTS, command, environment, run
 
 from kcv2diffusers import convert, inspect
 
 pytestmark = pytest.mark.slow
-
-PROMPTS = ["--instance-prompt", "a sks car", "--class-prompt", "a car"]
 
 
 @pytest.fixture(scope="module")
@@ -51,29 +48,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image.save(folder / "3_sks car" / "2.jpg", exif=odd)
     (folder / "notes.txt").write_text("no picture")
     return folder
-
-
-def arguments(base: Path, photos: Path, out: Path, *options: str | Path) -> list[str]:
-    given = ["--instance-images", photos, "--base", base, "--out", out, *options]
-    return ["dreambooth", *map(str, given)]
-
-
-def command(*given: str | Path) -> list[str]:
-    return [sys.executable, "-m", "kcv2diffusers", *arguments(*given)]
-
-
-def environment(backend: str = "torch") -> dict[str, str]:
-    return {**os.environ, "KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-
-
-def run(base: Path, photos: Path, out: Path, *options: str | Path) -> subprocess.CompletedProcess[str]:
-    return in_fork(base, *arguments(base, photos, out, *options))
-
-
-def in_fork(base: Path, *given: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command line in a fork of a process that has the base's models already (forks.py)."""
-    forks = server("forks", [sys.executable, Path(__file__).with_name("forks.py")], environment())
-    return subprocess.CompletedProcess(given, *forks.ask(base, *given))
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -159,7 +133,7 @@ def test_its_record_repeats_it(whole: Path, base: Path, photos: Path, tmp_path: 
 
 
 EVERYTHING = [
-    "--train-text-encoder", "--text-encoder-learning-rate", "1e-4", "--text-encoder-steps", "4",
+    "--train-text-encoder", "--text-encoder-learning-rate", "1e-4", "--text-encoder-steps", "2",
     "--ema", "0.9", "--accumulate", "2", "--lr-schedule", "cosine", "--warmup-steps", "2",
     "--snr-gamma", "5", "--offset-noise", "0.1", "--flip", "--no-cache",
 ]  # fmt: skip
@@ -177,27 +151,20 @@ EVERYTHING = [
     ids=["plain", "everything", "lora", "adafactor", "mini"],
 )
 def test_resuming_reaches_the_same_weights(
-    base: Path, photos: Path, tmp_path: Path, options: list[str]
+    base: Path, photos: Path, whole: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    """A run of six steps, and one that goes on where a run was killed after the third."""
-    common = [
-        *COMMON,
-        "--class-images",
-        tmp_path / "class",
-        *options,
-        "--checkpoint-every",
-        "3",
-        "--steps",
-        "6",
-    ]
+    """A run of four steps, and one that goes on where a run was killed after the third: with `--accumulate 2`
+    between two updates.
+    """
+    common = [*COMMON, "--class-images", whole / "class", *options, "--checkpoint-every", "3", "--steps", "4"]
     done = run(base, photos, tmp_path / "whole", *common)
     assert done.returncode == 0, done.stderr
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000006")
-    (tmp_path / "parts" / "resume" / "step-000006.h5").unlink()
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "step-000004")
+    (tmp_path / "parts" / "resume" / "step-000004.h5").unlink()
     done = run(base, photos, tmp_path / "parts", *common, "--resume")
     assert done.returncode == 0, done.stderr
-    one, other = (weights(tmp_path / out / "checkpoints" / "step-000006") for out in ("whole", "parts"))
+    one, other = (weights(tmp_path / out / "checkpoints" / "step-000004") for out in ("whole", "parts"))
     assert different(one, other) == []
     records = [(tmp_path / out / "config.toml").read_text() for out in ("whole", "parts")]
     assert records[0] == records[1] and 'backend = "torch"' in records[0] and "precision" in records[0]

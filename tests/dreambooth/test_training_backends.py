@@ -12,9 +12,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import small_base
 from PIL import Image
-from test_run import PROMPTS, environment, in_fork
+from support.checkpoints import small_base
+from support.dreambooth.run import PROMPTS, environment, in_fork
 
 pytestmark = pytest.mark.slow
 
@@ -118,6 +118,7 @@ def test_a_checkpoint_of_jax_is_of_its_step(on_jax: list[float], folder: Path) -
     assert not np.array_equal(found[0][0], found[1][0])
 
 
+@pytest.mark.full_size  # XLA compiles for one and a half minutes of a processor, as much as all other runs
 def test_two_devices_train_as_one(folder: Path, expected: list[float]) -> None:
     """Two of JAX's devices on this machine's CPU; a drawing of one picture at the end."""
     flags = "--xla_force_host_platform_device_count=2"

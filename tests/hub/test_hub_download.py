@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Checkpoints
-from conftest import cached as make_once
-from hub import ALICE, BOB, Hub
+from support.checkpoints import Checkpoints
+from support.checkpoints import cached as make_once
+from support.hub.hub import ALICE, BOB, Hub
 
 import kcv2diffusers
 from kcv2diffusers.errors import Error
@@ -30,7 +30,7 @@ PARTS = families()[0].parts
 
 pytestmark = pytest.mark.slow
 
-pytest_plugins = ["hub_fixtures"]
+pytest_plugins = ["support.hub.fixtures"]
 
 
 @pytest.fixture(scope="module")

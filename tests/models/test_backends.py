@@ -6,16 +6,16 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.checkpoints import ROOT
 
 pytestmark = pytest.mark.slow
 
 BACKENDS = ("tensorflow", "jax", "torch")
-SCRIPT = Path(__file__).parent / "backend_run.py"
+SCRIPT = ROOT / "tests" / "support" / "models" / "backend_run.py"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import small_base
+from support.checkpoints import small_base
 
 from kcv2diffusers import models
 from kcv2diffusers.conversion.to_diffusers import convert

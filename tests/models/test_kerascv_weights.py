@@ -1,6 +1,6 @@
 """Weights of KerasCV's own models load into ours and back, and both compute the same.
 
-The full size is in tests/test_parity.py.
+The full size is in tests/conversion/test_parity.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from small import TEXT1, TEXT2, UNET1, UNET2, VAE, relative_error
+from support.models.small import TEXT1, TEXT2, UNET1, UNET2, VAE, relative_error
 
 from kcv2diffusers import models
 
@@ -24,14 +24,14 @@ SIZE = 128
 
 def theirs_of(part: str, version: int = 1) -> keras.Model:
     """KerasCV's model. It is imported here: every process of a test run collects this file."""
-    import stack
+    from support.kerascv import stack
 
     assert stack.SIZE == SIZE
     return stack.build(part, version)
 
 
 def randomise(model: keras.Model, seed: int) -> None:
-    import stack
+    from support.kerascv import stack
 
     stack.randomise(model, seed)
 
@@ -110,7 +110,7 @@ def test_weight_files_are_exchangeable(part: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (64, 192)])
 def test_one_unet_serves_every_size(height: int, width: int) -> None:
-    import stack
+    from support.kerascv import stack
 
     square = height == width == SIZE
     theirs = theirs_of("unet") if square else stack.small_unet(1, (height, width))

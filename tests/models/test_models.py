@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import numpy as np
 import pytest
-from backend_run import TEXT, UNET, VAE, gradients
-from small import relative_error
+from support.models.backend_run import TEXT, UNET, VAE, gradients
+from support.models.small import relative_error
 
 from kcv2diffusers import models
 from kcv2diffusers.models import layers, unet

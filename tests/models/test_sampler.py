@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small import TEXT1, UNET1, VAE, relative_error
+from support.models.small import TEXT1, UNET1, VAE, relative_error
 
 from kcv2diffusers import diffusion as schedule
 from kcv2diffusers import models
@@ -56,7 +56,7 @@ def tokenizer(kerascv_tokenizer: Any) -> Tokenizer:
 def pair(kerascv_tokenizer: Any, tokenizer: Tokenizer) -> tuple[Any, sampler.TextToImage]:
     """KerasCV's class and ours around the same random weights."""
     import keras_cv
-    import stack
+    from support.kerascv import stack
 
     theirs = keras_cv.models.StableDiffusion(128, 128, jit_compile=False)
     theirs._tokenizer = kerascv_tokenizer

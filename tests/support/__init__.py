@@ -1,0 +1,1 @@
+"""What the tests share: processes, checkpoints, a Hub, small models."""
