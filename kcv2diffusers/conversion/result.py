@@ -54,6 +54,7 @@ class Converted:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; `parts` says there what `sources` and `base` say to Python."""
-        left_out = ("sources", "base", *(() if self.dry_run else PLAN))
+        left_out = {"sources", "base", *(() if self.dry_run else PLAN)}
+        left_out |= set() if self.metadata else {"metadata"}
         shown = {name: value for name, value in asdict(self).items() if name not in left_out}
         return shown | {"out": str(self.out)}
