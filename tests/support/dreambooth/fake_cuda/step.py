@@ -75,8 +75,9 @@ def main() -> None:
     import numpy as np
 
     from kcv2diffusers import models
+    from kcv2diffusers.dreambooth import torch_updates
     from kcv2diffusers.dreambooth.config import Config
-    from kcv2diffusers.dreambooth.lora import add_lora
+    from kcv2diffusers.dreambooth.lora import add_lora, store_frozen_as_computed
     from kcv2diffusers.dreambooth.model import DreamBooth
     from kcv2diffusers.dreambooth.optimizers import make_optimizer
     from kcv2diffusers.dreambooth.torch_step import TorchStep
@@ -92,6 +93,7 @@ def main() -> None:
             unet = models.build_unet(config)
             if lora:
                 add_lora(unet, lora, lora)
+                store_frozen_as_computed(unet)
             model = DreamBooth(unet, snr_gamma=5.0)
         model.compile(make_optimizer(Config(learning_rate=1e-6, **options), ()), jit_compile=False)
         model.optimizer.build(model.trainable_variables)
@@ -106,7 +108,9 @@ def main() -> None:
             "prior": np.zeros(2, "float32"),
         }
         on_device = {name: torch.from_numpy(value).to("cuda:0") for name, value in batch.items()}
-        model.optimizer.counted = 0  # to ask the device would wait for it, once before the first step
+        # To ask the device would wait for it, once before the first step.
+        getattr(model.optimizer, "inner_optimizer", model.optimizer).counted = 0
+        model.optimizer.good_steps = 0
         with Watch() as watch:
             watch.phase = "gradients"
             step.into_gradients(on_device)
@@ -114,8 +118,10 @@ def main() -> None:
                 float(step.gradients[0].sum())
                 torch.ones(3).to("cuda:0")
             watch.phase = "update"
-            model.optimizer.apply(step.gradients, step.variables)
-    print(json.dumps({"waits": watch.waits, "copies": watch.copies, "operations": watch.counts}))
+            torch_updates.update(model.optimizer, step.gradients, step.variables)
+    kernels = sum(len(variable.shape) > 1 for variable in step.variables)
+    found = {"waits": watch.waits, "copies": watch.copies, "operations": watch.counts, "kernels": kernels}
+    print(json.dumps(found))
 
 
 main()
