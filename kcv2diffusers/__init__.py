@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kcv2diffusers.generation import generate
     from kcv2diffusers.models.base import load_base
     from kcv2diffusers.publish.push import Pushed, push
+    from kcv2diffusers.publish.space import space
     from kcv2diffusers.sources.locate import locate
     from kcv2diffusers.verification.result import Verified
     from kcv2diffusers.verification.run import verify
@@ -42,6 +43,7 @@ __all__ = [
     "locate",
     "push",
     "replay",
+    "space",
     "to_keras",
     "verify",
 ]
@@ -61,6 +63,7 @@ _HOME = {
     "locate": "sources.locate",
     "push": "publish.push",
     "replay": "verification.stock_pipeline",
+    "space": "publish.space",
     "to_keras": "conversion.to_kerascv",
     "verify": "verification.run",
 }

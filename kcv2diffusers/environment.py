@@ -58,6 +58,7 @@ class Environment:
     devices: dict[str, list[str]]
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON."""
         return asdict(self)
 
     def text(self) -> str:

@@ -287,6 +287,7 @@ PUBLIC = {
         "locate",
         "push",
         "replay",
+        "space",
         "to_keras",
         "verify",
     ],

@@ -84,4 +84,5 @@ def _fail(message: str) -> NoReturn:
 
 
 def print_json(data: Any) -> None:
+    """Print a result as JSON, indented; what JSON lacks becomes text."""
     print(json.dumps(data, indent=2, default=str))

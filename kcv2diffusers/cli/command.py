@@ -32,6 +32,7 @@ class Command(TyperCommand):
     """A command of this program."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of the command line, older spellings included, and expand `~` in paths."""
         try:
             rest: list[str] = super().parse_args(ctx, list(self._renamed(args)))
         except typer.BadParameter as error:

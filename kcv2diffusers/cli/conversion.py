@@ -43,11 +43,15 @@ maps_app = typer.Typer(help="The weight maps: list, show and check them.", no_ar
 
 
 class OutputFormat(StrEnum):
+    """What `convert` writes."""
+
     pipeline = "pipeline"
     single_file = "single-file"
 
 
 class KerasFormat(StrEnum):
+    """Formats of weight files for Keras."""
+
     weights_h5 = "weights.h5"
     h5 = "h5"
 

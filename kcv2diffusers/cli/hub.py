@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 
 class Stated(StrEnum):
+    """Facts about a training that weights do not tell."""
+
     linear_betas = "linear-betas"
     old_image_encoder = "old-image-encoder"
 
@@ -140,6 +142,7 @@ def space(
 
 
 def publish(pipeline: Path, repository: str, **options: Any) -> Pushed:
+    """Check and publish a pipeline, with a progress bar. `options` are those of `push`."""
     from kcv2diffusers.publish.push import push as run
 
     with progress_bar("Checking") as progress:

@@ -19,6 +19,8 @@ VERIFICATION, HUB, CARD = "Verification", "The Hub", "The model card"
 
 
 class Dtype(StrEnum):
+    """Dtypes of weights, by their names and by those of variants."""
+
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
@@ -28,11 +30,15 @@ class Dtype(StrEnum):
 
 
 class PredictionType(StrEnum):
+    """What a UNet predicts."""
+
     epsilon = "epsilon"
     v_prediction = "v_prediction"
 
 
 class Gelu(StrEnum):
+    """The two GELUs: exact, and the tanh approximation."""
+
     exact = "exact"
     tanh = "tanh"
 

@@ -28,12 +28,16 @@ if TYPE_CHECKING:
 
 
 class Level(StrEnum):
+    """Levels of a verification, each with those before it."""
+
     weights = "weights"
     modules = "modules"
     images = "images"
 
 
 class Reference(StrEnum):
+    """The Keras side of a verification."""
+
     builtin = "builtin"
     keras_cv = "keras-cv"
 

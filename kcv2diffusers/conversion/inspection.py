@@ -64,6 +64,7 @@ class Inspected:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON."""
         return {k: v for k, v in asdict(self).items() if k != "rest"} | {"path": str(self.path)}
 
     def text(self) -> str:

@@ -59,9 +59,11 @@ class Checked:
     problems: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON."""
         return vars(self)
 
     def text(self) -> str:
+        """One line, or the problems."""
         label = f"{self.name}{'' if self.version == 'any' else ' ' + self.version.upper()}"
         if self.problems:
             return "\n".join([f"{label}: {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])

@@ -55,6 +55,7 @@ class ToKeras:
         return plan_text(f"To write: weights for KerasCV, {self.out}", self.moved, origins)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON; those of a plan only after a dry run."""
         shown = asdict(self) | {"out": str(self.out)}
         return {name: value for name, value in shown.items() if self.dry_run or name not in PLAN}
 

@@ -54,6 +54,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
     def text(self) -> str:

@@ -29,6 +29,7 @@ class Size:
     @classmethod
     @cache
     def parse(cls, text: str) -> Size:
+        """Read a size such as "4*c0" or "c3+c2". Raises ValueError for anything else."""
         terms: dict[str, int] = {}
         for term in text.split("+"):
             *factor, last = term.split("*")
@@ -41,6 +42,7 @@ class Size:
         return cls(tuple(sorted(terms.items())))
 
     def substitute(self, values: Mapping[str, Size]) -> Size:
+        """The size with symbols replaced by sizes."""
         if len(self.terms) == 1 and self.terms[0][1] == 1:  # most are
             return values.get(self.terms[0][0], self)
         terms: dict[str, int] = {}
@@ -118,6 +120,7 @@ class Slot:
         return f"layers/{self.layer}{number}/{inner}vars/{self.index}"
 
     def exists(self, dims: Mapping[str, int]) -> bool:
+        """Whether a model of these sizes has the tensor."""
         if self.condition is None:
             return True
         left, right = (size.value(dims) for size in self.condition)
@@ -134,6 +137,7 @@ class Row:
 
     @property
     def repeated(self) -> bool:
+        """Whether the row stands for as many layers as the checkpoint holds."""
         return "{i}" in self.module
 
 
@@ -197,6 +201,7 @@ class Table:
         return self.entries.untold.union(*(version.config for version in self.versions.values()))
 
     def leaves(self, layer: str, version: str) -> tuple[Leaf, ...]:
+        """The layers inside a block, as a version has them."""
         return tuple(leaf for leaf in self.blocks[layer][1] if leaf.version in (None, version))
 
     def rename(self, name: str) -> str | None:
@@ -221,6 +226,7 @@ class Spec:
 
     @property
     def rows(self) -> tuple[Row, ...]:
+        """The part's rows, in the order of the Keras model's layers."""
         return self.table.parts[self.part]
 
     @property
@@ -390,8 +396,10 @@ def layer_classes() -> frozenset[str]:
 
 
 def table_of(part: str) -> Table:
+    """The table of the component that a part belongs to."""
     return next(table for table in tables().values() if part in table.parts)
 
 
 def spec(part: str, version: str) -> Spec:
+    """A part in a version; the version "any" of a table fits every version."""
     return next(s for s in specs() if s.part == part and s.version in (version, "any"))

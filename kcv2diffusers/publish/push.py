@@ -41,6 +41,7 @@ class Pushed:
     pull_request: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields for JSON."""
         return asdict(self)
 
     def text(self) -> str:

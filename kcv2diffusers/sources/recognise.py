@@ -51,6 +51,7 @@ class Match:
 
     @property
     def part(self) -> str:
+        """The name of the part."""
         return self.spec.part
 
     @property
@@ -60,6 +61,7 @@ class Match:
 
     @property
     def version(self) -> str:
+        """ "sd1", "sd2", or "any" for a part that the versions share."""
         return self.spec.version
 
     @property
@@ -69,11 +71,13 @@ class Match:
 
     @property
     def known(self) -> bool:
+        """Whether the sizes are those of a released model."""
         nominal = self.spec.table.versions[self.version].dims
         return all(self.dims.get(name) == value for name, value in nominal.items() if name != "latent")
 
     @property
     def problems(self) -> int:
+        """How many tensors are missing, unexpected or of another shape."""
         return len(self.missing) + len(self.unexpected) + len(self.mismatched)
 
     @property
@@ -84,6 +88,7 @@ class Match:
 
     @property
     def dtypes(self) -> list[str]:
+        """The names of the dtypes of the tensors, sorted."""
         return sorted({tensor.dtype.name for tensor in self.found.values()})
 
     def slots(self) -> Iterator[tuple[Slot, Tensor]]:

@@ -26,6 +26,8 @@ from kcv2diffusers.sources.tensor import Tensor
 
 
 class Style(Enum):
+    """How a container spells the place of a tensor; see the module."""
+
     PATH = "path"
     ATTRIBUTE = "attribute"
     ORDER = "order"
@@ -93,5 +95,6 @@ class Source:
 
     @property
     def tensors(self) -> list[Tensor]:
+        """Every tensor of the model."""
         stored = (tensor for layer in self.layers for tensor in layer.tensors.values())
         return [*self.flat, *stored, *self.named.values()]

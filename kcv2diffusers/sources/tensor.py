@@ -32,6 +32,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

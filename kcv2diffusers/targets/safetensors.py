@@ -60,6 +60,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
+        """Size in the file in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

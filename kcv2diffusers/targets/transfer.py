@@ -91,6 +91,7 @@ class Worker:
         return self.buffers[name][:nbytes].view(dtype).reshape(shape)
 
     def do(self, job: Job) -> Finding | None:
+        """Bring one tensor into its target; returns it if a value is not finite there. Raises SourceError."""
         self.finite = True
         with self.values(job.tensor) as source:
             if job.tensor.crc32c is not None:
@@ -129,6 +130,7 @@ class Worker:
             mapped.madvise(mmap.MADV_DONTNEED, *pages)
 
     def check(self, source: np.ndarray, tensor: Tensor) -> None:
+        """Raise SourceError if the checksum of the stored bytes is not the one that the container states."""
         checksum, stored = 0, source.view(np.uint8)
         for start in range(0, stored.size, _SLICE):
             checksum = google_crc32c.extend(checksum, stored[start : start + _SLICE].tobytes())
@@ -161,6 +163,7 @@ class Worker:
         self.finite = self.finite and is_finite(into)
 
     def copy(self, job: Job, source: np.ndarray) -> None:
+        """Values in the order in which they are stored, cast on the way."""
         step = _SLICE // job.dtype.itemsize
         for start in range(0, source.size, step):
             part = source[start : start + step]

@@ -38,9 +38,11 @@ class Arrays:
         return self.folder / ("__".join(map(str, name)) + ".npy")
 
     def save(self, values: Any, *name: str | int) -> None:
+        """Write an array under a name of several words."""
         np.save(self._path(*name), np.asarray(values))
 
     def load(self, *name: str | int) -> Array:
+        """Read the array of that name. Nothing pickled is opened."""
         values: Array = np.load(self._path(*name), allow_pickle=False)
         return values
 

@@ -69,10 +69,12 @@ class Request:
         return LEVELS.index(self.level) >= LEVELS.index(level)
 
     def save(self, folder: Path) -> None:
+        """Write the request into a folder, for the processes of the two sides."""
         (folder / _FILE).write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Request:
+        """Read what `save` wrote."""
         return cls(**json.loads((folder / _FILE).read_text(encoding="utf-8")))
 
     def command(self) -> str:

@@ -44,6 +44,7 @@ class Side:
 
     @property
     def part(self) -> str:
+        """The name of the part."""
         return self.source.part
 
     @property

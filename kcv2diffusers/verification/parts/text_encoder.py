@@ -17,11 +17,13 @@ _TEXTS = 2
 
 
 def inputs(side: Side, size: int, rng: np.random.Generator) -> Inputs:
+    """See `Adapter.inputs`."""
     dims = side.source.dims
     return {"tokens": rng.integers(0, dims["vocabulary"], (_TEXTS, dims["length"]))}
 
 
 def build(side: Side, request: Request) -> Any:
+    """See `Adapter.build`."""
     from kcv2diffusers.models import build_text_encoder
     from kcv2diffusers.models.base import text_encoder_config
 
@@ -42,15 +44,18 @@ def kerascv_model(cls: Any, side: Side, size: int) -> Any:
 
 
 def keras_inputs(side: Side, given: Inputs) -> Any:
+    """See `Adapter.keras_inputs`."""
     tokens = given["tokens"]
     return [tokens, np.tile(np.arange(tokens.shape[1], dtype="int32"), (len(tokens), 1))]
 
 
 def forward(model: Any, given: Inputs) -> Any:
+    """See `Adapter.forward`."""
     import torch
 
     return model(torch.from_numpy(given["tokens"]).long())[0]
 
 
 def kinds(side: Side, request: Request) -> list[str]:
+    """See `Adapter.kinds`."""
     return ["stock"]

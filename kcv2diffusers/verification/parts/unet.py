@@ -20,6 +20,7 @@ _TOKENS = 77
 
 
 def inputs(side: Side, size: int, rng: np.random.Generator) -> Inputs:
+    """See `Adapter.inputs`."""
     dims, cells, count = side.source.dims, size // PIXELS_PER_LATENT, len(TIMESTEPS)
     return {
         "latent": rng.standard_normal((count, cells, cells, dims["latent"])),
@@ -29,6 +30,7 @@ def inputs(side: Side, size: int, rng: np.random.Generator) -> Inputs:
 
 
 def build(side: Side, request: Request) -> Any:
+    """See `Adapter.build`."""
     from kcv2diffusers.models import build_unet
     from kcv2diffusers.models.base import unet_config
 
@@ -36,15 +38,18 @@ def build(side: Side, request: Request) -> Any:
 
 
 def kerascv_model(cls: Any, side: Side, size: int) -> Any:
+    """See `Adapter.kerascv_model`."""
     return cls(size, size, _TOKENS, download_weights=False)
 
 
 def keras_inputs(side: Side, given: Inputs) -> Any:
+    """See `Adapter.keras_inputs`."""
     embedding = timestep_embedding(given["timesteps"], side.source.dims["c0"])
     return [given["latent"], embedding, given["context"]]
 
 
 def forward(model: Any, given: Inputs) -> Any:
+    """See `Adapter.forward`."""
     import torch
 
     timesteps = torch.from_numpy(given["timesteps"])
@@ -52,6 +57,7 @@ def forward(model: Any, given: Inputs) -> Any:
 
 
 def kinds(side: Side, request: Request) -> list[str]:
+    """See `Adapter.kinds`."""
     if side.unet_gelu(request) == "tanh":
         return ["stock", "epsilon", "gelu", "gelu, epsilon"]
     return ["stock", "epsilon"]

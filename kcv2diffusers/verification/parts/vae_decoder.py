@@ -18,11 +18,13 @@ LOOSE = None
 
 
 def inputs(side: Side, size: int, rng: np.random.Generator) -> Inputs:
+    """See `Adapter.inputs`."""
     cells = size // PIXELS_PER_LATENT
     return {"latent": rng.standard_normal((1, cells, cells, side.source.dims["latent"]))}
 
 
 def build(side: Side, request: Request) -> Any:
+    """See `Adapter.build`."""
     from kcv2diffusers.models import build_decoder
     from kcv2diffusers.models.base import vae_config
 
@@ -30,16 +32,20 @@ def build(side: Side, request: Request) -> Any:
 
 
 def kerascv_model(cls: Any, side: Side, size: int) -> Any:
+    """See `Adapter.kerascv_model`."""
     return cls(size, size, download_weights=False)
 
 
 def keras_inputs(side: Side, given: Inputs) -> Any:
+    """See `Adapter.keras_inputs`."""
     return given["latent"]
 
 
 def forward(model: Any, given: Inputs) -> Any:
+    """See `Adapter.forward`."""
     return model.decode(first(given["latent"]) / model.config.scaling_factor).sample
 
 
 def kinds(side: Side, request: Request) -> list[str]:
+    """See `Adapter.kinds`."""
     return ["stock", "epsilon"]

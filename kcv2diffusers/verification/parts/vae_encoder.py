@@ -25,6 +25,7 @@ def inputs(side: Side, size: int, rng: np.random.Generator) -> Inputs:
 
 
 def build(side: Side, request: Request) -> Any:
+    """See `Adapter.build`."""
     from kcv2diffusers.models import build_image_encoder
     from kcv2diffusers.models.base import vae_config
 
@@ -32,16 +33,20 @@ def build(side: Side, request: Request) -> Any:
 
 
 def kerascv_model(cls: Any, side: Side, size: int) -> Any:
+    """See `Adapter.kerascv_model`."""
     return cls(download_weights=False)
 
 
 def keras_inputs(side: Side, given: Inputs) -> Any:
+    """See `Adapter.keras_inputs`."""
     return given["image"]
 
 
 def forward(model: Any, given: Inputs) -> Any:
+    """See `Adapter.forward`."""
     return model.encode(first(given["image"])).latent_dist.mean * model.config.scaling_factor
 
 
 def kinds(side: Side, request: Request) -> list[str]:
+    """See `Adapter.kinds`."""
     return ["stock", "epsilon"]
