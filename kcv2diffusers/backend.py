@@ -15,7 +15,7 @@ from kcv2diffusers.json_text import parse_object
 
 VARIABLE = "KERAS_BACKEND"
 BACKENDS = ("torch", "jax", "tensorflow")
-"""Best first, by the README's tables: PyTorch trains fastest on a CPU and compiles nothing."""
+"""Best first, by docs/benchmarks.md: PyTorch trains fastest on a CPU and compiles nothing."""
 _WRITTEN = "tensorflow"
 """What Keras writes into its config file where nobody chose."""
 
