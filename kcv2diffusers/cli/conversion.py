@@ -161,6 +161,14 @@ def convert(
         str | None,
         typer.Option(help="Trigger phrase in a single file's metadata.", rich_help_panel=RESULT),
     ] = None,
+    ema: Annotated[
+        bool,
+        typer.Option(
+            "--ema",
+            help="Take the averaged UNet of single files (model_ema) instead of the other.",
+            rich_help_panel=SOURCES,
+        ),
+    ] = False,
     allow_pickle: AllowPickle = False,
     allow_nonfinite: AllowNonfinite = False,
     push_to_hub: Annotated[
@@ -218,6 +226,7 @@ def convert(
             title=title,
             trigger_phrase=trigger_phrase,
             allow_pickle=allow_pickle,
+            ema=ema,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             dry_run=dry_run,

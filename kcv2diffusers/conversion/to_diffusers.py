@@ -102,6 +102,7 @@ def convert(
     title: str | None = None,
     trigger_phrase: str | None = None,
     allow_pickle: bool = False,
+    ema: bool = False,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
@@ -116,15 +117,16 @@ def convert(
     "pipeline" or "single-file" (default: by the ending of `out`). A single file may be made from a pipeline
     folder too, and with `vae` "none" it has no VAE; `title` (default: its name) and `trigger_phrase` are
     for its metadata. `allow_pickle` lets PyTorch's restricted unpickler open sources that are `.ckpt`
-    files, which is never done otherwise. `base` fills in what is not given: a diffusers pipeline folder,
-    KerasCV parts, or "none" to write only the given parts, or "tiny" (default: for SD1 the parts that are
-    missing, from the Hub). `with_sibling` adds the text encoder from the repository beside one that has
-    none. `dtype` is float32, float16 or bfloat16, or fp32, fp16 or bf16 (default: that of a `variant` fp16,
-    bf16 or fp32, else as stored). `image_size` is the pipeline's default height and width in pixels
-    (default: 512), `gelu` the text encoder's activation for SD2 (default: exact; see the documentation),
-    `prediction_type` the scheduler's, "epsilon" or "v_prediction" (default: that of the pipeline that the
-    UNet is from, epsilon for KerasCV's). Where they are not given, the kcv2diffusers.json beside a
-    checkpoint counts before these defaults. The noise schedule comes with the UNet.
+    files, which is never done otherwise. `ema` takes the averaged UNet of single files instead of the
+    other. `base` fills in what is not given: a diffusers pipeline folder, KerasCV parts, or "none" to write
+    only the given parts, or "tiny" (default: for SD1 the parts that are missing, from the Hub).
+    `with_sibling` adds the text encoder from the repository beside one that has none. `dtype` is float32,
+    float16 or bfloat16, or fp32, fp16 or bf16 (default: that of a `variant` fp16, bf16 or fp32, else as
+    stored). `image_size` is the pipeline's default height and width in pixels (default: 512), `gelu` the
+    text encoder's activation for SD2 (default: exact; see the documentation), `prediction_type` the
+    scheduler's, "epsilon" or "v_prediction" (default: that of the pipeline that the UNet is from, epsilon
+    for KerasCV's). Where they are not given, the kcv2diffusers.json beside a checkpoint counts before these
+    defaults. The noise schedule comes with the UNet.
     A `dry_run` makes all checks but those of the values, writes nothing, and returns what would be done.
     `progress` is called with the bytes done and in total. Raises Error with a message for the user; `out` is
     then as it was.
@@ -163,6 +165,7 @@ def convert(
             title=title,
             trigger_phrase=trigger_phrase,
             allow_pickle=allow_pickle,
+            ema=ema,
             overwrite=overwrite,
             allow_nonfinite=allow_nonfinite,
             dry_run=dry_run,
@@ -176,7 +179,7 @@ def convert(
     check_free(target, overwrite=overwrite, replaceable=is_output)
     notes: list[str] = []
     paths = [path for source in sources for path in locate_all(source)]
-    held = gather(paths, parts, allow_pickle=allow_pickle)
+    held = gather(paths, parts, allow_pickle=allow_pickle, ema=ema)
     notes += left_out(held)
     if beside := find_sibling([*sources, *parts.values()], held, with_sibling, notes):
         paths += beside

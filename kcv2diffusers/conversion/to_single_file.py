@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from kcv2diffusers.maps.tables import Table, tables_of
 from kcv2diffusers.pipeline.configs import carried
 from kcv2diffusers.pipeline.modelspec import OWN, modelspec, own_entry
 from kcv2diffusers.pipeline.scheduler import SCHEDULER
+from kcv2diffusers.pipeline_files import RUN_FILE
 from kcv2diffusers.progress import Progress
 from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_header
 from kcv2diffusers.sources.gather import SourcePath, check_together, gather, left_out, version_of
@@ -66,6 +68,7 @@ def to_single_file(
     title: str | None,
     trigger_phrase: str | None,
     allow_pickle: bool,
+    ema: bool,
     overwrite: bool,
     allow_nonfinite: bool,
     dry_run: bool,
@@ -83,7 +86,7 @@ def to_single_file(
     if folders:
         base = [*folders, *bases_of(base)]
         paths = [path for path in paths if path not in folders]
-    held = gather(paths, named, allow_pickle=allow_pickle)
+    held = gather(paths, named, allow_pickle=allow_pickle, ema=ema)
     notes += left_out(held)
     if beside := find_sibling([*sources, *named.values()], held, with_sibling, notes):
         held |= gather(beside)
@@ -108,7 +111,7 @@ def to_single_file(
         components=list(dtypes),
         prediction_type=(scheduler or SCHEDULER)["prediction_type"],
         image_size=(size, size),
-        trigger_phrase=trigger_phrase,
+        trigger_phrase=trigger_phrase or _trained_on(folders),
     ) | own_entry(carried(configs, scheduler or SCHEDULER))
     needed = sum(tensor.nbytes for tensor in tensors)
     planned = Converted(
@@ -191,6 +194,18 @@ def _image_size(
     """Width and height in pixels that the model is for."""
     latents = configs["unet"][1].get("sample_size") if "unet" in configs else None
     return given or (PIXELS_PER_LATENT * latents if type(latents) is int else family.image_size)
+
+
+def _trained_on(folders: Sequence[Path]) -> str | None:
+    """The prompt that calls the subject of a pipeline that `dreambooth` exported."""
+    for folder in folders:
+        try:
+            stated = tomllib.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(prompt := stated.get("instance_prompt"), str):
+            return prompt
+    return None
 
 
 def _own_vocabulary(text: Match, notes: list[str]) -> Match:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from kcv2diffusers.maps.parts import invalid, naming_data
+from kcv2diffusers.maps.parts import invalid, naming_data, table_data
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +178,8 @@ def namings() -> dict[str, dict[str, Naming]]:
     """
     found = {}
     for name, data in naming_data().items():
+        if name not in table_data():
+            raise invalid(f"original/{name}.toml", ValueError(f"there is no {name}.toml that it names"))
         try:
             found[name] = load(name, data)
         except (KeyError, ValueError, TypeError, AttributeError) as error:

@@ -25,20 +25,21 @@ def gather(
     named: Mapping[str, SourcePath | None] | None = None,
     *,
     allow_pickle: bool = False,
+    ema: bool = False,
 ) -> dict[str, Match]:
     """One match for each part of the checkpoints at `paths`, and of those `named` by the part they are for.
 
-    A named source comes before the same part of a single file. `allow_pickle` is as in `open_sources`.
-    Raises Error if two sources hold the same part, or a named one does not hold its part.
+    A named source comes before the same part of a single file. `allow_pickle` and `ema` are as in
+    `open_sources`. Raises Error if two sources hold the same part, or a named one does not hold its part.
     """
     parts: dict[str, Match] = {}
-    for match in recognise_all(open_all(paths, allow_pickle=allow_pickle)):
+    for match in recognise_all(open_all(paths, allow_pickle=allow_pickle, ema=ema)):
         add_part(parts, match)
     for part, given in (named or {}).items():
         if given is None:
             continue
         located = locate_all(given, parts={part})
-        matches = recognise_all(open_all(located, allow_pickle=allow_pickle))
+        matches = recognise_all(open_all(located, allow_pickle=allow_pickle, ema=ema))
         fitting = [match for match in matches if match.part == part]
         if not fitting:
             held = " and a ".join(match.label for match in matches)

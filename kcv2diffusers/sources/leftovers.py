@@ -9,7 +9,7 @@ from kcv2diffusers.errors import plain
 from kcv2diffusers.sources.tensor import Tensor
 
 EMA = "EMA copies"
-_COUNTERS = "counters"
+COUNTERS = "counters"
 # Each pattern is for one step of a tensor's path. The first kind that fits any step counts.
 _KINDS = {
     "optimizer state": r"_?(\w+_)?optimi[sz]ers?(_weights|_state|_\d+)?|\.OPTIMIZER_SLOT|opt|adam\w*|sgd"
@@ -17,7 +17,7 @@ _KINDS = {
     EMA: r"_?(\w+_)?(ema|averages?|averaged|moving_average|shadow|polyak)(_\w+)?",
     "metrics": r"_?(\w+_)?(metrics?|tracker)(_\d+)?|keras_api",
     "random seeds": r"_?(\w+_)?(seed|random)(_generators?)?(_\w+)?|rng|seed_generator_\d+",
-    _COUNTERS: r"_?(\w+_)?(counter|step|steps|epoch|epochs|iter|iterations?)",
+    COUNTERS: r"_?(\w+_)?(counter|step|steps|epoch|epochs|iter|iterations?)",
 }
 _PATTERNS = {kind: re.compile(f"(?:{pattern})", re.I) for kind, pattern in _KINDS.items()}
 
@@ -31,7 +31,7 @@ def kind_of(tensor: Tensor, above: str = "") -> str | None:
         if any(pattern.fullmatch(word.removesuffix(":0")) for word in words):
             return kind
     if tensor.dtype.kind in "iub" and math.prod(tensor.shape) <= 4:  # no weights; the state of a generator
-        return _COUNTERS
+        return COUNTERS
     return None
 
 

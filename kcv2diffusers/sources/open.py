@@ -17,35 +17,39 @@ from kcv2diffusers.sources.source import Source
 from kcv2diffusers.sources.tensor_bundle import is_table
 
 _ENDINGS = (".h5", ".hdf5", ".keras", ".weights.json")
+SINGLE_FILE = ".safetensors"
 _KINDS = (
     "Legacy .h5, whole-model .h5, .weights.h5 (or the .weights.json of its shards), .keras, "
     "SavedModel folders and TensorFlow checkpoints are read."
 )
 
 
-def open_sources(path: Path, *, allow_pickle: bool = False) -> list[Source]:
+def open_sources(path: Path, *, allow_pickle: bool = False, ema: bool = False) -> list[Source]:
     """The models at `path`: those of a file, a SavedModel or a checkpoint prefix, of all in a folder.
 
-    `allow_pickle` lets PyTorch's restricted unpickler open a `.ckpt` file that is given itself.
-    Raises SourceError if there is none or one cannot be read.
+    `allow_pickle` lets PyTorch's restricted unpickler open a `.ckpt` file that is given itself. `ema` takes
+    the moving average of the UNet in single files. Raises SourceError if there is none or one cannot be read.
     """
     with reading(path):
-        if allow_pickle and path.suffix in PICKLED and path.is_file():
-            return single_file.read_pickled_file(path)
+        if path.is_file() and allow_pickle and path.suffix in PICKLED:
+            return single_file.read_pickled_file(path, ema=ema)
+        if path.is_file() and path.suffix == SINGLE_FILE:
+            require_own(path)
+            return single_file.read_single_file(path, ema=ema)
         return _open(path)
 
 
-def open_all(paths: Sequence[Path], *, allow_pickle: bool = False) -> list[Source]:
+def open_all(paths: Sequence[Path], *, allow_pickle: bool = False, ema: bool = False) -> list[Source]:
     """The models at all `paths`; what takes most of the time is done for several at once.
 
-    `allow_pickle` is as in `open_sources`.
+    `allow_pickle` and `ema` are as in `open_sources`.
     """
     from kcv2diffusers.sources import hdf5
 
     with hdf5.ahead(paths):
         for spec in specs():
             spec.slots(0)  # which whoever recognises the sources asks for; meanwhile they are read
-        return [source for path in paths for source in open_sources(path, allow_pickle=allow_pickle)]
+        return [source for path in paths for source in open_sources(path, allow_pickle=allow_pickle, ema=ema)]
 
 
 def _open(path: Path) -> list[Source]:
@@ -128,8 +132,6 @@ def _file(path: Path, *, others: bool = False) -> list[Source]:
         return keras3_h5.read_sharded(path)
     if path.suffix == ".index":
         return _checkpoint(path.with_suffix(""))
-    if path.suffix == ".safetensors":
-        return single_file.read_single_file(path)
     if head[:4] == b"PK\x03\x04":
         return keras3_h5.read_archive(path)
     if start is None:

@@ -15,7 +15,7 @@ from kcv2diffusers.errors import SourceError
 from kcv2diffusers.maps.original import Naming, Place, namings
 from kcv2diffusers.maps.tables import Spec, Table, specs, tables
 from kcv2diffusers.sources.diffusers_pipeline import read_header
-from kcv2diffusers.sources.leftovers import EMA
+from kcv2diffusers.sources.leftovers import COUNTERS, EMA
 from kcv2diffusers.sources.pickled import read_pickled
 from kcv2diffusers.sources.source import Source, Style
 from kcv2diffusers.sources.tensor import Tensor, rows
@@ -86,31 +86,34 @@ class _Fit:
     stored: dict[str, Tensor]  # the tensors of the file that they are of, by name
 
 
-def read_single_file(path: Path) -> list[Source]:
+def read_single_file(path: Path, *, ema: bool = False) -> list[Source]:
     """The models in a `.safetensors` file, one `Source` a part.
 
-    Raises SourceError for a file of another family, for one that holds none of the models, and for a damaged
-    file.
+    `ema` takes the moving average of the UNet (`model_ema.*`), which is taken otherwise only where there is
+    no other UNet. Raises SourceError for a file of another family, for one that holds none of the models, or
+    no moving average where that is asked for, and for a damaged file.
     """
-    return _sources(path, *read_header(path), CONTAINER)
+    return _sources(path, *read_header(path), CONTAINER, ema)
 
 
-def read_pickled_file(path: Path) -> list[Source]:
+def read_pickled_file(path: Path, *, ema: bool = False) -> list[Source]:
     """The same for a pickled file (`.ckpt`), which the user must have allowed."""
-    return _sources(path, read_pickled(path), {}, PICKLED)
+    return _sources(path, read_pickled(path), {}, PICKLED, ema)
 
 
 def _sources(
-    path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str], container: str
+    path: Path, tensors: Sequence[Tensor], metadata: Mapping[str, str], container: str, ema: bool
 ) -> list[Source]:
     if len(tensors) > _MOST:
         raise SourceError(path, f"its {len(tensors)} tensors are more than any model here has.", _READ)
     stored = {tensor.name: tensor for tensor in tensors}
     _refuse_others(path, stored)
     fits = {name: fit for name in namings() if (fit := _whole(name, stored))}
-    averaged = False
-    if "unet" not in fits and (average := _averaged(stored)):
-        fits["unet"], averaged = average, True
+    averaged = ema or "unet" not in fits
+    if averaged and (average := _averaged(stored)):
+        fits["unet"] = average
+    elif ema:
+        raise SourceError(path, "holds no EMA copy of the UNet (model_ema.*).", "Omit --ema.")
     if not fits and (alone := _alone(stored)):
         fits[alone.naming.component] = alone
     if not fits:
@@ -291,6 +294,7 @@ def _rest(stored: Mapping[str, Tensor], fits: Iterable[_Fit]) -> tuple[dict[str,
     """The tensors of no model: those that may be left out, by kind, and those inside of a model."""
     found = list(fits)
     used = {name for fit in found for name in fit.stored}
+    averaged = next((fit for fit in found if any(n.startswith(_EMA_PREFIX) for n in fit.stored)), None)
     leftovers: dict[str, list[Tensor]] = {}
     strangers = []
     for name, tensor in stored.items():
@@ -299,7 +303,9 @@ def _rest(stored: Mapping[str, Tensor], fits: Iterable[_Fit]) -> tuple[dict[str,
         inside = next((fit for fit in found if fit.prefix and name.startswith(fit.prefix)), None)
         alone = found[0] if len(found) == 1 and not found[0].prefix else None
         if name.startswith(_EMA_PREFIX):
-            kind: str | None = EMA
+            kind: str | None = EMA if tensor.shape else COUNTERS
+        elif averaged and name.startswith(averaged.naming.prefix):
+            kind = "the UNet beside its EMA copy"
         elif _SCHEDULE.fullmatch(name):
             kind = "noise schedule"
         elif holder := inside or alone:

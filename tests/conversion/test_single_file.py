@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -234,8 +235,6 @@ def test_what_is_there_is_kept(files, pipelines, tmp_path: Path) -> None:
 
 
 def test_values_that_are_not_finite_leave_nothing(pipelines, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(pipelines["sd1"], tmp_path / "pipeline")
     weights = tmp_path / "pipeline" / WEIGHTS["unet"]
     tensors = load_file(weights)
@@ -286,9 +285,27 @@ def only_ema(tensors: Tensors) -> Tensors:
     return {averaged(n) if n.startswith(UNET) else n: tensor for n, tensor in tensors.items()}
 
 
+NOISE = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "logvar",
+    "lvlb_weights",
+    "scale_factor",
+)
+
+
 def buffers(tensors: Tensors) -> Tensors:
-    names = ("betas", "alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance", "logvar")
-    return {**tensors, **{name: np.zeros(1000, np.float32) for name in names}}
+    return {**tensors, **{name: np.zeros(1000, np.float32) for name in NOISE}}
 
 
 def position_ids(tensors: Tensors) -> Tensors:
@@ -321,7 +338,7 @@ def conditioner(tensors: Tensors) -> Tensors:
 WILD: list[tuple[str, Callable[[Tensors], Tensors], str]] = [
     ("sd1", with_ema, "EMA copies"),
     ("sd1", only_ema, ""),
-    ("sd1", buffers, "noise schedule (5 tensors"),
+    ("sd1", buffers, "noise schedule (15 tensors"),
     ("sd1", position_ids, "parts that pictures do not need (1 tensor"),
     ("sd1", without_text_model, ""),
     ("sd2", whole_open_clip, "parts that pictures do not need (14 tensors"),
@@ -343,6 +360,69 @@ def test_files_of_the_wild(version: str, change, note: str, files, pipelines, tm
         assert same(load_file(pipelines[version] / weights), load_file(tmp_path / "pipeline" / weights))
     assert note in "\n".join(result.notes)
     assert ("EMA" in result.parts["unet"]) == (change is only_ema)
+
+
+def test_the_averaged_unet_is_taken_where_that_is_asked_for(files, tmp_path: Path) -> None:
+    tensors = load_file(files["sd1"])
+    save_file(with_ema(tensors), tmp_path / "both.safetensors", own_metadata(files["sd1"]))
+    result = convert(tmp_path / "both.safetensors", out=tmp_path / "out.safetensors", ema=True)
+    assert result.parts["unet"].endswith("(single file .safetensors, EMA weights)")
+    assert "the UNet beside its EMA copy (686 tensors" in "\n".join(result.notes)
+    expected = {n: t + 1 if n.startswith(UNET) else t for n, t in tensors.items()}
+    assert same(load_file(tmp_path / "out.safetensors"), expected)
+    with pytest.raises(Error, match="holds no EMA copy of the UNet"):
+        convert(files["sd1"], out=tmp_path / "no.safetensors", ema=True)
+
+
+def test_the_prompt_of_a_dreambooth_run_is_the_trigger_phrase(pipelines, tmp_path: Path) -> None:
+    shutil.copytree(pipelines["sd1"], tmp_path / "dog")
+    (tmp_path / "dog" / "dreambooth.toml").write_text('instance_prompt = "a photo of sks dog"\n')
+    convert(tmp_path / "dog", out=tmp_path / "dog.safetensors")
+    assert metadata(tmp_path / "dog.safetensors")["modelspec.trigger_phrase"] == "a photo of sks dog"
+
+
+FULL_SIZE = [
+    ("sd1", {}, {"noise schedule": 15}),
+    ("sd2", {"transformer.resblocks.23.ln_1.weight": [1024], "text_projection": [1024, 1024]}, {}),
+]
+
+
+@pytest.mark.parametrize(("version", "beside", "left_out"), FULL_SIZE)
+def test_a_full_size_file_is_told_by_its_header(version, beside, left_out, tmp_path: Path) -> None:
+    """A sparse file: `inspect` reads no tensor."""
+    from kcv2diffusers.conversion.map_check import _shapes
+    from kcv2diffusers.maps.original import naming
+    from kcv2diffusers.maps.tables import tables
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for table in tables().values():
+        of = version if version in table.versions else "any"
+        names = naming(table.name, of)
+        targets, _ = _shapes(table, of)
+        for target, place in names.places(targets).items():
+            shapes[names.prefix + place.name] = place.shape(targets[target])
+    shapes |= {OPEN_CLIP + name: shape for name, shape in beside.items()}
+    shapes |= {name: (1000,) for name in NOISE} if left_out else {}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    file = tmp_path / "model.safetensors"
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + end)
+    found = inspect(file)
+    assert {(entry.part, entry.version) for entry in found} == {
+        ("unet", version),
+        ("text_encoder", version),
+        ("vae_encoder", "any"),
+        ("vae_decoder", "any"),
+    }
+    assert all(entry.standard and not entry.problems for entry in found)
+    unused = {"parts that pictures do not need": len(beside)} if beside else {}
+    assert found[0].left_out == left_out | unused
 
 
 def test_a_file_of_mixed_dtypes_keeps_those_of_its_components(files, tmp_path: Path) -> None:

@@ -125,6 +125,23 @@ def test_path_and_revision(hub: Hub, four: Path, expected: Path, heads: Path, tm
         assert message in hub.refuses("inspect", source)
 
 
+def test_a_single_file(hub: Hub, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """By its path: a repository of community checkpoints holds many."""
+    kcv2diffusers.convert(tiny_pipeline, out=tmp_path / "dog.safetensors")
+    (tmp_path / "merges").mkdir()
+    (tmp_path / "dog.safetensors").rename(tmp_path / "merges" / "dog.safetensors")
+    hub.seed("alice/merges", tmp_path / "merges", at="v2/")
+    source = "hf://alice/merges/v2/dog.safetensors"
+    told = json.loads(hub.does("inspect", source, "--json"))
+    assert {found["part"] for found in told} == set(PARTS)
+    assert told[0]["metadata"]["modelspec.title"] == "dog"
+    tokenizer = tiny_pipeline / "tokenizer"
+    hub.does("convert", source, "--tokenizer", tokenizer, "--out", tmp_path / "out")
+    assert same(tiny_pipeline, tmp_path / "out")
+    assert downloaded(hub) == {"v2/dog.safetensors"}
+    assert "no checkpoint that is read here" in hub.refuses("inspect", "hf://alice/merges")
+
+
 def saved_model(hub: Hub, repo: str, files: dict[str, Path], heads: Path, part: str) -> None:
     hub.seed(repo, files[part] / "saved_model")
     hub.seed(repo, heads)
