@@ -108,7 +108,7 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
         Weight decay is decoupled (Loshchilov and Hutter 2019) and follows each rate; Keras' knows only one.
         """
 
-        fused = _fused_kernel() if config.optimizer == "adamw" else None
+        kernel = _kernel(config.optimizer)
         divisor: Tensor | None = None  # on PyTorch: of the gradients that the fused kernel gets
         counted: int | None = None  # on PyTorch: training steps so far, as the host knows them
 
@@ -137,17 +137,15 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
             else:
                 later = rate * factor * ops.cast(self.iterations < end, "float32")
             pairs = list(zip(grads, variables, strict=True))
-            together = len(pairs) if self.fused else _TOGETHER
+            together = len(pairs) if self.kernel else _TOGETHER
             for slow, own_rate in ((False, rate), (True, later)):
                 group = [pair for pair in pairs if (id(pair[1]) in ids) is slow]
                 for first in range(0, len(group), together):
                     chunk = group[first : first + together]
-                    if self.fused:
-                        self.fused(self, chunk, own_rate, config.weight_decay)
+                    if self.kernel:
+                        self.kernel(self, chunk, own_rate, config.weight_decay)
                         continue
-                    for _, variable in chunk:
-                        kept = ops.cast(1 - own_rate * config.weight_decay, variable.dtype)
-                        variable.assign(variable * kept)
+                    _decay(chunk, own_rate * config.weight_decay)
                     super()._backend_update_step([g for g, _ in chunk], [v for _, v in chunk], own_rate)
 
     optimizer: keras.optimizers.Optimizer = TwoRates(
@@ -161,14 +159,29 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
     return optimizer
 
 
-def _fused_kernel() -> Any:
-    """AdamW by one kernel, where the backend has one."""
+def _kernel(name: str) -> Any:
+    """An update of all weights with their decay, where the backend has one that is quicker than Keras'."""
     backend = keras.backend.backend()
     if backend == "torch":
-        from kcv2diffusers.dreambooth.torch_updates import fused_adamw
+        from kcv2diffusers.dreambooth import torch_updates
 
-        return staticmethod(fused_adamw)
-    return staticmethod(_fused_on_tensorflow) if backend == "tensorflow" else None
+        kernels = {
+            "adamw": torch_updates.fused_adamw,
+            "adam_mini": torch_updates.adam_mini,
+            "lion": torch_updates.lion,
+        }
+        return staticmethod(kernels[name]) if name in kernels else None
+    return staticmethod(_fused_on_tensorflow) if (backend, name) == ("tensorflow", "adamw") else None
+
+
+def _decay(pairs: list[tuple[Tensor, keras.Variable]], factor: Any) -> None:
+    """Take the part `factor` away from the weights."""
+    if keras.backend.backend() == "torch":
+        from kcv2diffusers.dreambooth import torch_updates
+
+        return torch_updates.decay(pairs, factor)
+    for _, variable in pairs:
+        variable.assign(variable * ops.cast(1 - factor, variable.dtype))
 
 
 def _fused_on_tensorflow(

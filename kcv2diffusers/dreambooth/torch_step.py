@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from kcv2diffusers.dreambooth import torch_updates
+
 Tensor = torch.Tensor
 Batch = dict[str, Tensor]
 
@@ -39,7 +41,7 @@ class TorchStep:
             loss, gradients = recording(given), self.gradients
         else:
             loss, gradients = self._compute({name: value.to(self.device) for name, value in given.items()})
-        self.model.optimizer.apply(gradients, self.variables)
+        torch_updates.update(self.model.optimizer, gradients, self.variables)
         return loss
 
     def _compute(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:

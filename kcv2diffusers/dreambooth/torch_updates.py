@@ -6,6 +6,7 @@ What depends on the number of a step is decided on the host, so that nothing wai
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -14,6 +15,45 @@ import torch
 Tensor = torch.Tensor
 Pairs = list[tuple[Tensor, keras.Variable]]
 """Gradients and what they are of."""
+
+
+# Bytes of weights that are updated at a time where copies of them are made meanwhile.
+_CHUNK = 1 << 28
+
+
+@torch.no_grad()
+def update(optimizer: Any, gradients: list[Tensor], variables: list[keras.Variable]) -> None:
+    """Apply the gradients of the scaled loss by the optimizer of a compiled model; they may be overwritten.
+
+    Of float16 there is one wait for the device, to know whether all gradients are numbers; PyTorch's
+    GradScaler has it too.
+    """
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        _apply_scaled(optimizer, gradients, variables)
+    else:
+        optimizer.apply(gradients, variables)
+
+
+def _apply_scaled(scaling: Any, gradients: list[Tensor], variables: list[keras.Variable]) -> None:
+    """Keras' `LossScaleOptimizer.apply`: the scale doubles after a number of good steps, and is halved in one
+    whose gradients are not finite, which then changes nothing else.
+    """
+    if not scaling.built:
+        scaling.build(variables)
+    counter, scale = scaling.step_counter.value, scaling.dynamic_scale.value
+    good = getattr(scaling, "good_steps", None)
+    if good is None:  # as the host knows it, after the first step
+        good = int(counter)
+    finite = bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite())
+    if finite:
+        torch._foreach_div_(gradients, scale)
+        scaling.inner_optimizer.apply(gradients, variables)
+    grows = finite and good == scaling.dynamic_growth_steps - 1
+    good = good + 1 if finite and not grows else 0
+    counter.fill_(good)
+    if grows or not finite:
+        scale.mul_(2.0 if grows else 0.5)
+    scaling.good_steps = good
 
 
 @torch.no_grad()
@@ -31,7 +71,7 @@ def apply(optimizer: Any, gradients: list[Tensor], variables: list[keras.Variabl
         optimizer.divisor = None
         if optimizer.global_clipnorm:
             optimizer.divisor = excess(gradients, optimizer.global_clipnorm)
-            if not optimizer.fused:
+            if optimizer.kernel is not fused_adamw:
                 torch._foreach_div_(gradients, optimizer.divisor)
         optimizer._backend_update_step(gradients, variables, optimizer.learning_rate)
         if every > 1:
@@ -77,3 +117,68 @@ def fused_adamw(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) 
         # Keras adds epsilon before the second moment's bias is corrected, PyTorch after.
         eps=optimizer.epsilon / math.sqrt(1 - optimizer.beta_2 ** (done + 1)),
     )
+
+
+def adam_mini(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) -> None:
+    """`AdamMini.update_step`, of many weights at a time."""
+    done = optimizer.count() // (optimizer.gradient_accumulation_steps or 1) + 1
+    for chunk in _chunks(pairs):
+        places = [optimizer._get_variable_index(variable) for _, variable in chunk]
+        gradients = [gradient.float() for gradient, _ in chunk]
+        first = [optimizer.first[place].value for place in places]
+        second = [optimizer.second[place].value for place in places]
+        shared = [optimizer.shared[place] for place in places]
+        means = [torch.empty_like(gradient) for gradient in gradients]
+        torch._foreach_copy_(means, first)
+        torch._foreach_lerp_(means, gradients, 1 - optimizer.beta_1)
+        torch._foreach_copy_(first, means)
+        # The mean of squares along the shared axes: of one operation each, which makes no copy of a weight.
+        norms = [
+            torch.linalg.vector_norm(gradient, dim=axes, keepdim=True) if axes else gradient
+            for gradient, axes in zip(gradients, shared, strict=True)
+        ]
+        squares = torch._foreach_mul(norms, norms)
+        counts = [g.numel() // norm.numel() for g, norm in zip(gradients, norms, strict=True)]
+        torch._foreach_div_(squares, [float(count) for count in counts])
+        torch._foreach_lerp_(second, squares, 1 - optimizer.beta_2)
+        torch._foreach_copy_(squares, second)
+        torch._foreach_div_(squares, 1 - optimizer.beta_2**done)
+        torch._foreach_sqrt_(squares)
+        torch._foreach_add_(squares, optimizer.epsilon)
+        torch._foreach_div_(means, squares)
+        _move(chunk, means, rate / (1 - optimizer.beta_1**done), rate * weight_decay)
+
+
+def lion(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) -> None:
+    """Keras' Lion, of many weights at a time."""
+    for chunk in _chunks(pairs):
+        gradients = [gradient for gradient, _ in chunk]
+        momentums = [optimizer._momentums[optimizer._get_variable_index(v)].value for _, v in chunk]
+        steps = torch._foreach_lerp(momentums, gradients, 1 - optimizer.beta_1)
+        torch._foreach_sign_(steps)
+        torch._foreach_lerp_(momentums, gradients, 1 - optimizer.beta_2)
+        _move(chunk, list(steps), rate, rate * weight_decay)
+
+
+def decay(pairs: Pairs, factor: float) -> None:
+    """Take the part `factor` away from the weights."""
+    torch._foreach_mul_([variable.value for _, variable in pairs], 1 - factor)
+
+
+def _move(pairs: Pairs, steps: list[Tensor], rate: float, factor: float) -> None:
+    decay(pairs, factor)
+    torch._foreach_add_([variable.value for _, variable in pairs], steps, alpha=-rate)
+
+
+def _chunks(pairs: Pairs) -> Iterator[Pairs]:
+    """Parts of `pairs` of about `_CHUNK` bytes."""
+    chunk: Pairs = []
+    size = 0
+    for pair in pairs:
+        chunk.append(pair)
+        size += pair[0].numel() * pair[0].element_size()
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -57,8 +57,9 @@ def step(library: Path, **options: Any) -> dict[str, Any]:
         {},
         {"accumulate": 1, "ema": 0.99, "lr_schedule": "cosine", "warmup_steps": 3, "lora": 4},
         {"accumulate": 2, "precision": "float32", "clip_norm": 0.0},
+        {"optimizer": "lion"},
     ],
-    ids=["plain", "lora", "accumulate"],
+    ids=["plain", "lora", "accumulate", "lion"],
 )
 def test_nothing_in_a_step_waits_for_the_device_or_copies_to_it(
     library: Path, options: dict[str, Any]
@@ -67,6 +68,21 @@ def test_nothing_in_a_step_waits_for_the_device_or_copies_to_it(
     assert found["waits"] == [] and found["copies"] == []
     assert found["operations"]["gradients"] > 500
     # One operation over all weights, not one for each (the UNet has more than 200).
+    assert 0 < found["operations"]["update"] < 50
+
+
+def test_adam_mini_has_one_operation_for_each_weight_that_shares_a_moment(library: Path) -> None:
+    """Keras' own update had 6,956 operations and 1,248 copies to the device."""
+    found = step(library, optimizer="adam_mini")
+    assert found["waits"] == [] and found["copies"] == []
+    assert 0 < found["operations"]["update"] < found["kernels"] + 40
+
+
+def test_float16_waits_once_a_step(library: Path) -> None:
+    """To know whether all gradients are numbers. Keras' own had 1,268 operations, 3 waits and 3 copies."""
+    found = step(library, precision="mixed_float16")
+    assert len(found["waits"]) == 1 and "isfinite" in found["waits"][0]
+    assert found["copies"] == []
     assert 0 < found["operations"]["update"] < 50
 
 

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from kcv2diffusers.dreambooth import torch_updates
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
 
@@ -91,6 +92,54 @@ def test_adamw_is_keras_own(clip: float) -> None:
                 one.apply([keras.ops.convert_to_tensor(clipped, "float32")], [variable])
     for variable, expected in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (variable, expected)), atol=1e-6)
+
+
+@pytest.mark.parametrize("together", [1, 1 << 28], ids=["one at a time", "all"])
+def test_lion_is_keras_own(monkeypatch: pytest.MonkeyPatch, together: int) -> None:
+    monkeypatch.setattr(torch_updates, "_CHUNK", together)
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal(shape).astype("float32") for shape in ((3, 4), (5,), (2, 2, 3))]
+    ours, theirs = ([keras.Variable(value) for value in values] for _ in range(2))
+    config = Config(optimizer="lion", learning_rate=RATE, weight_decay=DECAY, clip_norm=0)
+    optimizer, plain = make_optimizer(config, ()), keras.optimizers.Lion(RATE, weight_decay=DECAY)
+    for _ in range(4):
+        gradients = [rng.standard_normal(value.shape).astype("float32") for value in values]
+        optimizer.apply([keras.ops.convert_to_tensor(gradient) for gradient in gradients], ours)
+        plain.apply([keras.ops.convert_to_tensor(gradient) for gradient in gradients], theirs)
+    for variable, expected, value in zip(ours, theirs, values, strict=True):
+        found, wanted = map(keras.ops.convert_to_numpy, (variable, expected))
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+        assert np.abs(found - value).max() > RATE
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam_mini", "lion"])
+def test_float16_scaling_is_keras_own(name: str) -> None:
+    """The scale doubles after three good steps, and is halved in a step that is skipped."""
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal(shape).astype("float32") for shape in ((3, 4), (5,))]
+    both = []
+    for _ in range(2):
+        variables = [keras.Variable(value) for value in values]
+        config = Config(optimizer=name, learning_rate=RATE, weight_decay=DECAY, clip_norm=0.5)
+        inner = make_optimizer(config, ())
+        scaling = keras.optimizers.LossScaleOptimizer(inner, initial_scale=8.0, dynamic_growth_steps=3)
+        scaling.build(variables)
+        both.append((scaling, variables))
+    scales = []
+    for step in range(9):
+        gradients = [8 * rng.standard_normal(value.shape).astype("float32") for value in values]
+        if step in (1, 5):
+            gradients[1][2] = np.inf if step == 1 else np.nan
+        (ours, mine), (theirs, other) = both
+        torch_updates.update(ours, [keras.ops.convert_to_tensor(g.copy()) for g in gradients], mine)
+        theirs.apply([keras.ops.convert_to_tensor(g.copy()) for g in gradients], other)
+        for variable, expected in zip(ours.variables, theirs.variables, strict=True):
+            np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (variable, expected)))
+        for variable, expected in zip(mine, other, strict=True):
+            np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (variable, expected)), atol=1e-6)
+        scales.append(float(ours.dynamic_scale))
+    assert scales == [8, 4, 4, 4, 8, 4, 4, 4, 8]
+    assert int(both[0][0].iterations) == 7
 
 
 @pytest.mark.parametrize("name", ["adam_mini", "lion"])

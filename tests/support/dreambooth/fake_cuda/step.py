@@ -75,6 +75,7 @@ def main() -> None:
     import numpy as np
 
     from kcv2diffusers import models
+    from kcv2diffusers.dreambooth import torch_updates
     from kcv2diffusers.dreambooth.config import Config
     from kcv2diffusers.dreambooth.lora import add_lora
     from kcv2diffusers.dreambooth.model import DreamBooth
@@ -106,7 +107,9 @@ def main() -> None:
             "prior": np.zeros(2, "float32"),
         }
         on_device = {name: torch.from_numpy(value).to("cuda:0") for name, value in batch.items()}
-        model.optimizer.counted = 0  # to ask the device would wait for it, once before the first step
+        # To ask the device would wait for it, once before the first step.
+        getattr(model.optimizer, "inner_optimizer", model.optimizer).counted = 0
+        model.optimizer.good_steps = 0
         with Watch() as watch:
             watch.phase = "gradients"
             step.into_gradients(on_device)
@@ -114,8 +117,10 @@ def main() -> None:
                 float(step.gradients[0].sum())
                 torch.ones(3).to("cuda:0")
             watch.phase = "update"
-            model.optimizer.apply(step.gradients, step.variables)
-    print(json.dumps({"waits": watch.waits, "copies": watch.copies, "operations": watch.counts}))
+            torch_updates.update(model.optimizer, step.gradients, step.variables)
+    kernels = sum(len(variable.shape) > 1 for variable in step.variables)
+    found = {"waits": watch.waits, "copies": watch.copies, "operations": watch.counts, "kernels": kernels}
+    print(json.dumps(found))
 
 
 main()
