@@ -283,7 +283,7 @@ def ours(row: Row, arguments: argparse.Namespace) -> tuple[Step, Step]:
 
     from kcv2diffusers import models
     from kcv2diffusers.dreambooth.config import Config
-    from kcv2diffusers.dreambooth.lora import add_lora
+    from kcv2diffusers.dreambooth.lora import add_lora, store_frozen_as_computed
     from kcv2diffusers.dreambooth.model import DreamBooth
     from kcv2diffusers.dreambooth.optimizers import make_optimizer
     from kcv2diffusers.models.layers import dtype_policy, zeros
@@ -300,6 +300,7 @@ def ours(row: Row, arguments: argparse.Namespace) -> tuple[Step, Step]:
             variable.assign(np.resize(block, variable.shape))
         if row.lora:
             add_lora(unet, row.lora, row.lora)
+            store_frozen_as_computed(unet)
         model = DreamBooth(unet)
     optimizer = make_optimizer(Config(learning_rate=1e-6), ())
     model.compile(optimizer, jit_compile=row.backend == "jax")

@@ -28,6 +28,30 @@ def add_lora(model: keras.Model, rank: int, alpha: float, seed: int = 0) -> None
     model.predict_function = None  # one that was compiled before would not have the updates
 
 
+def store_frozen_as_computed(model: keras.Model) -> None:
+    """Keep the frozen weights of `model` in the dtype that its layers compute in, which may have 16 bits.
+
+    Keras casts them to it in every step: what is computed stays the same bit for bit. Those of norms, which
+    it does not cast, stay float32.
+
+    Variables of TensorFlow cannot change their dtype; there nothing is done.
+    """
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        return
+    for layer in model._flatten_layers():
+        dtype = keras.backend.standardize_dtype(layer.compute_dtype)
+        for variable in (*layer._trainable_variables, *layer._non_trainable_variables):
+            casts = variable._autocast and keras.backend.is_float_dtype(variable._dtype)
+            if variable.trainable or not casts or variable._dtype == dtype:
+                continue
+            if backend == "torch":  # in place: the layer as PyTorch's module has the same parameter
+                variable._value.data = keras.ops.cast(variable._value.data, dtype)
+            else:
+                variable._value = keras.ops.cast(variable._value, dtype)
+            variable._dtype = dtype
+
+
 def attention_projections(model: keras.Model) -> list[keras.layers.Dense]:
     """The query, key, value and output layers of all attention in the UNet or text encoder."""
     names = ("to_q", "to_k", "to_v", "out_proj", "q_proj", "k_proj", "v_proj")

@@ -92,7 +92,9 @@ def savings(config: Config, files: Matches) -> dict[str, float]:
 
 
 def training_bytes(config: Config, match: Match) -> float:
-    """What training a part takes beside its weights: gradients, the optimizer's state, averages and sums."""
+    """What training a part takes beside its weights in float32: gradients, the optimizer's state, averages,
+    sums, and low-rank updates, less what frozen weights save in 16 bits.
+    """
     kept = 1 + STATES[config.optimizer] + bool(config.ema) + (config.accumulate > 1)
     if not config.lora_rank:
         return 4 * kept * _count(match)
@@ -101,7 +103,8 @@ def training_bytes(config: Config, match: Match) -> float:
         for slot, tensor in match.slots()
         if slot.target.removesuffix(".weight").endswith(_PROJECTIONS) and slot.target.endswith(".weight")
     ]
-    return 4 * (kept + 1) * config.lora_rank * sum(sizes)  # the updates themselves are more weights
+    halved = 2 * _count(match) if config.precision.startswith("mixed") else 0
+    return 4 * (kept + 1) * config.lora_rank * sum(sizes) - halved
 
 
 def _count(match: Match) -> int:

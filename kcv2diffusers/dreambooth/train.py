@@ -22,7 +22,7 @@ from kcv2diffusers.dreambooth.devices import allow_tf32, best_precision, spread
 from kcv2diffusers.dreambooth.drawings import Drawings, samples
 from kcv2diffusers.dreambooth.examples import class_photos, encode, make_examples, usable_photos
 from kcv2diffusers.dreambooth.follow import LOG, Follow, Unread, read_log
-from kcv2diffusers.dreambooth.lora import add_lora
+from kcv2diffusers.dreambooth.lora import add_lora, store_frozen_as_computed
 from kcv2diffusers.dreambooth.memory import memory_errors, training_advice
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
@@ -217,6 +217,8 @@ def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
         rematerialise(model, config.rematerialise)
         if config.lora_rank:
             add_lora(model, config.lora_rank, config.lora_alpha or config.lora_rank, config.seed)
+    for part in (base.unet, base.text_encoder, base.decoder, base.image_encoder):
+        store_frozen_as_computed(part)
     return trained
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import keras
@@ -12,9 +13,11 @@ from support.models.backend_run import TEXT, UNET, gradients
 
 from kcv2diffusers import models
 from kcv2diffusers.diffusion import SD, Schedule, alphas_cumprod, timestep_embedding
-from kcv2diffusers.dreambooth.lora import add_lora, attention_projections
+from kcv2diffusers.dreambooth.lora import add_lora, attention_projections, store_frozen_as_computed
 from kcv2diffusers.dreambooth.model import DreamBooth, embed
-from kcv2diffusers.models.layers import dense
+from kcv2diffusers.dreambooth.snapshots import Snapshots
+from kcv2diffusers.dreambooth.torch_step import TorchStep
+from kcv2diffusers.models.layers import dense, dtype_policy
 
 RNG = np.random.default_rng(0)
 OPTIONS: dict[str, Any] = {"prior_weight": 0.3, "snr_gamma": 2.0, "prediction_type": "v_prediction"}
@@ -180,3 +183,36 @@ def test_lora_starts_at_the_base_and_saves_merged(tmp_path) -> None:
     plain = models.build_unet(UNET)
     plain.load_weights(tmp_path / "merged.weights.h5")
     np.testing.assert_allclose(plain.predict_on_batch(given), changed, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_frozen_weights_in_16_bits_change_no_bit(policy: str) -> None:
+    """Of the loss and of the gradients; those in float32 stay so."""
+    rng = np.random.default_rng(0)
+    with dtype_policy(policy):
+        unet, text_encoder = models.build_unet(UNET), models.build_text_encoder(TEXT)
+        for part in (unet, text_encoder):
+            add_lora(part, 2, 2)
+            for layer in attention_projections(part):
+                layer.lora_kernel_b.assign(0.1 * rng.standard_normal(layer.lora_kernel_b.shape))
+        model = DreamBooth(unet, text_encoder)
+    frozen = [v for part in (unet, text_encoder) for v in part.weights if not v.trainable]
+    found, sizes = [], []
+    for _ in range(2):
+        sizes.append(Snapshots(frozen).bytes)
+        step = TorchStep(model)
+        model.optimizer = SimpleNamespace(scale_loss=lambda loss: 128 * loss)
+        loss, gradients = step._compute(tensors(TOKENS))
+        found.append([keras.ops.convert_to_numpy(one) for one in (loss, *gradients)])
+        for part in (unet, text_encoder):
+            store_frozen_as_computed(part)
+    assert 0.5 <= sizes[1] / sizes[0] < 0.52
+    assert {v.dtype for v in model.trainable_variables} == {"float32"}
+    assert {v.dtype for v in frozen if len(v.shape) > 1} == {policy.removeprefix("mixed_")}
+    assert all(keras.backend.standardize_dtype(v.value.dtype) == v.dtype for v in frozen)
+    parameters = {id(parameter) for part in (unet, text_encoder) for parameter in part.parameters()}
+    assert {id(variable._value) for variable in frozen} <= parameters
+    assert np.isfinite(found[0][0]) and len(found[0]) > 10
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 from support.checkpoints import small_base
 from support.dreambooth.run import PROMPTS, command, environment, run
 
@@ -198,6 +199,31 @@ def test_the_lora_file_is_the_merged_weights(
     merged, loaded, untrained = pictures
     assert np.abs(merged - loaded).max() < 2e-3
     assert np.abs(merged - untrained).max() > 2e-2
+
+
+def test_what_a_lora_run_leaves_alone_is_the_base(
+    base: Path, photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Bit for bit, though frozen weights are held in 16 bits; merged kernels are the sum in float32."""
+    options = ["--class-images", whole / "class", "--lora-rank", "2", "--precision", "bf16", "--steps", "2"]
+    options += ["--learning-rate", "1e-1", "--sample-prompt", "a car"]
+    done = run(base, photos, tmp_path, *COMMON, *options)
+    assert done.returncode == 0, done.stderr
+    checkpoint = tmp_path / "checkpoints" / "step-000002"
+    trained, before = weights(checkpoint), weights(base)
+    changed = different(trained, {name: before[name] for name in trained})
+    updates = load_file(checkpoint / "pytorch_lora_weights.safetensors")
+    products = [
+        (updates[name.replace("lora_A", "lora_B")] @ first).T
+        for name, first in updates.items()
+        if "lora_A" in name
+    ]
+    # Attention to one place alone has no gradient for its queries and keys.
+    assert 100 < len(changed) == sum(product.any() for product in products) <= len(updates) // 2
+    for name in changed:
+        update = trained[name] - before[name]
+        nearest = min(np.abs(update - one).max() for one in products if one.shape == update.shape)
+        assert nearest < 1e-6 < np.abs(update).max()
 
 
 def test_legacy_checkpoints(base: Path, photos: Path, whole: Path, tmp_path: Path) -> None:

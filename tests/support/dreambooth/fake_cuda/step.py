@@ -77,7 +77,7 @@ def main() -> None:
     from kcv2diffusers import models
     from kcv2diffusers.dreambooth import torch_updates
     from kcv2diffusers.dreambooth.config import Config
-    from kcv2diffusers.dreambooth.lora import add_lora
+    from kcv2diffusers.dreambooth.lora import add_lora, store_frozen_as_computed
     from kcv2diffusers.dreambooth.model import DreamBooth
     from kcv2diffusers.dreambooth.optimizers import make_optimizer
     from kcv2diffusers.dreambooth.torch_step import TorchStep
@@ -93,6 +93,7 @@ def main() -> None:
             unet = models.build_unet(config)
             if lora:
                 add_lora(unet, lora, lora)
+                store_frozen_as_computed(unet)
             model = DreamBooth(unet, snr_gamma=5.0)
         model.compile(make_optimizer(Config(learning_rate=1e-6, **options), ()), jit_compile=False)
         model.optimizer.build(model.trainable_variables)
