@@ -44,6 +44,23 @@ def allow_tf32() -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
+@contextmanager
+def attention_noted(notes: list[str]) -> Iterator[None]:
+    """After this block, on JAX and a GPU or TPU, `notes` has a sentence on how attention was computed in it.
+
+    That depends on lengths, widths and precision, and does not show but in time and memory.
+    """
+    if keras.backend.backend() != "jax":
+        yield
+        return
+    from kcv2diffusers.models import jax_layers
+
+    jax_layers.forget()
+    yield
+    if words := jax_layers.chosen():
+        notes.append(words)
+
+
 def _half(capability: Any) -> str:
     """The policy for a CUDA compute capability, such as "8.0" or (8, 0); none of a CPU."""
     if not capability:

@@ -18,7 +18,7 @@ from kcv2diffusers.conversion.to_diffusers import convert, is_output
 from kcv2diffusers.dreambooth.batches import Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, least_bytes, saved_steps
 from kcv2diffusers.dreambooth.config import Config
-from kcv2diffusers.dreambooth.devices import allow_tf32, best_precision, spread
+from kcv2diffusers.dreambooth.devices import allow_tf32, attention_noted, best_precision, spread
 from kcv2diffusers.dreambooth.drawings import Drawings, samples
 from kcv2diffusers.dreambooth.examples import class_photos, encode, make_examples, usable_photos
 from kcv2diffusers.dreambooth.follow import LOG, Follow, Unread, read_log
@@ -122,7 +122,7 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
             def advice() -> str:
                 return training_advice(config, matches, model, lambda: batches.step(run.step))
 
-            with _signals(run.stop), memory_errors(advice), checkpoints.finished():
+            with _signals(run.stop), memory_errors(advice), checkpoints.finished(), attention_noted(notes):
                 callbacks = Unread([run], add_history=True, model=model, epochs=1, steps=len(batches))
                 model.fit(_dataset(batches), epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
     if run.problem:

@@ -10,6 +10,21 @@ from keras import backend, ops
 
 Tensor = Any
 
+FUSED, TWICE = "cuDNN's fused kernel", "scores computed twice"
+_chosen: dict[str, dict[str, None]] = {FUSED: {}, TWICE: {}}  # for what attention, in the order it was met
+
+
+def forget() -> None:
+    """Forget what `chosen` has to tell. Keras builds models with lengths that it makes up."""
+    for what in _chosen.values():
+        what.clear()
+
+
+def chosen() -> str:
+    """The way that attention is computed on a GPU or TPU, for all that was traced; empty on a CPU."""
+    parts = [f"{way} ({', '.join(what)})" for way, what in _chosen.items() if what]
+    return f"Attention: {'; '.join(parts)}." if parts else ""
+
 
 def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     """Attention of (batch, length, heads, width) tensors.
@@ -18,7 +33,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor
     gigabyte in each of the five finest layers of a UNet.
     """
     device = jax.devices()[0]
-    if has_kernel(query, key, device):
+    fused = has_kernel(query, key, device)
+    if device.platform != "cpu":
+        what = f"{query.shape[1]} on {key.shape[1]} of width {query.shape[-1]} in {query.dtype}"
+        _chosen[FUSED if fused else TWICE][what] = None
+    if fused:
         return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
     attend = partial(ops.dot_product_attention, is_causal=causal, flash_attention=False)
     if device.platform == "cpu":

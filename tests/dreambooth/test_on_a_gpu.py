@@ -97,6 +97,7 @@ import jax
 from jax import numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 from types import SimpleNamespace
+from kcv2diffusers.dreambooth.devices import attention_noted
 from kcv2diffusers.models import jax_layers
 
 client = SimpleNamespace(platform_version="cuda 13000")
@@ -105,6 +106,9 @@ jax_layers.jax = SimpleNamespace(devices=lambda: [card], nn=jax.nn, checkpoint=j
 fused.check_cudnn_version = lambda: 91900
 fused.check_compute_capability = lambda least: True
 fused.is_cuda_compute_capability_equal = lambda other: False
+notes = []
+noting = attention_noted(notes)
+noting.__enter__()
 for length, width in ((4096, 40), (77, 40), (1024, 80), (256, 160)):
     query = jnp.zeros((1, length if length != 77 else 4096, 8, width), "bfloat16")
     key = jnp.zeros((1, length, 8, width), "bfloat16")
@@ -112,6 +116,8 @@ for length, width in ((4096, 40), (77, 40), (1024, 80), (256, 160)):
     program = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(query, key).lower(lowering_platforms=("cuda",))
     text = program.as_text()
     print(length, width, "fmhaSoftmax" in text, "fmhaSoftmaxBackward" in text)
+noting.__exit__(None, None, None)
+print(*notes)
 """
 
 
@@ -132,7 +138,17 @@ def test_jax_takes_cudnns_attention_where_it_has_one() -> None:
         "77 40 False False",
         "1024 80 True True",
         "256 160 False False",
+        "Attention: cuDNN's fused kernel (4096 on 4096 of width 40 in bfloat16, 1024 on 1024 of width 80 in "
+        "bfloat16); scores computed twice (4096 on 77 of width 40 in bfloat16, 256 on 256 of width 160 in "
+        "bfloat16).",
     ]
+
+
+def test_nothing_is_said_of_attention_on_pytorch() -> None:
+    notes: list[str] = []
+    with devices.attention_noted(notes):
+        pass
+    assert notes == []
 
 
 @pytest.mark.parametrize(
