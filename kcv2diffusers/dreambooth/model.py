@@ -144,7 +144,7 @@ class Last(keras.metrics.Metric):  # type: ignore[misc]
 
 
 def embed(timesteps: Tensor, width: int) -> Tensor:
-    """Sinusoids of (n,) timesteps, cosines first, (n, width): `diffusion.timestep_embedding` on the device."""
+    """Sinusoids of (n,) timesteps, cosines first, (n, width): `timestep_embedding` on the device."""
     half = width // 2
     frequencies = ops.exp(-math.log(10000) * ops.arange(half, dtype="float32") / half)
     angles = ops.cast(timesteps, "float32")[:, None] * frequencies

@@ -27,7 +27,6 @@ from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.isolated import Child, Died, isolated, start
 from kcv2diffusers.sources.tensor import Tensor
 
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _AT_ONCE = 4  # files parsed side by side: as many as a pipeline has parts
 _MAX_DEPTH = 64
 _MAX_OBJECTS = 50_000

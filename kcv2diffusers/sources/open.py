@@ -1,11 +1,14 @@
-"""Checkpoint readers, one a container. `open_sources` finds the right one from the contents."""
+"""From a path to the models that lie there: `READERS` has one entry for each container, in the order in which
+they are tried. A new container is one more entry.
+"""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple
 
 from kcv2diffusers.errors import SourceError, pipeline_given, reading
 from kcv2diffusers.maps.tables import specs
@@ -16,12 +19,34 @@ from kcv2diffusers.sources.pickled import ENDINGS as PICKLED
 from kcv2diffusers.sources.source import Source
 from kcv2diffusers.sources.tensor_bundle import is_table
 
-_ENDINGS = (".h5", ".hdf5", ".keras", ".weights.json")
 SINGLE_FILE = ".safetensors"
+_ENDINGS = (".h5", ".hdf5", ".keras", ".weights.json")  # of files that are looked for in a folder
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_HDF5_OFFSETS = (0, 512, 1024, 2048)  # where that signature may stand
+_HEAD = _HDF5_OFFSETS[-1] + len(_HDF5)  # bytes of a file that are looked at
 _KINDS = (
     "Legacy .h5, whole-model .h5, .weights.h5 (or the .weights.json of its shards), .keras, "
-    "SavedModel folders and TensorFlow checkpoints are read."
+    "SavedModel folders, TensorFlow checkpoints and single .safetensors files are read."
 )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is at a path: `head` are the first bytes of a file, empty for anything else. `allow_pickle` and
+    `ema` are as in `open_sources`.
+    """
+
+    path: Path
+    head: bytes = b""
+    allow_pickle: bool = False
+    ema: bool = False
+
+
+class Reader(NamedTuple):
+    """A container: whether something is of this kind, and what reads it into one `Source` for each model."""
+
+    matches: Callable[[Found], bool]
+    read: Callable[[Found], list[Source]]
 
 
 def open_sources(path: Path, *, allow_pickle: bool = False, ema: bool = False) -> list[Source]:
@@ -31,12 +56,10 @@ def open_sources(path: Path, *, allow_pickle: bool = False, ema: bool = False) -
     the moving average of the UNet in single files. Raises SourceError if there is none or one cannot be read.
     """
     with reading(path):
-        if path.is_file() and allow_pickle and path.suffix in PICKLED:
-            return single_file.read_pickled_file(path, ema=ema)
-        if path.is_file() and path.suffix == SINGLE_FILE:
-            require_own(path)
-            return single_file.read_single_file(path, ema=ema)
-        return _open(path)
+        models = _open(path, allow_pickle, ema)
+    if not models:
+        raise SourceError(path, "an HDF5 file, but not one that Keras saved layers in.", _KINDS)
+    return models
 
 
 def open_all(paths: Sequence[Path], *, allow_pickle: bool = False, ema: bool = False) -> list[Source]:
@@ -52,34 +75,69 @@ def open_all(paths: Sequence[Path], *, allow_pickle: bool = False, ema: bool = F
         return [source for path in paths for source in open_sources(path, allow_pickle=allow_pickle, ema=ema)]
 
 
-def _open(path: Path) -> list[Source]:
+def _open(path: Path, allow_pickle: bool = False, ema: bool = False) -> list[Source]:
+    """The models at a path; none in an HDF5 file that is not Keras'."""
+    found = Found(path, _head(path), allow_pickle, ema)
+    if path.is_file() and not _is_allowed_pickle(found):
+        require_own(path)
+        if not found.head:
+            raise SourceError(path, "the file is empty.")
+    for reader in READERS:
+        if reader.matches(found):
+            return reader.read(found)
     if not path.exists():
-        index = path.with_name(path.name + ".index")
-        if index.is_file():
-            return _checkpoint(path)
         raise SourceError(path, "no such file or folder.", "Check the path.")
-    if path.is_file():
-        return _file(path)
-    if not path.is_dir():
+    if not path.is_file():
         raise SourceError(path, "neither a file nor a folder.", "Check the path.")
-    if (path / "variables" / "variables.index").is_file():
-        require_own(path / "variables" / "variables.index")
-        from kcv2diffusers.sources.tensorflow import read_saved_model
-
-        return read_saved_model(path)
-    return _folder(path)
+    unknown = "not a Keras checkpoint (unknown kind of file).", _KINDS
+    raise SourceError(path, *(reason(path) or unknown))
 
 
-def _checkpoint(prefix: Path) -> list[Source]:
+def _head(path: Path) -> bytes:
+    if not path.is_file():
+        return b""
+    with path.open("rb") as file:
+        return file.read(_HEAD)
+
+
+def _is_prefix(found: Found) -> bool:
+    return not found.path.exists() and Path(f"{found.path}.index").is_file()
+
+
+def _is_saved_model(found: Found) -> bool:
+    return (found.path / "variables" / "variables.index").is_file()
+
+
+def _is_allowed_pickle(found: Found) -> bool:
+    return found.allow_pickle and found.path.suffix in PICKLED and found.path.is_file()
+
+
+def _is_hdf5(found: Found) -> bool:
+    return any(found.head[start:].startswith(_HDF5) for start in _HDF5_OFFSETS)
+
+
+def _read_checkpoint(found: Found) -> list[Source]:
+    """A TensorFlow checkpoint, by its prefix or its `.index` file."""
     from kcv2diffusers.sources.tensorflow import read_checkpoint
 
+    path = found.path
+    prefix = path.with_suffix("") if path.suffix == ".index" and path.is_file() else path
     require_own(Path(f"{prefix}.index"))
     return read_checkpoint(prefix)
 
 
-def _folder(path: Path) -> list[Source]:
+def _read_saved_model(found: Found) -> list[Source]:
+    from kcv2diffusers.sources.tensorflow import read_saved_model
+
+    require_own(found.path / "variables" / "variables.index")
+    return read_saved_model(found.path)
+
+
+def _read_folder(found: Found) -> list[Source]:
+    """Every checkpoint in a folder, not those of folders below that are no SavedModels."""
     from kcv2diffusers.sources import hdf5
 
+    path = found.path
     if (path / MODEL_INDEX).is_file():
         raise pipeline_given(path)
     if (path / "saved_model.pb").is_file():
@@ -88,24 +146,62 @@ def _folder(path: Path) -> list[Source]:
         )
     entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".")]
     shards = {name for e in entries if e.name.endswith(".weights.json") for name in _shards(e)}
-    found: list[Source] = []
+    models: list[Source] = []
     with hdf5.ahead(entries):
         for entry in entries:
             if entry.is_dir():
-                if (entry / "saved_model.pb").is_file() or (entry / "variables").is_dir():
-                    found += _open(entry)
-            elif entry.suffix == ".index" and _is_checkpoint(entry):
-                found += _checkpoint(entry.with_suffix(""))
-            elif entry.name.endswith(_ENDINGS) and entry.name not in shards:
-                found += _file(entry, others=True)
-    if not found:
+                wanted = (entry / "saved_model.pb").is_file() or (entry / "variables").is_dir()
+            elif entry.suffix == ".index":
+                wanted = _is_checkpoint(entry)
+            else:
+                wanted = entry.name.endswith(_ENDINGS) and entry.name not in shards
+            if wanted:
+                models += _open(entry)
+    if not models:
         for entry in filter(Path.is_file, entries):
             if known := reason(entry):
                 raise SourceError(entry, *known)
             if entry.name.endswith(_ENDINGS):
-                _file(entry)  # which says what it is
+                open_sources(entry)  # which says what it is
         raise SourceError(path, "no checkpoint in this folder.", _KINDS)
-    return found
+    return models
+
+
+def _read_sharded(found: Found) -> list[Source]:
+    from kcv2diffusers.sources.keras3_h5 import read_sharded
+
+    return read_sharded(found.path)
+
+
+def _read_archive(found: Found) -> list[Source]:
+    from kcv2diffusers.sources.keras3_h5 import read_archive
+
+    return read_archive(found.path)
+
+
+def _read_hdf5(found: Found) -> list[Source]:
+    """Weights or a whole model, of Keras 2 or Keras 3; none if Keras did not write the file."""
+    from kcv2diffusers.sources import hdf5, keras3_h5, legacy_h5
+
+    tree = hdf5.read_tree(found.path)
+    return legacy_h5.read(tree) or keras3_h5.read(tree)
+
+
+READERS: tuple[Reader, ...] = (
+    Reader(_is_prefix, _read_checkpoint),
+    Reader(_is_saved_model, _read_saved_model),
+    Reader(lambda found: found.path.is_dir(), _read_folder),
+    Reader(_is_allowed_pickle, lambda found: single_file.read_pickled_file(found.path, ema=found.ema)),
+    Reader(
+        lambda found: found.path.suffix == SINGLE_FILE and bool(found.head),
+        lambda found: single_file.read_single_file(found.path, ema=found.ema),
+    ),
+    Reader(lambda found: found.path.name.endswith(".weights.json") and bool(found.head), _read_sharded),
+    Reader(lambda found: found.path.suffix == ".index" and bool(found.head), _read_checkpoint),
+    Reader(lambda found: found.head.startswith(b"PK\x03\x04"), _read_archive),
+    Reader(_is_hdf5, _read_hdf5),
+)
+"""Every container, the first that matches is taken."""
 
 
 def _is_checkpoint(index: Path) -> bool:
@@ -116,34 +212,3 @@ def _is_checkpoint(index: Path) -> bool:
 def _shards(index: Path) -> list[str]:
     stem = index.name.removesuffix(".weights.json")
     return [p.name for p in index.parent.glob("*.weights.h5") if p.name.startswith(f"{stem}_")]
-
-
-def _file(path: Path, *, others: bool = False) -> list[Source]:
-    """The models in a file; with `others`, none in an HDF5 file that is not Keras'."""
-    require_own(path)
-    from kcv2diffusers.sources import hdf5, keras3_h5, legacy_h5
-
-    with path.open("rb") as file:
-        head = file.read(8)
-        if not head:
-            raise SourceError(path, "the file is empty.")
-        start = next((s for s in (0, 512, 1024, 2048) if _at(file, s) == hdf5.SIGNATURE), None)
-    if path.name.endswith(".weights.json"):
-        return keras3_h5.read_sharded(path)
-    if path.suffix == ".index":
-        return _checkpoint(path.with_suffix(""))
-    if head[:4] == b"PK\x03\x04":
-        return keras3_h5.read_archive(path)
-    if start is None:
-        unknown = "not a Keras checkpoint (unknown kind of file).", _KINDS
-        raise SourceError(path, *(reason(path) or unknown))
-    tree = hdf5.read_tree(path)
-    models = legacy_h5.read(tree) or keras3_h5.read(tree)
-    if not models and not others:
-        raise SourceError(path, "an HDF5 file, but not one that Keras saved layers in.", _KINDS)
-    return models
-
-
-def _at(file: BinaryIO, offset: int) -> bytes:
-    file.seek(offset)
-    return file.read(8)
