@@ -263,7 +263,9 @@ HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
 def test_formats_that_need_something(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: bytes, reason: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # not installed, nor left by another test
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+    monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)
     for registry in (Image.OPEN, Image.EXTENSION):
         monkeypatch.delitem(registry, "HEIF", raising=False)
     (tmp_path / "a.heic").write_bytes(data)

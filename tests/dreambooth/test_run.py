@@ -134,7 +134,7 @@ def test_its_record_repeats_it(whole: Path, base: Path, photos: Path, tmp_path: 
 
 
 EVERYTHING = [
-    "--train-text-encoder", "--text-encoder-learning-rate", "1e-4", "--text-encoder-steps", "2",
+    "--train-text-encoder", "--text-encoder-learning-rate", "1e-4", "--text-encoder-steps", "4",
     "--ema", "0.9", "--accumulate", "2", "--lr-schedule", "cosine", "--warmup-steps", "2",
     "--snr-gamma", "5", "--offset-noise", "0.1", "--flip", "--no-cache",
 ]  # fmt: skip
