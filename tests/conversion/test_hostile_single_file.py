@@ -160,8 +160,8 @@ def test_truncated_files(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_files(seed: int, file: Path, tmp_path: Path) -> None:
-    """Bytes of the header changed, a thousand times in all: a file that is read has the tensors of the sound one,
-    any other is refused.
+    """Bytes of the header changed, a thousand times in all: a file that is read has the tensors of the sound
+    one, any other is refused.
     """
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")

@@ -504,7 +504,8 @@ def test_files_of_one_component(prefix: str, name: str, bare: bool, files, pipel
         if key.startswith(prefix)
     }
     save_file(tensors, tmp_path / "part.safetensors", own_metadata(files["sd1"]))
-    convert(tmp_path / "part.safetensors", out=tmp_path / "out", base="none")
+    result = convert(tmp_path / "part.safetensors", out=tmp_path / "out", base="none")
+    assert {said.partition(" (")[2] for said in result.parts.values()} == {"single file .safetensors)"}
     assert same(load_file(pipelines["sd1"] / WEIGHTS[name]), load_file(tmp_path / "out" / WEIGHTS[name]))
 
 
