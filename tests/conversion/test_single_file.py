@@ -24,6 +24,7 @@ from support.random_pipelines import CONFIGS, TOKENIZER, random_pipeline
 
 from kcv2diffusers import convert, inspect, to_keras
 from kcv2diffusers.errors import Error
+from kcv2diffusers.maps.original import namings
 
 VERSIONS = ("sd1", "sd2")
 WEIGHTS = {
@@ -250,6 +251,33 @@ def test_what_is_there_is_kept(files, pipelines, tmp_path: Path) -> None:
     with pytest.raises(Error, match="would be replaced"):
         convert(out, out=out, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "out.safetensors"]
+
+
+def test_a_component_without_original_names_has_no_place(pipelines, tmp_path: Path, monkeypatch) -> None:
+    known = {name: naming for name, naming in namings().items() if name != "vae"}
+    monkeypatch.setattr("kcv2diffusers.conversion.to_single_file.namings", lambda: known)
+    with pytest.raises(Error, match=r"no single file has a place for a VAE decoder\.\nWrite a pipeline"):
+        convert(pipelines["sd1"], out=tmp_path / "dog.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_placeholder_tokens_are_left_out(tmp_path: Path) -> None:
+    """Rows beyond CLIP's vocabulary, for which other programs have no place."""
+    from kcv2diffusers.conversion.to_single_file import _own_vocabulary
+    from kcv2diffusers.maps.tables import spec
+    from kcv2diffusers.sources.open import open_sources
+    from kcv2diffusers.sources.recognise import fit
+    from kcv2diffusers.targets.single_file import to_original
+
+    name = f"{CLIP}text_model.embeddings.token_embedding.weight"
+    save_file({name: np.arange(2 * 49411, dtype=np.float32).reshape(49411, 2)}, tmp_path / "x.safetensors")
+    (source,) = open_sources(tmp_path / "x.safetensors")
+    notes: list[str] = []
+    text = _own_vocabulary(fit(source, spec("text_encoder", "sd1")), notes)
+    assert "Left out: 3 token embeddings beyond the vocabulary's 49408" in notes[0]
+    (stored,) = to_original(text, np.dtype("f4"))
+    assert (stored.name, stored.shape) == (name, (49408, 2))
+    assert stored.entries[0].tensor.nbytes == 49408 * 2 * 4
 
 
 def test_values_that_are_not_finite_leave_nothing(pipelines, tmp_path: Path) -> None:
