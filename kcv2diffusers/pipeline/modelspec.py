@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -51,12 +52,14 @@ def modelspec(
         entries["prediction_type"] = _PREDICTIONS[prediction_type]
     if trigger_phrase:
         entries["trigger_phrase"] = trigger_phrase
-    return {PREFIX + name: value for name, value in entries.items()}
+    # Names of files may hold bytes that are no text, for which JSON has no place.
+    return {PREFIX + name: value.encode("utf-8", "replace").decode() for name, value in entries.items()}
 
 
 def _now() -> datetime:
-    epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    return datetime.fromtimestamp(int(epoch), UTC) if epoch.isdigit() else datetime.now(UTC)
+    with suppress(KeyError, ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), UTC)
+    return datetime.now(UTC)
 
 
 def own_entry(stated: Mapping[str, Any]) -> dict[str, str]:

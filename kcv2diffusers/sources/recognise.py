@@ -147,10 +147,10 @@ def _may_be(source: Source, spec: Spec) -> bool:
     return source.part in (None, spec.part) and source.version in (None, spec.version)
 
 
-def _unknown(path: Path, count: int) -> SourceError:
+def _unknown(path: Path, count: int, whose: str = "KerasCV ") -> SourceError:
     return SourceError(
         path,
-        f"its {count} tensors are not those of a KerasCV Stable Diffusion model.",
+        f"its {count} tensors are not those of a {whose}Stable Diffusion model.",
         "UNets, text encoders, VAE decoders and VAE encoders of SD1 and SD2 are known.",
     )
 
@@ -170,7 +170,8 @@ def _checkpoint(path: Path, models: list[Source]) -> list[Match]:
     """The parts among the models of one checkpoint, and its other tensors told apart."""
     matches = [match for model in models for match in _parts(model)]
     if not matches:
-        raise _unknown(path, sum(len(model.tensors) for model in models))
+        whose = "" if all(model.style is Style.NAMED for model in models) else "KerasCV "
+        raise _unknown(path, sum(len(model.tensors) for model in models), whose)
     kept = [match for match in matches if not _is_copy(match, matches)]
     used = {id(tensor) for match in kept for tensor in match.found.values()}
     stored = {(t.crc32c, t.shape) for match in kept for t in match.found.values() if t.crc32c is not None}

@@ -109,8 +109,8 @@ def _sources(
     stored = {tensor.name: tensor for tensor in tensors}
     _refuse_others(path, stored)
     fits = {name: fit for name in namings() if (fit := _whole(name, stored))}
-    averaged = ema or "unet" not in fits
-    if averaged and (average := _averaged(stored)):
+    average = _averaged(stored) if ema or "unet" not in fits else None
+    if average:
         fits["unet"] = average
     elif ema:
         raise SourceError(path, "holds no EMA copy of the UNet (model_ema.*).", "Omit --ema.")
@@ -120,7 +120,7 @@ def _sources(
         raise SourceError(
             path, f"its {len(stored)} tensors are not those of a Stable Diffusion model.", _READ
         )
-    leftovers, strangers = _rest(stored, fits.values())
+    leftovers, strangers = _rest(stored, fits.values(), average)
     sources: list[Source] = []
     for name, fit in fits.items():
         for part in tables()[name].parts:
@@ -130,7 +130,7 @@ def _sources(
             sources.append(
                 Source(
                     path,
-                    f"{container}, EMA weights" if averaged and name == "unet" else container,
+                    f"{container}, EMA weights" if fit is average else container,
                     Style.NAMED,
                     named=named,
                     spelled=fit.spelled,
@@ -290,11 +290,14 @@ def _of_part(fit: _Fit, part: str) -> dict[str, Tensor]:
     return {target: tensor for target, tensor in fit.named.items() if target in targets}
 
 
-def _rest(stored: Mapping[str, Tensor], fits: Iterable[_Fit]) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-    """The tensors of no model: those that may be left out, by kind, and those inside of a model."""
+def _rest(
+    stored: Mapping[str, Tensor], fits: Iterable[_Fit], average: _Fit | None
+) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
+    """The tensors of no model: those that may be left out, by kind, and those inside of a model. `average` is
+    the moving average among the models.
+    """
     found = list(fits)
     used = {name for fit in found for name in fit.stored}
-    averaged = next((fit for fit in found if any(n.startswith(_EMA_PREFIX) for n in fit.stored)), None)
     leftovers: dict[str, list[Tensor]] = {}
     strangers = []
     for name, tensor in stored.items():
@@ -304,7 +307,7 @@ def _rest(stored: Mapping[str, Tensor], fits: Iterable[_Fit]) -> tuple[dict[str,
         alone = found[0] if len(found) == 1 and not found[0].prefix else None
         if name.startswith(_EMA_PREFIX):
             kind: str | None = EMA if tensor.shape else COUNTERS
-        elif averaged and name.startswith(averaged.naming.prefix):
+        elif average and name.startswith(average.naming.prefix):
             kind = "the UNet beside its EMA copy"
         elif _SCHEDULE.fullmatch(name):
             kind = "noise schedule"

@@ -160,15 +160,15 @@ def test_truncated_files(file: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_files(seed: int, file: Path, tmp_path: Path) -> None:
-    """Bytes of the header changed by the hundred: what is read has the tensors of the sound file or says what
-    is wrong.
+    """Bytes of the header changed, a thousand times in all: a file that is read has the tensors of the sound
+    one, any other is refused.
     """
     content = file.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     sound = load_file(file)
     chosen = random.Random(seed)
     read = 0
-    for _ in range(100):
+    for _ in range(250):
         damaged = bytearray(content)
         for _ in range(chosen.choice([1, 1, 2, 5])):
             damaged[chosen.randrange(end)] = chosen.choice([0, 0x22, 0x2C, 0x30, 0x39, 0x5B, 0x7B, 0xFF])
@@ -184,7 +184,7 @@ def test_mutated_files(seed: int, file: Path, tmp_path: Path) -> None:
             assert {name: t.shape for name, t in made.items()} == {name: t.shape for name, t in sound.items()}
             (tmp_path / "out.safetensors").unlink()
         assert [left.name for left in tmp_path.iterdir()] == [path.name]
-    assert read < 60  # changes in the metadata harm nothing
+    assert read < 150  # changes in the metadata harm nothing
 
 
 def test_a_file_that_is_cut_while_it_is_read(file: Path, tmp_path: Path) -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,10 +19,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from support.checkpoints import ROOT
 from support.random_pipelines import CONFIGS, TOKENIZER, random_pipeline
 
 from kcv2diffusers import convert, inspect, to_keras
 from kcv2diffusers.errors import Error
+from kcv2diffusers.maps.original import namings
 
 VERSIONS = ("sd1", "sd2")
 WEIGHTS = {
@@ -185,6 +192,18 @@ def test_a_title_cannot_take_the_place_of_the_hash(pipelines, tmp_path: Path) ->
     assert set(metadata(out)["modelspec.hash_sha256"]) != set("0x")
 
 
+@pytest.mark.parametrize("epoch", ["", "x", "9" * 30, "-1"])
+def test_names_and_dates_that_are_none(epoch: str, pipelines, tmp_path: Path, monkeypatch) -> None:
+    """Bytes that are no text in the name of the file, and a date that nobody can have."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    out = tmp_path / "dog\udcff.safetensors"
+    convert(pipelines["sd1"], out=out, trigger_phrase="\ud800")
+    out.rename(tmp_path / "dog.safetensors")
+    found = metadata(tmp_path / "dog.safetensors")
+    assert found["modelspec.title"] == "dog?" and found["modelspec.trigger_phrase"] == "?"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]{8}Z", found["modelspec.date"])
+
+
 def test_v_prediction_is_carried(tmp_path: Path) -> None:
     pipeline = random_pipeline(tmp_path / "v", "sd2", prediction_type="v_prediction")
     convert(pipeline, out=tmp_path / "v.safetensors")
@@ -234,6 +253,33 @@ def test_what_is_there_is_kept(files, pipelines, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other.safetensors", "out.safetensors"]
 
 
+def test_a_component_without_original_names_has_no_place(pipelines, tmp_path: Path, monkeypatch) -> None:
+    known = {name: naming for name, naming in namings().items() if name != "vae"}
+    monkeypatch.setattr("kcv2diffusers.conversion.to_single_file.namings", lambda: known)
+    with pytest.raises(Error, match=r"no single file has a place for a VAE decoder\.\nWrite a pipeline"):
+        convert(pipelines["sd1"], out=tmp_path / "dog.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_placeholder_tokens_are_left_out(tmp_path: Path) -> None:
+    """Rows beyond CLIP's vocabulary, for which other programs have no place."""
+    from kcv2diffusers.conversion.to_single_file import _own_vocabulary
+    from kcv2diffusers.maps.tables import spec
+    from kcv2diffusers.sources.open import open_sources
+    from kcv2diffusers.sources.recognise import fit
+    from kcv2diffusers.targets.single_file import to_original
+
+    name = f"{CLIP}text_model.embeddings.token_embedding.weight"
+    save_file({name: np.arange(2 * 49411, dtype=np.float32).reshape(49411, 2)}, tmp_path / "x.safetensors")
+    (source,) = open_sources(tmp_path / "x.safetensors")
+    notes: list[str] = []
+    text = _own_vocabulary(fit(source, spec("text_encoder", "sd1")), notes)
+    assert "Left out: 3 token embeddings beyond the vocabulary's 49408" in notes[0]
+    (stored,) = to_original(text, np.dtype("f4"))
+    assert (stored.name, stored.shape) == (name, (49408, 2))
+    assert stored.entries[0].tensor.nbytes == 49408 * 2 * 4
+
+
 def test_values_that_are_not_finite_leave_nothing(pipelines, tmp_path: Path) -> None:
     shutil.copytree(pipelines["sd1"], tmp_path / "pipeline")
     weights = tmp_path / "pipeline" / WEIGHTS["unet"]
@@ -261,6 +307,41 @@ def test_options_that_contradict(files, pipelines, tmp_path: Path) -> None:
     assert (tmp_path / "x.safetensors" / "model_index.json").is_file()
     dry = convert(files["sd1"], out=tmp_path / "dry.safetensors", dry_run=True)
     assert "a single file" in dry.plan() and not (tmp_path / "dry.safetensors").exists()
+
+
+SLOW = """
+import sys, time
+from kcv2diffusers.targets import transfer
+from kcv2diffusers.__main__ import start
+do = transfer.Worker.do
+def slowly(self, job):
+    time.sleep(0.05)
+    return do(self, job)
+transfer.Worker.do = slowly
+start()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_stopped_leaves_what_was_there(
+    number: signal.Signals, pipelines, tmp_path: Path
+) -> None:
+    out = tmp_path / "dog.safetensors"
+    convert(pipelines["sd1"], out=out)
+    before = out.read_bytes()
+    command = [sys.executable, "-c", SLOW, "convert", str(pipelines["sd1"]), "--overwrite", f"--out={out}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".dog.safetensors.tmp-*/dog.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert out.read_bytes() == before and "Traceback" not in said
+    if number == signal.SIGKILL:  # nobody could remove what was written so far; the next run does
+        assert len(list(tmp_path.iterdir())) == 2
+        convert(pipelines["sd1"], out=out, overwrite=True)
+    assert list(tmp_path.iterdir()) == [out]
 
 
 # Read: what is found in the wild
@@ -451,7 +532,8 @@ def test_files_of_one_component(prefix: str, name: str, bare: bool, files, pipel
         if key.startswith(prefix)
     }
     save_file(tensors, tmp_path / "part.safetensors", own_metadata(files["sd1"]))
-    convert(tmp_path / "part.safetensors", out=tmp_path / "out", base="none")
+    result = convert(tmp_path / "part.safetensors", out=tmp_path / "out", base="none")
+    assert {said.partition(" (")[2] for said in result.parts.values()} == {"single file .safetensors)"}
     assert same(load_file(pipelines["sd1"] / WEIGHTS[name]), load_file(tmp_path / "out" / WEIGHTS[name]))
 
 
