@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from kcv2diffusers.diffusion import Array
 from kcv2diffusers.dreambooth.snapshots import Values
+from kcv2diffusers.models.layers import Conv2D
 
 
 def add_lora(model: keras.Model, rank: int, alpha: float, seed: int = 0) -> None:
@@ -32,7 +33,7 @@ def store_frozen_as_computed(model: keras.Model) -> None:
     """Keep the frozen weights of `model` in the dtype that its layers compute in, which may have 16 bits.
 
     Keras casts them to it in every step: what is computed stays the same bit for bit. Those of norms, which
-    it does not cast, stay float32.
+    it does not cast, stay float32. On PyTorch and a GPU, kernels of convolutions lie as that takes them.
 
     Variables of TensorFlow cannot change their dtype; there nothing is done.
     """
@@ -40,6 +41,8 @@ def store_frozen_as_computed(model: keras.Model) -> None:
     if backend == "tensorflow":
         return
     for layer in model._flatten_layers():
+        if backend == "torch" and isinstance(layer, Conv2D):
+            _turn_round(layer._kernel)
         dtype = keras.backend.standardize_dtype(layer.compute_dtype)
         for variable in (*layer._trainable_variables, *layer._non_trainable_variables):
             casts = variable._autocast and keras.backend.is_float_dtype(variable._dtype)
@@ -50,6 +53,13 @@ def store_frozen_as_computed(model: keras.Model) -> None:
             else:
                 variable._value = keras.ops.cast(variable._value, dtype)
             variable._dtype = dtype
+
+
+def _turn_round(kernel: keras.Variable) -> None:
+    if not kernel.trainable and kernel._value.device.type == "cuda":
+        from kcv2diffusers.models.torch_layers import turn_round
+
+        kernel._value.data = turn_round(kernel._value.data)
 
 
 def attention_projections(model: keras.Model) -> list[keras.layers.Dense]:

@@ -99,17 +99,23 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
         # What is padded on one side only has a large picture anyway.
         symmetric = self.padding == "valid" or self.strides == (1, 1)
         if symmetric and _on_torch_gpu(inputs):
-            from kcv2diffusers.models import torch_layers
-
-            pixels = self.kernel_size[0] // 2 if self.padding == "same" else 0
-            kernel, bias = self.kernel, None if self.bias is None else ops.convert_to_tensor(self.bias)
-            return torch_layers.convolve(inputs, ops.convert_to_tensor(kernel), bias, self.strides[0], pixels)
+            if self.kernel_size == self.strides == (1, 1):
+                return self._as_product(inputs)
+            return self.on_torch_gpu(inputs, self.kernel_size[0] // 2 if self.padding == "same" else 0)
         known = all(isinstance(length, int) for length in inputs.shape)  # not while a model is built
         if symmetric and known and _turns_kernels(inputs):
             pixels = math.prod(inputs.shape[:3]) // math.prod(self.strides)
             if self.kernel_size == (1, 1) or pixels <= 2 * self.filters:
                 return self._as_product(inputs)
         return super().call(inputs)
+
+    def on_torch_gpu(self, inputs: Tensor, pixels: int) -> Tensor:
+        """The convolution by PyTorch on a GPU, with zeros of a width of `pixels` around the inputs."""
+        from kcv2diffusers.models import torch_layers
+
+        bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
+        # The kernel as it is stored: `self.kernel` would be a copy already, in the dtype of the computation.
+        return torch_layers.convolve(inputs, self._kernel._value, bias, self.strides[0], pixels)
 
     def _as_product(self, inputs: Tensor) -> Tensor:
         size, step = self.kernel_size[0], self.strides[0]
@@ -166,6 +172,8 @@ class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
 
     def call(self, inputs: Tensor) -> Tensor:
         if self.padding2d is not None:
+            if _on_torch_gpu(inputs) and self.conv2d.built:
+                return self.conv2d.on_torch_gpu(inputs, 1)  # which pads without a copy
             inputs = apply(self.padding2d, inputs)
         return apply(self.conv2d, inputs)
 
@@ -209,9 +217,8 @@ class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
         if keras.backend.backend() == "torch":
             from kcv2diffusers.models import torch_layers
 
-            gamma, beta = self.gamma.value, self.beta.value
-            x = torch_layers.group_norm(inputs, self.groups, gamma, beta, self.epsilon)
-            return ops.cast(x, self.compute_dtype)
+            affine = self.gamma.value, self.beta.value
+            return torch_layers.group_norm(inputs, self.groups, *affine, self.epsilon, self.compute_dtype)
         batch, channels = ops.shape(inputs)[0], inputs.shape[-1]
         x = ops.cast(inputs, "float32")
         grouped = ops.reshape(x, (-1, *ops.shape(inputs)[1:3], self.groups, channels // self.groups))

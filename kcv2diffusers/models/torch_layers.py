@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 Tensor = torch.Tensor
@@ -22,17 +25,59 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, paddin
     """A convolution of (batch, height, width, channels) with Keras' (height, width, inputs, outputs) kernel.
 
     Permuted views are PyTorch's channels-last format, in which a GPU convolves without turning the pictures
-    round.
+    round. The kernel, of any dtype, is cast and turned round in one copy; one that `turn_round` has made and
+    that is of the dtype of `x` in none.
     """
-    turned = kernel.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+    turned = kernel.permute(3, 2, 0, 1).to(x.dtype, memory_format=torch.channels_last)
     x = functional.conv2d(x.permute(0, 3, 1, 2), turned, bias, stride, padding)
     return x.permute(0, 2, 3, 1)
 
 
-def group_norm(x: Tensor, groups: int, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor:
-    """Group normalisation of (batch, height, width, channels) with float32 statistics.
+def turn_round(kernel: Tensor) -> Tensor:
+    """Keras' kernel with the same shape and values, in the order of bytes in which a GPU convolves."""
+    return kernel.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
 
-    On a CPU a permuted view, channels-last, is what the fused kernel takes without a copy.
+
+def group_norm(x: Tensor, groups: int, gamma: Tensor, beta: Tensor, epsilon: float, dtype: str) -> Tensor:
+    """Group normalisation of (batch, height, width, channels) with float32 statistics, as `dtype`.
+
+    PyTorch's fused kernel takes a permuted view, channels-last, as it is on a CPU only. On a GPU it wants all
+    pixels of a channel together: the way there and the way back are one copy each, which also casts.
     """
-    x = functional.group_norm(x.permute(0, 3, 1, 2).float(), groups, gamma.float(), beta.float(), epsilon)
+    computed = getattr(torch, dtype)
+    norm = _on_cpu if x.device.type == "cpu" else _on_gpu
+    x = norm(x.permute(0, 3, 1, 2), groups, gamma.float(), beta.float(), epsilon, computed)
     return x.permute(0, 2, 3, 1)
+
+
+def _on_cpu(
+    x: Tensor, groups: int, gamma: Tensor, beta: Tensor, epsilon: float, computed: torch.dtype
+) -> Tensor:
+    return functional.group_norm(x.float(), groups, gamma, beta, epsilon).to(computed)
+
+
+def _on_gpu(
+    x: Tensor, groups: int, gamma: Tensor, beta: Tensor, epsilon: float, computed: torch.dtype
+) -> Tensor:
+    x = _Turned.apply(x, torch.float32, torch.contiguous_format)  # type: ignore[no-untyped-call]
+    x = functional.group_norm(x, groups, gamma, beta, epsilon)
+    turned: Tensor = _Turned.apply(x, computed, torch.channels_last)  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _Turned(torch.autograd.Function):
+    """Cast and change the order of bytes in one copy; the gradient's way back is one copy too. PyTorch's own
+    leaves the gradient in the new order, and a convolution would have to turn it round.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, order: torch.memory_format) -> Tensor:
+        turned = order == torch.channels_last
+        ctx.back = x.dtype, torch.contiguous_format if turned else torch.channels_last
+        return x.to(dtype, memory_format=order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        dtype, order = ctx.back
+        return gradient.to(dtype, memory_format=order), None, None

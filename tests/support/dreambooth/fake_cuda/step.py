@@ -3,8 +3,9 @@
     LD_PRELOAD=libguard.so python step.py '{"precision": "mixed_bfloat16", ...}'
 
 Prints as JSON what waited for the device (`waits`), what was copied to it (`copies`), each with the line that
-did it, and the number of operations of each phase. The fake stands in for a GPU, which the tests do not have;
-what a kernel computes, and which one PyTorch chooses, it cannot show.
+did it, the number of operations of each phase (`operations`), and what pictures and kernels are copied or
+turned round on the device (`moves`). The fake stands in for a GPU, which the tests do not have; what a kernel
+computes, and which one PyTorch chooses, it cannot show.
 """
 
 import collections
@@ -37,6 +38,11 @@ def line() -> str:
     return f"{Path(frame.filename).name}:{frame.lineno} {frame.line}"
 
 
+def is_picture(x: object) -> bool:
+    """Whether it is a tensor of four axes: pictures or kernels of convolutions."""
+    return isinstance(x, torch.Tensor) and x.dim() == 4
+
+
 class Watch(TorchDispatchMode):
     """Counts operations, and notes each that waits for the device or copies to it."""
 
@@ -44,6 +50,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.phase, self.counts = "", collections.Counter()
         self.waits, self.copies = [], []
+        self.moves = collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func.overloadpacket).removeprefix("aten.")
@@ -53,6 +60,12 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if name not in VIEWS and not name.startswith("prim."):
             self.counts[self.phase] += 1
+        if name in ("_to_copy", "copy_", "clone") and is_picture(result):
+            self.moves["copies"] += 1  # casts too
+        if name in ("convolution", "convolution_backward"):
+            # What cuDNN's convolutions would turn round before they start.
+            turned = [not x.is_contiguous(memory_format=torch.channels_last) for x in args if is_picture(x)]
+            self.moves["turned"] += sum(turned)
         if name in ("_to_copy", "copy_", "clone"):
             source = args[1] if name == "copy_" else args[0]
             if source.device.type == "cpu" and result.device.type == "cuda":
@@ -121,6 +134,7 @@ def main() -> None:
             torch_updates.update(model.optimizer, step.gradients, step.variables)
     kernels = sum(len(variable.shape) > 1 for variable in step.variables)
     found = {"waits": watch.waits, "copies": watch.copies, "operations": watch.counts, "kernels": kernels}
+    found["moves"] = watch.moves
     print(json.dumps(found))
 
 
