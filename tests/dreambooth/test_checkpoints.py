@@ -107,6 +107,20 @@ def test_a_checkpoint_is_of_its_step_and_the_steps_go_on(
     assert not list(tmp_path.rglob(".*"))
 
 
+def test_pictures_are_drawn_with_the_averages(make: Callable[..., Checkpoints], made: Any) -> None:
+    """And the steps go on with the weights."""
+    averages, variables = change(made, 5), made[-1].trainable_variables
+
+    def held() -> list[np.ndarray]:
+        return [np.array(keras.ops.convert_to_numpy(variable)) for variable in variables]
+
+    weights = held()
+    assert not equal(weights, averages)
+    with make().averaged():
+        assert equal(held(), averages)
+    assert equal(held(), weights)
+
+
 def test_one_copy_at_a_time(
     make: Callable[..., Checkpoints], made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
