@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from kcv2diffusers.conversion.inspection import Inspected, inspect
+    from kcv2diffusers.conversion.lora import ConvertedLora, convert_lora
     from kcv2diffusers.conversion.result import Converted
     from kcv2diffusers.conversion.to_diffusers import convert
     from kcv2diffusers.conversion.to_kerascv import ToKeras, to_keras
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Converted",
+    "ConvertedLora",
     "Error",
     "Inspected",
     "Pushed",
     "ToKeras",
     "Verified",
     "convert",
+    "convert_lora",
     "fine_tune",
     "generate",
     "inspect",
@@ -50,12 +53,14 @@ __all__ = [
 
 _HOME = {
     "Converted": "conversion.result",
+    "ConvertedLora": "conversion.lora",
     "Error": "errors",
     "Inspected": "conversion.inspection",
     "Pushed": "publish.push",
     "ToKeras": "conversion.to_kerascv",
     "Verified": "verification.result",
     "convert": "conversion.to_diffusers",
+    "convert_lora": "conversion.lora",
     "fine_tune": "dreambooth.fine_tuning",
     "generate": "generation",
     "inspect": "conversion.inspection",

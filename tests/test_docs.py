@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from support.loras import kohya, save
 from typer.main import get_command
 
 import kcv2diffusers
@@ -56,6 +57,7 @@ SHORTER = {
 # The page that explains the options of a command. Those of dreambooth are a generated table.
 GUIDES = {
     "convert": "guides/convert.md",
+    "convert-lora": "guides/lora.md",
     "inspect": "guides/convert.md",
     "to-keras": "guides/to-keras.md",
     "verify": "guides/verify.md",
@@ -121,6 +123,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "dog-unet.h5": lambda: keras / "unet.h5",
         "dog-text_encoder.h5": lambda: keras / "text_encoder.h5",
         "photos/": lambda: SUBJECT,
+        "dog-lora.safetensors": lambda: save(kohya(pipeline), folder / "dog-lora.safetensors"),
     }
     kept: dict[str, Path] = {}
 
@@ -177,7 +180,8 @@ def test_code_runs(page: Path, place: Path, world: Callable[[str], Path]) -> Non
         else:
             shutil.copy(source, target)
             # What the weights of the tiny base do not tell, as for any model of unusual widths.
-            shutil.copy(source.parent / "kcv2diffusers.json", place)
+            if (beside := source.parent / "kcv2diffusers.json").exists():
+                shutil.copy(beside, place)
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
         if block.not_run:
@@ -274,12 +278,14 @@ def test_every_option_is_documented(name: str) -> None:
 PUBLIC = {
     "kcv2diffusers": [
         "Converted",
+        "ConvertedLora",
         "Error",
         "Inspected",
         "Pushed",
         "ToKeras",
         "Verified",
         "convert",
+        "convert_lora",
         "fine_tune",
         "generate",
         "inspect",

@@ -24,7 +24,7 @@ RENAMED = {
     "dreambooth": {"--gelu": "--unet-gelu"},
 }
 # What the help calls values that are paths, or may be. A shell leaves the ~ of `--out=~/x` as it is.
-PATHS = {"DIR", "FILE", "PATH", "PIPELINE", "SRC", "SRC|none", "SRC|tiny", "SRC|tiny|none"}
+PATHS = {"DIR", "FILE", "FILE[:STRENGTH]", "PATH", "PIPELINE", "SRC", "SRC|none", "SRC|tiny", "SRC|tiny|none"}
 _REST = "Options"  # what is in no group, at the end
 
 

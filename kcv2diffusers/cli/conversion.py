@@ -1,4 +1,4 @@
-"""convert, to-keras, inspect, maps."""
+"""convert, convert-lora, to-keras, inspect, maps."""
 
 from __future__ import annotations
 
@@ -47,6 +47,13 @@ class OutputFormat(StrEnum):
 
     pipeline = "pipeline"
     single_file = "single-file"
+
+
+class LoraFormat(StrEnum):
+    """Spellings of LoRA files."""
+
+    diffusers = "diffusers"
+    kohya = "kohya"
 
 
 class KerasFormat(StrEnum):
@@ -169,6 +176,14 @@ def convert(
             rich_help_panel=SOURCES,
         ),
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:STRENGTH]",
+            help="LoRA file to merge into the weights (default strength: 1). Repeat the option for more.",
+            rich_help_panel=SOURCES,
+        ),
+    ] = None,
     allow_pickle: AllowPickle = False,
     allow_nonfinite: AllowNonfinite = False,
     push_to_hub: Annotated[
@@ -199,6 +214,11 @@ def convert(
 
     if report is not None and not verify:
         raise Error("--report is where --verify writes; give that as well.")
+    if verify and lora:
+        raise Error(
+            "--verify compares with the sources, from which weights with a merged LoRA differ.\n"
+            "Omit --verify, or --lora."
+        )
     if verify:
         require_packages(report)
     if (verify or push_to_hub) and check_format(out, format.value if format else None):
@@ -225,6 +245,7 @@ def convert(
             format=format.value if format else None,
             title=title,
             trigger_phrase=trigger_phrase,
+            lora=lora or (),
             allow_pickle=allow_pickle,
             ema=ema,
             overwrite=overwrite,
@@ -279,6 +300,48 @@ def convert(
 
 def _loading(variant: str | None) -> str:
     return f', variant="{variant}"' if variant else ""
+
+
+def convert_lora(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A LoRA file, or a pipeline folder that dreambooth wrote one in."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The file to write; it ends in .safetensors.")
+    ] = ...,  # type: ignore[assignment]
+    format: Annotated[
+        LoraFormat | None,
+        typer.Option(
+            help="kohya for ComfyUI and A1111, diffusers for load_lora_weights (default: the other than the "
+            "file's)."
+        ),
+    ] = None,
+    allow_nonfinite: AllowNonfinite = False,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a LoRA file between the formats of diffusers and kohya.
+
+    The values stay as they are, bit for bit.
+    """
+    from kcv2diffusers.conversion.lora import convert_lora as run
+
+    result = run(
+        file,
+        out=out,
+        format=format.value if format else None,
+        overwrite=overwrite,
+        allow_nonfinite=allow_nonfinite,
+        dry_run=dry_run,
+    )
+    if as_json:
+        return print_json(result.to_dict())
+    return say(result.text()) if dry_run else tell(result.text())
 
 
 def to_keras(

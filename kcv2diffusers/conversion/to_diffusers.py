@@ -49,6 +49,7 @@ from kcv2diffusers.sources.gather import SourcePath, check_together, gather, lef
 from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.system.output import check_free, check_target, new_folder
+from kcv2diffusers.targets.lora_merge import Merge, check_merges, merged, read_merges
 from kcv2diffusers.targets.safetensors import Entry, common_dtype, diffusers_entries, write_safetensors
 from kcv2diffusers.targets.stream import run_finite
 from kcv2diffusers.targets.transfer import Job
@@ -101,6 +102,7 @@ def convert(
     format: Literal["pipeline", "single-file"] | None = None,
     title: str | None = None,
     trigger_phrase: str | None = None,
+    lora: SourcePath | Sequence[SourcePath] = (),
     allow_pickle: bool = False,
     ema: bool = False,
     overwrite: bool = False,
@@ -116,17 +118,18 @@ def convert(
     source: `unet`, `text_encoder`, `vae_decoder`, `vae_encoder`; `vae` is one for both halves. `format` is
     "pipeline" or "single-file" (default: by the ending of `out`). A single file may be made from a pipeline
     folder too, and with `vae` "none" it has no VAE; `title` (default: its name) and `trigger_phrase` are
-    for its metadata. `allow_pickle` lets PyTorch's restricted unpickler open sources that are `.ckpt`
-    files, which is never done otherwise. `ema` takes the averaged UNet of single files instead of the
-    other. `base` fills in what is not given: a diffusers pipeline folder, KerasCV parts, or "none" to write
-    only the given parts, or "tiny" (default: for SD1 the parts that are missing, from the Hub).
-    `with_sibling` adds the text encoder from the repository beside one that has none. `dtype` is float32,
-    float16 or bfloat16, or fp32, fp16 or bf16 (default: that of a `variant` fp16, bf16 or fp32, else as
-    stored). `image_size` is the pipeline's default height and width in pixels (default: 512), `gelu` the
-    text encoder's activation for SD2 (default: exact; see the documentation), `prediction_type` the
-    scheduler's, "epsilon" or "v_prediction" (default: that of the pipeline that the UNet is from, epsilon
-    for KerasCV's). Where they are not given, the kcv2diffusers.json beside a checkpoint counts before these
-    defaults. The noise schedule comes with the UNet.
+    for its metadata. `lora` are LoRA files to merge, each a path or "PATH:STRENGTH". `allow_pickle` lets
+    PyTorch's restricted unpickler open sources that are `.ckpt` files, which is never done otherwise. `ema`
+    takes the averaged UNet of single files instead of the other. `base` fills in what is not given: a
+    diffusers pipeline folder, KerasCV parts, or "none" to write only the given parts, or "tiny" (default:
+    for SD1 the parts that are missing, from the Hub). `with_sibling` adds the text encoder from the
+    repository beside one that has none. `dtype` is float32, float16 or bfloat16, or fp32, fp16 or bf16
+    (default: that of a `variant` fp16, bf16 or fp32, else as stored). `image_size` is the pipeline's
+    default height and width in pixels (default: 512), `gelu` the text encoder's activation for SD2
+    (default: exact; see the documentation), `prediction_type` the scheduler's, "epsilon" or "v_prediction"
+    (default: that of the pipeline that the UNet is from, epsilon for KerasCV's). Where they are not given,
+    the kcv2diffusers.json beside a checkpoint counts before these defaults. The noise schedule comes with
+    the UNet.
     A `dry_run` makes all checks but those of the values, writes nothing, and returns what would be done.
     `progress` is called with the bytes done and in total. Raises Error with a message for the user; `out` is
     then as it was.
@@ -135,6 +138,7 @@ def convert(
     if unknown := parts.keys() - all_parts().keys():
         raise TypeError(f"convert() got an unexpected keyword argument {min(unknown)!r}")
     target, dtype = Path(out), _dtype(dtype, variant)
+    merges = read_merges([lora] if isinstance(lora, (str, os.PathLike)) else lora)
     if prediction_type not in (None, *PREDICTION_TYPES):
         raise no_choice("--prediction-type", prediction_type, PREDICTION_TYPES)
     if image_size is not None and (image_size < 64 or image_size % 64):
@@ -164,6 +168,7 @@ def convert(
             prediction_type=prediction_type,
             title=title,
             trigger_phrase=trigger_phrase,
+            merges=merges,
             allow_pickle=allow_pickle,
             ema=ema,
             overwrite=overwrite,
@@ -193,11 +198,13 @@ def convert(
     complete = not missing and not only_given
     matches = check_together({p: held[p].require_complete() for p in family.parts if p in held})
     text = matches.get(family.tokenizer_part or "")
+    check_merges(merges, matches.values())
+    notes += [merge.text() for merge in merges]
     given = [*paths, *filling.paths, *snapshots(paths)]
     files = _tokenizer(family, text, tokenizer, given, placeholder_tokens, only_given)
     scheduler, scheduler_origin = scheduler_for(matches.get(family.scheduler_part or ""), prediction_type)
     components = [
-        _component(table, mine, config_for(mine[0], filling, image_size, gelu, files), dtype, variant)
+        _component(table, mine, config_for(mine[0], filling, image_size, gelu, files), dtype, variant, merges)
         for table in tables_of(family)
         if (mine := [matches[part] for part in table.parts if part in matches])
     ]
@@ -246,18 +253,24 @@ def convert(
             write_json(
                 folder / MODEL_INDEX, model_index(family, scheduler["_class_name"] if scheduler else None)
             )
+            loras = [f"{merge.lora.path.name}:{merge.strength:g}" for merge in merges]
             there = Path(os.path.abspath(target))  # noqa: PTH100
-            write_json(folder / CONVERSION_FILE, record(matches, used, planned.dtypes, there))
+            write_json(folder / CONVERSION_FILE, record(matches, used, planned.dtypes, there, loras))
     return replace(planned, bytes_read=total, seconds=time.monotonic() - started)
 
 
 def _component(
-    table: Table, mine: Sequence[Match], config: dict[str, Any], dtype: str | None, variant: str | None
+    table: Table,
+    mine: Sequence[Match],
+    config: dict[str, Any],
+    dtype: str | None,
+    variant: str | None,
+    merges: Sequence[Merge],
 ) -> _Component:
-    entries = [entry for match in mine for entry in diffusers_entries(match)]
+    entries = [entry for match in mine for entry in diffusers_entries(merged(match, merges))]
     stated = None if dtype else stated_dtype(mine)
     name = dtype or stated
-    kind = DTYPES[name] if name else common_dtype(entry.tensor for entry in entries)
+    kind = DTYPES[name] if name else common_dtype(t for match in mine for t in match.found.values())
     file = f"{table.folder}/{with_variant(table.weights, variant)}"
     return _Component(
         table, entries, kind, config, [moved(match, file, kind) for match in mine], stated is not None

@@ -33,6 +33,7 @@ from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.tensor import rows
 from kcv2diffusers.system.output import check_folder, check_free_file, new_file
+from kcv2diffusers.targets.lora_merge import Merge, check_merges, merged
 from kcv2diffusers.targets.safetensors import Stored, common_dtype
 from kcv2diffusers.targets.single_file import to_original, write_single_file
 
@@ -67,6 +68,7 @@ def to_single_file(
     prediction_type: str | None,
     title: str | None,
     trigger_phrase: str | None,
+    merges: Sequence[Merge],
     allow_pickle: bool,
     ema: bool,
     overwrite: bool,
@@ -101,7 +103,9 @@ def to_single_file(
     if (text := family.tokenizer_part) in matches and text is not None:
         matches[text] = _own_vocabulary(matches[text], notes)
     scheduler, origin = pipelines.scheduler_for(matches.get(family.scheduler_part or ""), prediction_type)
-    tensors, dtypes, outline = _plan(out, family, matches, dtype)
+    check_merges(merges, matches.values())
+    notes += [merge.text() for merge in merges]
+    tensors, dtypes, outline = _plan(out, family, matches, dtype, merges)
     configs = _configs(family, matches, filling, image_size, gelu)
     size = _image_size(family, configs, image_size)
     metadata = modelspec(
@@ -155,7 +159,7 @@ def _check(out: Path, family: Family, matches: Mapping[str, Match]) -> None:
 
 
 def _plan(
-    out: Path, family: Family, matches: Mapping[str, Match], dtype: str | None
+    out: Path, family: Family, matches: Mapping[str, Match], dtype: str | None, merges: Sequence[Merge]
 ) -> tuple[list[Stored], dict[str, str], list[Moved]]:
     """The tensors to write, and the dtype of each component: the one asked for, else the one it has."""
     tensors: list[Stored] = []
@@ -166,7 +170,7 @@ def _plan(
         kind = DTYPES[kept] if kept else common_dtype(t for match in mine for t in match.found.values())
         dtypes[table.folder] = kind.name
         for match in mine:
-            tensors += to_original(match, kind)
+            tensors += to_original(merged(match, merges), kind)
             outline.append(moved(match, out.name, kind))
     return tensors, dtypes, outline
 

@@ -43,16 +43,22 @@ _FORM = {
     "bases": [str],
     "origins": [{"source": str, "?license": str, "?license_name": str, "?license_link": str}],
     "dtypes": {"*": str},
+    "?loras": [str],
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def record(
-    parts: Mapping[str, Match], bases: Sequence[Path], dtypes: Mapping[str, str], out: Path
+    parts: Mapping[str, Match],
+    bases: Sequence[Path],
+    dtypes: Mapping[str, str],
+    out: Path,
+    loras: Sequence[str] = (),
 ) -> dict[str, Any]:
     """What to write: the tool, the source of each part, the bases and the licenses that they state.
 
-    `out` is where the pipeline will be, `bases` the paths that filled in for missing parts.
+    `out` is where the pipeline will be, `bases` the paths that filled in for missing parts,
+    `loras` the names and strengths of LoRAs that are merged into the weights.
     """
     homes = {_home(path): None for path in (*(m.source.path for m in parts.values()), *bases)}
     stated = {home: license_of(home) for home in homes}
@@ -64,6 +70,7 @@ def record(
             {"source": _named(home), **stated[home]} for home in homes if stated[home] or cached(home)
         ],
         "dtypes": dict(dtypes),
+        **({"loras": list(loras)} if loras else {}),
     }
 
 

@@ -16,6 +16,7 @@ from kcv2diffusers.maps.original import Naming, Place, namings
 from kcv2diffusers.maps.tables import Spec, Table, specs, tables
 from kcv2diffusers.sources.diffusers_pipeline import read_header
 from kcv2diffusers.sources.leftovers import COUNTERS, EMA
+from kcv2diffusers.sources.lora import OTHER_KINDS
 from kcv2diffusers.sources.pickled import read_pickled
 from kcv2diffusers.sources.source import Source, Style
 from kcv2diffusers.sources.tensor import Tensor, rows
@@ -26,14 +27,12 @@ _MAX_LAYERS = 1000  # so that a file of a million names is not taken for a model
 _MOST = 20_000  # tensors of a file that is looked at; with its EMA copy one of Stable Diffusion has 2,000
 _READ = "Single files of Stable Diffusion 1 and 2 that draw from text are read."
 _LORA = "Merge it into its base first, or give the base alone."
+_MERGE = "Give the base here and the LoRA with --lora of convert, which merges it."
 # The names by which files of other kinds are known: a pattern, what they are, and the remedy.
-_OTHERS = tuple(
+_OTHERS = tuple((pattern, what, _LORA) for pattern, what in OTHER_KINDS) + tuple(
     (re.compile(pattern), what, remedy)
     for pattern, what, remedy in (
-        (r"(lora_(unet|te\d?)_.*|.*\.)hada_w\d_\w+", "a LoHa", _LORA),
-        (r"(lora_(unet|te\d?)_.*|.*\.)lokr_w\d(_\w+)?", "a LoKr", _LORA),
-        (r".*\.dora_scale", "a DoRA", _LORA),
-        (r"lora_(unet|te\d?)_.*|.*\.(lora_(down|up|A|B)|lora_linear_layer)\..*", "a LoRA", _LORA),
+        (r"lora_(unet|te\d?)_.*|.*\.(lora_(down|up|A|B)|lora_linear_layer|lora)\..*", "a LoRA", _MERGE),
         (r"(.*\.)?(double_blocks|single_blocks)\.\d+\..*", "Flux", _READ),
         (r"(.*\.)?joint_blocks\.\d+\..*", "Stable Diffusion 3", _READ),
         (r"conditioner\.embedders\.1\..*", "Stable Diffusion XL", _READ),

@@ -95,7 +95,7 @@ class Worker:
         self.finite = True
         with self.values(job.tensor) as source:
             if job.tensor.crc32c is not None:
-                self.check(source, job.tensor)
+                check_checksum(source, job.tensor)
             if job.core is None:
                 self.copy(job, source)
             elif job.core[2] == 1:  # a matrix
@@ -128,18 +128,6 @@ class Worker:
         yield np.frombuffer(mapped, np.uint8, tensor.nbytes, offset).view(tensor.dtype)
         if advise:
             mapped.madvise(mmap.MADV_DONTNEED, *pages)
-
-    def check(self, source: np.ndarray, tensor: Tensor) -> None:
-        """Raise SourceError if the checksum of the stored bytes is not the one that the container states."""
-        checksum, stored = 0, source.view(np.uint8)
-        for start in range(0, stored.size, _SLICE):
-            checksum = google_crc32c.extend(checksum, stored[start : start + _SLICE].tobytes())
-        if checksum != tensor.crc32c:
-            raise SourceError(
-                tensor.path,
-                f"{tensor.name}: the checksum does not match; the file is damaged.",
-                "Copy or download it again.",
-            )
 
     def write(self, job: Job, values: np.ndarray, start: int) -> None:
         """Write contiguous target values from element `start` on."""
@@ -209,6 +197,19 @@ class Worker:
                 target[:, :, left : left + len(part)] = block.transpose(2, 1, 0)
             for plane in range(planes):
                 self.write(job, target[plane], (plane * rows + top) * columns)
+
+
+def check_checksum(source: np.ndarray, tensor: Tensor) -> None:
+    """Raise SourceError if the checksum of the stored bytes is not the one that the container states."""
+    checksum, stored = 0, source.view(np.uint8)
+    for start in range(0, stored.size, _SLICE):
+        checksum = google_crc32c.extend(checksum, stored[start : start + _SLICE].tobytes())
+    if checksum != tensor.crc32c:
+        raise SourceError(
+            tensor.path,
+            f"{tensor.name}: the checksum does not match; the file is damaged.",
+            "Copy or download it again.",
+        )
 
 
 def _share(length: int, most: int) -> int:

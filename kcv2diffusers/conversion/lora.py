@@ -1,0 +1,113 @@
+"""LoRA files from one spelling into the other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+
+from kcv2diffusers.errors import Error, no_choice
+from kcv2diffusers.progress import Progress, silent
+from kcv2diffusers.sources.diffusers_pipeline import read_header
+from kcv2diffusers.sources.gather import SourcePath
+from kcv2diffusers.sources.lora import SPELLINGS, read_lora
+from kcv2diffusers.system.output import check_folder, check_free_file, new_file
+from kcv2diffusers.targets.lora import WRITTEN, lora_plan, write_lora
+from kcv2diffusers.targets.stream import run_finite
+
+ENDING = ".safetensors"
+_SLACK = 1 << 20  # bytes of the header and the folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertedLora:
+    """What `convert_lora` did, or after a dry run would do.
+
+    `modules` says how many modules of each component the LoRA changes, `ranks` which ranks it has. Sizes are
+    in bytes.
+    """
+
+    out: Path
+    source: Path
+    source_format: str
+    format: str
+    modules: dict[str, int]
+    ranks: list[int]
+    dtypes: list[str]
+    bytes_written: int
+    dry_run: bool = False
+
+    def text(self) -> str:
+        """For a person."""
+        counts = ", ".join(f"{component} {count} modules" for component, count in self.modules.items())
+        rank = ", ".join(map(str, self.ranks))
+        return (
+            f"{'To write: ' if self.dry_run else ''}LoRA in the format of {self.format}, {self.out}\n"
+            f"  {self.source} ({self.source_format})\n"
+            f"  {counts}; rank {rank}; {', '.join(self.dtypes)}; {self.bytes_written / 1e6:.1f} MB"
+            + ("\nNothing was written (--dry-run)." if self.dry_run else "")
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self) | {"out": str(self.out), "source": str(self.source)}
+
+
+def convert_lora(
+    source: SourcePath,
+    *,
+    out: SourcePath,
+    format: Literal["diffusers", "kohya"] | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    dry_run: bool = False,
+    progress: Progress = silent,
+) -> ConvertedLora:
+    """Write the LoRA file `source` (or the one in a pipeline folder) as the other programs name its tensors.
+
+    `format` is "diffusers", for `load_lora_weights`, or "kohya", for ComfyUI and A1111 (default: the one that
+    `source` does not have). The factors stay as they are, bit for bit. A `dry_run` writes nothing. `progress`
+    is called with the bytes done and in total. Raises Error with a message for the user; `out` is then as it
+    was.
+    """
+    target = Path(out)
+    if format not in (None, *SPELLINGS):
+        raise no_choice("--format", format, SPELLINGS)
+    if target.suffix != ENDING:
+        raise Error(f"{target}: a LoRA file ends in {ENDING}.\nGive --out {target.name or 'lora'}{ENDING}.")
+    check_free_file(target, overwrite=overwrite, replaceable=is_output)
+    lora = read_lora(Path(source))
+    if lora.path.resolve() == target.resolve():
+        raise Error(f"{target}: is read from, and would be replaced.\nChoose another --out.")
+    spelling: str = format or ("diffusers" if lora.spelling == "kohya" else "kohya")
+    plan = lora_plan(lora, spelling)
+    components = [component for component, _ in lora.updates]
+    result = ConvertedLora(
+        out=target,
+        source=lora.path,
+        source_format=lora.spelling,
+        format=spelling,
+        modules={component: components.count(component) for component in dict.fromkeys(components)},
+        ranks=sorted({update.rank for update in lora.updates.values()}),
+        dtypes=sorted({update.down.dtype.name for update in lora.updates.values()}),
+        bytes_written=plan.nbytes,
+        dry_run=dry_run,
+    )
+    if dry_run:
+        check_folder(target.absolute().parent, plan.nbytes + _SLACK)
+        return result
+    with new_file(target, overwrite=overwrite, replaceable=is_output, needed=plan.nbytes + _SLACK) as file:
+        run_finite(write_lora(file, plan), progress, allow_nonfinite=allow_nonfinite)
+        with safe_open(file, framework="numpy"):  # the library's own check of the header
+            pass
+    return result
+
+
+def is_output(path: Path) -> bool:
+    """Whether a file is a LoRA that was written here, so that it may be replaced."""
+    try:
+        return path.is_file() and WRITTEN in read_header(path)[1]
+    except Error:
+        return False

@@ -1,0 +1,96 @@
+"""LoRA files in the spellings of diffusers and of kohya: what stands where, the factors bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kcv2diffusers.sources.lora import ADAPTER, KOHYA, Lora, Update
+from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.targets.safetensors import Entry, Stored, write_stored
+from kcv2diffusers.targets.transfer import Job
+
+WRITTEN = "kcv2diffusers.lora"
+"""The entry of the metadata by which a file is known as written here."""
+_DIFFUSERS = ("lora_A.weight", "lora_B.weight")
+_KOHYA = ("lora_down.weight", "lora_up.weight")
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """The tensors and metadata of a LoRA file to write."""
+
+    tensors: list[Stored]
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors in bytes."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def lora_plan(lora: Lora, spelling: str) -> LoraPlan:
+    """The tensors of `lora` as `spelling` names them, in the dtypes in which they are stored.
+
+    kohya's spelling has alpha as a tensor. diffusers takes alpha as the rank; where it differs, PEFT's config
+    in the metadata says so.
+    """
+    metadata = {name: text for name, text in lora.metadata.items() if name not in ("format", ADAPTER)}
+    metadata[WRITTEN] = spelling
+    tensors: list[Stored] = []
+    for update in lora.updates.values():
+        if spelling == "kohya":
+            name = KOHYA[update.component] + update.module.replace(".", "_")
+            down, up = (f"{name}.{factor}" for factor in _KOHYA)
+            tensors.append(_stored(f"{name}.alpha", _alpha(update)))
+        else:
+            down, up = (f"{update.component}.{update.module}.{factor}" for factor in _DIFFUSERS)
+        tensors += [_stored(down, update.down), _stored(up, update.up)]
+    if spelling == "diffusers" and any(u.alpha != u.rank for u in lora.updates.values()):
+        metadata[ADAPTER] = json.dumps(_adapter(lora.updates.values()), sort_keys=True)
+    # Larger dtypes first, so that each tensor begins at a multiple of the size of its values.
+    return LoraPlan(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize), metadata)
+
+
+def write_lora(path: Path, plan: LoraPlan) -> list[Job]:
+    """Allocate the file, write its header, and return the jobs that fill it."""
+    return write_stored(path, plan.tensors, plan.metadata)
+
+
+def _stored(name: str, tensor: Tensor) -> Stored:
+    return Stored(name, tensor.shape, tensor.dtype, (Entry(name, tensor.shape, tensor, None),))
+
+
+def _alpha(update: Update) -> Tensor:
+    """Alpha as a tensor without axes, in the dtype of the factors or, if that cannot hold it, in float32."""
+    value = np.asarray(update.alpha, update.down.dtype)
+    if float(value) != update.alpha:
+        value = np.asarray(update.alpha, np.float32)
+    return Tensor("alpha", (), value.dtype, update.down.path, None, load=lambda: value)
+
+
+def _adapter(updates: Iterable[Update]) -> dict[str, object]:
+    """PEFT's configs, as diffusers keeps them in the metadata."""
+    entries: dict[str, object] = {}
+    every = list(updates)
+    for component in KOHYA:
+        # The names are also matched by their ends; transformers 5 has none that begins with text_model.
+        mine = {u.module.removeprefix("text_model."): u for u in every if u.component == component}
+        if not mine:
+            continue
+        rank = Counter(update.rank for update in mine.values()).most_common(1)[0][0]
+        alpha = Counter(update.alpha for update in mine.values()).most_common(1)[0][0]
+        config = {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {name: u.rank for name, u in mine.items() if u.rank != rank},
+            "alpha_pattern": {name: u.alpha for name, u in mine.items() if u.alpha != alpha},
+            "target_modules": sorted(mine),
+        }
+        entries |= {f"{component}.{name}": value for name, value in config.items()}
+    return entries

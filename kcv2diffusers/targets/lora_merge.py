@@ -1,0 +1,151 @@
+"""LoRAs merged into the weights of a model while these are converted, one tensor at a time.
+
+A tensor that a LoRA changes is replaced by one whose `load` computes it, so that everything behind it is the
+same with a LoRA as without.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from kcv2diffusers.dtypes import DTYPES
+from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.maps.layouts import core
+from kcv2diffusers.maps.tables import Slot
+from kcv2diffusers.sources.gather import SourcePath
+from kcv2diffusers.sources.lora import Lora, Update, listed, read_lora
+from kcv2diffusers.sources.recognise import Match
+from kcv2diffusers.sources.tensor import Tensor, values_of
+from kcv2diffusers.targets.transfer import check_checksum
+
+_STRENGTH = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.S)
+_BLOCK = 4 << 20  # bytes of an update that are computed at a time
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A LoRA and the strength at which it is merged."""
+
+    lora: Lora
+    strength: float
+
+    def text(self) -> str:
+        """One line."""
+        return f"LoRA {self.lora.path.name}: {len(self.lora.updates)} modules, strength {self.strength:g}"
+
+
+def read_merges(given: Iterable[SourcePath]) -> list[Merge]:
+    """Read LoRA files, each given as a path or as PATH:STRENGTH (default: 1).
+
+    Raises SourceError for a file that cannot be read.
+    """
+    merges = []
+    for each in given:
+        path, strength = parse_strength(each)
+        merges.append(Merge(read_lora(path), strength))
+    return merges
+
+
+def parse_strength(given: SourcePath) -> tuple[Path, float]:
+    """The path and the strength in PATH:STRENGTH; the strength is 1 where the path has none behind it."""
+    if not isinstance(given, str):
+        return Path(given), 1.0
+    found = None if Path(given).exists() else _STRENGTH.fullmatch(given)
+    if found is None:
+        return Path(given), 1.0
+    strength = float(found[2])
+    if not np.isfinite(np.float32(strength)):
+        raise Error(f"--lora {given}: the strength is too large.\nGive a number such as 0.8.")
+    return Path(found[1]), strength
+
+
+def check_merges(merges: Sequence[Merge], matches: Iterable[Match]) -> None:
+    """Raise Error, which lists the modules, if a LoRA changes one that none of the models has, or one of
+    another shape.
+    """
+    weights: dict[tuple[str, str], tuple[int, ...]] = {}
+    for match in matches:
+        for slot in match.found:
+            if place := _place(match, slot):
+                weights[place] = tuple(size.value(match.dims) or 0 for size in slot.diffusers_shape)
+    for merge in merges:
+        path, updates = merge.lora.path, merge.lora.updates
+        if absent := [".".join(place) for place in updates if place not in weights]:
+            problem = f"changes {len(absent)} modules that the model does not have: {listed(absent)}."
+            raise SourceError(path, problem, "Give a LoRA that was trained on such a model.")
+        wrong = [
+            f"{'.'.join(place)} {list(update.shape)}, expected {list(weights[place])}"
+            for place, update in updates.items()
+            if not _fits(update, weights[place])
+        ]
+        if wrong:
+            raise SourceError(
+                path,
+                f"{len(wrong)} shapes are not those of the model: {listed(wrong)}.",
+                "Give a LoRA that was trained on a model of the same version.",
+            )
+
+
+def merged(match: Match, merges: Sequence[Merge]) -> Match:
+    """The match with the LoRAs merged into its weights, which are float32 then.
+
+    W + strength * alpha / rank * up @ down is computed in float32 when a tensor is loaded.
+    """
+    found: dict[Slot, Tensor] = {}
+    for slot, tensor in match.found.items():
+        place = _place(match, slot)
+        changes = [(m.lora.updates[place], m.strength) for m in merges if place and place in m.lora.updates]
+        if changes:
+            turned = match.keras and slot.variable.reverses
+            found[slot] = replace(
+                tensor,
+                dtype=DTYPES["float32"],
+                offset=None,
+                load=partial(_load, tensor, turned, changes),
+                crc32c=None,
+            )
+        else:
+            found[slot] = tensor
+    return replace(match, found=found)
+
+
+def _place(match: Match, slot: Slot) -> tuple[str, str] | None:
+    """The component and the module that a slot is the kernel of."""
+    if slot.variable.name != "kernel":
+        return None
+    return match.spec.table.name, slot.target.removesuffix(".weight")
+
+
+def _fits(update: Update, shape: tuple[int, ...]) -> bool:
+    """Whether an update has the shape of a weight, but for axes of a kernel of size one."""
+    longer = (*update.shape, *[1] * (len(shape) - len(update.shape)))
+    return longer == shape
+
+
+def _load(tensor: Tensor, turned: bool, changes: Sequence[tuple[Update, float]]) -> np.ndarray:
+    """The weight with its updates, laid out as `tensor` is: as in Keras if `turned`, else as in diffusers."""
+    stored = values_of(tensor)
+    if tensor.crc32c is not None:
+        check_checksum(np.ascontiguousarray(stored).reshape(-1), tensor)
+    values = np.array(stored, np.float32, order="C")
+    if turned:
+        weight = values.reshape(core(values.shape)).transpose(2, 1, 0)
+    else:
+        weight = values.reshape(*values.shape[:2], -1)
+    outputs, inputs, positions = weight.shape
+    step = max(1, _BLOCK // (4 * inputs * positions))
+    for update, strength in changes:
+        up = values_of(update.up).astype(np.float32).reshape(outputs, update.rank)
+        down = values_of(update.down).astype(np.float32).reshape(update.rank, inputs * positions)
+        scale = np.float32(strength * update.alpha / update.rank)
+        for row in range(0, outputs, step):
+            product = up[row : row + step] @ down
+            product *= scale
+            weight[row : row + step] += product.reshape(-1, inputs, positions)
+    return values
