@@ -1,0 +1,56 @@
+"""Pictures with a LoRA: loaded by diffusers from both spellings, and merged into the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.loras import kernels, kohya, save
+
+from kcv2diffusers import convert, convert_lora
+
+PROMPTS = ["a red car in a meadow", "a panda in the snow"]
+LEAST = 60  # decibels
+
+
+def draw(pipeline: Path, lora: Path | None = None) -> np.ndarray:
+    """Pictures (n, height, width, 3) from 0 to 1 of the stock pipeline, each time from the same noise."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    if lora:
+        pipe.load_lora_weights(lora.parent, weight_name=lora.name)
+    noise = torch.from_numpy(np.random.default_rng(3).standard_normal((2, 4, 8, 8)).astype("float32"))
+    drawn = pipe(PROMPTS, latents=noise, num_inference_steps=5, guidance_scale=5.0, output_type="np")
+    return np.asarray(drawn.images)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """Of the pictures that differ most, in decibels."""
+    error = ((one.astype("float64") - other) ** 2).mean((1, 2, 3)).max()
+    return float(-10 * np.log10(max(error, 1e-20)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [4, 3])
+def test_both_spellings_and_merged_weights_draw_the_same(alpha: float, tmp_path: Path) -> None:
+    """A LoRA of all linear layers and convolutions of the tiny base, alpha equal to the rank and not."""
+    base = convert("tiny", out=tmp_path / "tiny").out
+    file = save(kohya(base, alpha=alpha, scale=0.05), tmp_path / "kohya.safetensors")
+    assert len(kernels(base)) > 200
+    converted = convert_lora(file, out=tmp_path / "pytorch_lora_weights.safetensors").out
+    merged = convert("tiny", out=tmp_path / "merged", lora=file).out
+    single = convert("tiny", out=tmp_path / "merged.safetensors", lora=converted).out
+    of_single = convert(single, base=base, out=tmp_path / "of-single").out
+    plain, wanted = draw(base), draw(merged)
+    found = {
+        "kohya": psnr(draw(base, file), wanted),
+        "diffusers": psnr(draw(base, converted), wanted),
+        "single file": psnr(draw(of_single), wanted),
+    }
+    print(f"\nalpha {alpha}: PSNR {found}, without the LoRA {psnr(plain, wanted):.1f} dB")
+    assert psnr(plain, wanted) < 30  # the LoRA is seen
+    assert min(found.values()) >= LEAST
