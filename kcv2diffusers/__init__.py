@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     __version__: str
     from kcv2diffusers.conversion.inspection import Inspected, inspect
     from kcv2diffusers.conversion.lora import ConvertedLora, convert_lora
+    from kcv2diffusers.conversion.lora_extract import ExtractedLora, extract_lora
     from kcv2diffusers.conversion.result import Converted
     from kcv2diffusers.conversion.to_diffusers import convert
     from kcv2diffusers.conversion.to_kerascv import ToKeras, to_keras
@@ -33,12 +34,14 @@ __all__ = [
     "Converted",
     "ConvertedLora",
     "Error",
+    "ExtractedLora",
     "Inspected",
     "Pushed",
     "ToKeras",
     "Verified",
     "convert",
     "convert_lora",
+    "extract_lora",
     "fine_tune",
     "generate",
     "inspect",
@@ -55,12 +58,14 @@ _HOME = {
     "Converted": "conversion.result",
     "ConvertedLora": "conversion.lora",
     "Error": "errors",
+    "ExtractedLora": "conversion.lora_extract",
     "Inspected": "conversion.inspection",
     "Pushed": "publish.push",
     "ToKeras": "conversion.to_kerascv",
     "Verified": "verification.result",
     "convert": "conversion.to_diffusers",
     "convert_lora": "conversion.lora",
+    "extract_lora": "conversion.lora_extract",
     "fine_tune": "dreambooth.fine_tuning",
     "generate": "generation",
     "inspect": "conversion.inspection",

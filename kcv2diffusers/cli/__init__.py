@@ -2,7 +2,7 @@
 
 from kcv2diffusers.cli.app import app, main
 from kcv2diffusers.cli.command import Command
-from kcv2diffusers.cli.conversion import convert, convert_lora, inspect, maps_app, to_keras
+from kcv2diffusers.cli.conversion import convert, convert_lora, extract_lora, inspect, maps_app, to_keras
 from kcv2diffusers.cli.env import env
 from kcv2diffusers.cli.hub import push, space
 from kcv2diffusers.cli.training import dreambooth, generate
@@ -10,6 +10,18 @@ from kcv2diffusers.cli.verification import verify
 
 __all__ = ["main"]
 
-for command in (convert, convert_lora, inspect, to_keras, verify, dreambooth, generate, push, space, env):
+for command in (
+    convert,
+    convert_lora,
+    extract_lora,
+    inspect,
+    to_keras,
+    verify,
+    dreambooth,
+    generate,
+    push,
+    space,
+    env,
+):
     app.command(cls=Command)(command)
 app.add_typer(maps_app, name="maps")

@@ -1,4 +1,4 @@
-"""convert, convert-lora, to-keras, inspect, maps."""
+"""convert, convert-lora, extract-lora, to-keras, inspect, maps."""
 
 from __future__ import annotations
 
@@ -342,6 +342,57 @@ def convert_lora(
     if as_json:
         return print_json(result.to_dict())
     return say(result.text()) if dry_run else tell(result.text())
+
+
+def extract_lora(
+    pipeline: Annotated[
+        str,
+        typer.Argument(
+            metavar="PIPELINE", help="The fine-tune: a pipeline folder, checkpoint or single file."
+        ),
+    ],
+    base: Annotated[
+        str, typer.Option(metavar="PIPELINE", help="The model before the training, in any of these forms.")
+    ] = ...,  # type: ignore[assignment]
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The file to write; it ends in .safetensors.")
+    ] = ...,  # type: ignore[assignment]
+    rank: Annotated[
+        str, typer.Option(metavar="N|auto", help="Rank of every layer; auto: the smallest that keeps --keep.")
+    ] = "32",
+    keep: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of each layer's difference that --rank auto keeps.")
+    ] = 0.95,
+    format: Annotated[
+        LoraFormat, typer.Option(help="kohya for ComfyUI and A1111, diffusers for load_lora_weights.")
+    ] = LoraFormat.diffusers,
+    dtype: Annotated[Dtype, typer.Option(help="Dtype of the factors.")] = Dtype.float32,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Extract a LoRA from a fine-tune of all weights.
+
+    The difference of each layer to the base is cut to a low rank.
+    """
+    from kcv2diffusers.conversion.lora_extract import AUTO
+    from kcv2diffusers.conversion.lora_extract import extract_lora as run
+
+    if rank != AUTO and not rank.isdecimal():
+        raise Error(f"--rank {rank}: give a number of at least 1, or {AUTO}.")
+    with progress_bar("Extracting") as progress:
+        result = run(
+            pipeline,
+            base=base,
+            out=out,
+            rank="auto" if rank == AUTO else int(rank),
+            keep=keep,
+            format=format.value,
+            dtype=dtype.value,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    return print_json(result.to_dict()) if as_json else tell(result.text())
 
 
 def to_keras(

@@ -128,16 +128,25 @@ def _fits(update: Update, shape: tuple[int, ...]) -> bool:
     return longer == shape
 
 
-def _load(tensor: Tensor, turned: bool, changes: Sequence[tuple[Update, float]]) -> np.ndarray:
-    """The weight with its updates, laid out as `tensor` is: as in Keras if `turned`, else as in diffusers."""
+def float_values(tensor: Tensor) -> np.ndarray:
+    """All values of a tensor as a new float32 array. Raises SourceError if its checksum does not match."""
     stored = values_of(tensor)
     if tensor.crc32c is not None:
         check_checksum(np.ascontiguousarray(stored).reshape(-1), tensor)
-    values = np.array(stored, np.float32, order="C")
+    return np.array(stored, np.float32, order="C")
+
+
+def kernel_view(values: np.ndarray, turned: bool) -> np.ndarray:
+    """A kernel as (outputs, inputs, positions), a view: `turned` says that it is laid out as in Keras."""
     if turned:
-        weight = values.reshape(core(values.shape)).transpose(2, 1, 0)
-    else:
-        weight = values.reshape(*values.shape[:2], -1)
+        return values.reshape(core(values.shape)).transpose(2, 1, 0)
+    return values.reshape(*values.shape[:2], -1)
+
+
+def _load(tensor: Tensor, turned: bool, changes: Sequence[tuple[Update, float]]) -> np.ndarray:
+    """The weight with its updates, laid out as `tensor` is: as in Keras if `turned`, else as in diffusers."""
+    values = float_values(tensor)
+    weight = kernel_view(values, turned)
     outputs, inputs, positions = weight.shape
     step = max(1, _BLOCK // (4 * inputs * positions))
     for update, strength in changes:

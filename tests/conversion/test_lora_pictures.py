@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.loras import kernels, kohya, save
 
-from kcv2diffusers import convert, convert_lora
+from kcv2diffusers import convert, convert_lora, extract_lora
 
 PROMPTS = ["a red car in a meadow", "a panda in the snow"]
 LEAST = 60  # decibels
@@ -54,3 +54,24 @@ def test_both_spellings_and_merged_weights_draw_the_same(alpha: float, tmp_path:
     print(f"\nalpha {alpha}: PSNR {found}, without the LoRA {psnr(plain, wanted):.1f} dB")
     assert psnr(plain, wanted) < 30  # the LoRA is seen
     assert min(found.values()) >= LEAST
+
+
+@pytest.mark.slow
+def test_the_more_is_kept_the_nearer_are_the_pictures(tmp_path: Path) -> None:
+    """A LoRA extracted from a fine-tune of all weights, beside the fine-tune. Its pictures are those of the
+    fine-tune where the rank is that of the difference.
+    """
+    base = convert("tiny", out=tmp_path / "tiny").out
+    wide = save(kohya(base, rank=16, alpha=16, scale=0.02), tmp_path / "wide.safetensors")
+    tuned = convert("tiny", out=tmp_path / "tuned", lora=wide).out
+    wanted = draw(tuned)
+    kept, near = [], []
+    for rank in (1, 8, 16):
+        lora = extract_lora(tuned, base=base, out=tmp_path / f"{rank}.safetensors", rank=rank)
+        kept.append(lora.kept)
+        near.append(psnr(draw(base, lora.out), wanted))
+        print(f"\nrank {rank}: {lora.kept:.1%} kept, PSNR {near[-1]:.1f} dB")
+    print(f"without the LoRA {psnr(draw(base), wanted):.1f} dB")
+    assert kept == sorted(kept) and kept[-1] > 0.999
+    assert near == sorted(near) and near[-1] >= LEAST
+    assert near[0] > psnr(draw(base), wanted)
