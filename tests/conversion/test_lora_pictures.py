@@ -75,3 +75,23 @@ def test_the_more_is_kept_the_nearer_are_the_pictures(tmp_path: Path) -> None:
     assert kept == sorted(kept) and kept[-1] > 0.999
     assert near == sorted(near) and near[-1] >= LEAST
     assert near[0] > psnr(draw(base), wanted)
+
+
+@pytest.mark.slow
+def test_ranks_and_alphas_of_each_layer(tmp_path: Path) -> None:
+    """diffusers reads those that differ from layer to layer from the metadata of a file in its format."""
+    base = convert("tiny", out=tmp_path / "tiny").out
+    ranks = [kohya(base, rank=rank, alpha=alpha, scale=0.05) for rank, alpha in ((4, 4), (2, 1), (6, 12))]
+    modules = sorted({name.partition(".")[0] for name in ranks[0]})
+    mixed = {
+        name: tensor
+        for number, module in enumerate(modules)
+        for name, tensor in ranks[number % 3].items()
+        if name.startswith(f"{module}.")
+    }
+    file = save(mixed, tmp_path / "kohya.safetensors")
+    converted = convert_lora(file, out=tmp_path / "diffusers.safetensors").out
+    merged = convert("tiny", out=tmp_path / "merged", lora=file).out
+    found = psnr(draw(base, converted), draw(merged))
+    print(f"\nPSNR {found:.1f} dB")
+    assert found >= LEAST
