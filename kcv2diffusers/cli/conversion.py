@@ -325,7 +325,7 @@ def convert_lora(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a LoRA file between the formats of diffusers and kohya.
+    """Convert a LoRA file between diffusers' and kohya's format.
 
     The values stay as they are, bit for bit.
     """

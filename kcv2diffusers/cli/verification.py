@@ -117,7 +117,7 @@ def verify(
     as_json: Json = False,
     **parts: str | None,
 ) -> None:
-    """Compare a pipeline with the checkpoints it was converted from.
+    """Compare a pipeline with the checkpoints it was made from.
 
     The command compares weights, modules and images.
     """

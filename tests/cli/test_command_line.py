@@ -25,7 +25,10 @@ from kcv2diffusers.sources.locate import TINY, locate
 from kcv2diffusers.verification.request import Request
 
 Patch = pytest.MonkeyPatch
-COMMANDS = ["convert", "inspect", "to-keras", "verify", "dreambooth", "generate", "push", "space", "env"]
+COMMANDS = [
+    *("convert", "convert-lora", "extract-lora", "inspect", "to-keras"),
+    *("verify", "dreambooth", "generate", "push", "space", "env"),
+]
 Cli = Callable[..., tuple[int, str, str]]
 
 
@@ -103,7 +106,7 @@ def test_completion() -> None:
         text=True,
         check=False,
     )
-    assert done.stdout.split() == ["convert"], done.stderr
+    assert done.stdout.split() == ["convert", "convert-lora"], done.stderr
 
 
 @pytest.mark.parametrize(
