@@ -1,1 +1,1 @@
-"""Files, processes and signals of the operating system; nothing of models."""
+"""Files, processes and signals of the operating system. No module here depends on models or weights."""

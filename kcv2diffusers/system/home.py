@@ -1,4 +1,4 @@
-"""`~` in paths, where no shell saw it: in `--out=~/x`, and in files of options."""
+"""Expand `~` in paths that no shell has expanded: in `--out=~/x`, and in option files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from typing import Any
 
 
 def expanded(value: Any) -> Any:
-    """A path, or several, with the home folder for a `~` in front."""
+    """Replace a leading `~` with the home folder, in a path or in each item of a list or tuple of paths.
+
+    Other values are returned unchanged.
+    """
     if isinstance(value, (list, tuple)):
         return type(value)(map(expanded, value))
     if isinstance(value, (str, Path)) and str(value).startswith("~"):
         try:
             return type(value)(Path(value).expanduser())
-        except RuntimeError:  # nobody of that name: a file may be called so
+        except RuntimeError:  # no such user; a file name may start with ~
             return value
     return value

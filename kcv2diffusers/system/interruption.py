@@ -1,8 +1,8 @@
-"""How a command ends when it is told to: by SIGINT (Ctrl-C) or SIGTERM, with exit code 130 or 143.
+"""Signal handling: a command that receives SIGINT (Ctrl-C) or SIGTERM ends with exit code 130 or 143.
 
-The first signal raises `Interrupted` in the main thread, so that temporary files go away; a library that
-swallows it gets it again. The second ends the process at once, also while the main thread is busy in compiled
-code.
+The first signal raises `Interrupted` in the main thread, so that temporary files are removed. If a library
+swallows the exception, it is raised again. The second signal ends the process at once, even while the main
+thread is busy in compiled code.
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ from typing import Any, NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SECONDS_BETWEEN_REMINDERS = 0.25
-_SECONDS_TO_CLEAN_UP = 10  # then `Interrupted` comes again: what looks like cleaning up is the work going on
-_ONE_PRESS = 0.3  # seconds within which signals count as one: wrappers pass on what a terminal sends to all
+_SECONDS_TO_CLEAN_UP = 10  # then `Interrupted` is raised again: the apparent clean-up is the work going on
+_ONE_PRESS = 0.3  # seconds within which signals count as one: wrappers forward what a terminal sends to all
 
-# Not on Windows: there a second signal waits for the main thread, and one that a library swallows is lost.
+# False on Windows: there a second signal waits for the main thread, and a swallowed exception is lost.
 _WATCHED = hasattr(signal, "pthread_kill") and hasattr(signal, "pthread_sigmask")
 
 _received, _at, _kept = 0, 0.0, "nothing was written"
 
 
-_leaving: list[str] = []  # the words of each `ends_at_once` that is running
+_leaving: list[str] = []  # the message of each active `ends_at_once` block
 
 
 class Interrupted(SystemExit):
-    """The command is to end; `code` is its exit code."""
+    """Raised when the command has to end; `code` is its exit code."""
 
 
 def keeps(words: str) -> None:
-    """Say what an interruption leaves from now on: the end of its message, a clause."""
+    """Set the last clause of the interruption message: what an interruption leaves from now on."""
     global _kept
     _kept = words
 
 
 @contextmanager
 def ends_at_once(words: str) -> Iterator[None]:
-    """A block that a signal ends with the process, as threads run in it that an exit would wait for. There
-    must be no temporary files. `words` are the end of the message, a clause.
+    """A block in which the first signal ends the process at once.
+
+    It is for blocks whose threads an ordinary exit would wait for. They must have no temporary files.
+    `words` is the last clause of the interruption message.
     """
     _leaving.append(words)
     try:
@@ -57,16 +59,19 @@ def ends_at_once(words: str) -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """The whole work of a command, from its first import on. Ends the process by SystemExit."""
+    """Wrap the whole work of a command, from its first import on.
+
+    A signal ends the process by SystemExit with code 128 + signal number.
+    """
     try:
-        _listen()  # a signal may have waited for this
+        _listen()  # a signal blocked so far is delivered here
         yield
-        if _received:  # and a library swallowed it
+        if _received:  # a library swallowed the exception
             raise Interrupted
     except BaseException:
         if not _received:
             raise
-        # Also where a library has made another exception of it.
+        # Also if a library has replaced `Interrupted` by another exception.
         os.write(2, f"kcv2diffusers: interrupted; {_kept}.\n".encode(errors="replace"))
         raise SystemExit(128 + _received) from None
     finally:
@@ -74,23 +79,23 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, lambda number, _: os._exit(128 + number))
         if _WATCHED:
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        gc.freeze()  # or else Python looks through all objects once more before it ends, a tenth of `inspect`
+        gc.freeze()  # avoids a last garbage collection at exit, a tenth of the time of `inspect`
 
 
 def hold_signals() -> None:
-    """Signals wait until `interruptible`, also in another program that this process becomes."""
+    """Block the signals until `interruptible` starts. The block survives `exec` into another program."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _listen() -> None:
     sys.unraisablehook = _shown(sys.unraisablehook)
-    sys.excepthook = _shown(sys.excepthook)  # which Cython calls for what it cannot raise
+    sys.excepthook = _shown(sys.excepthook)  # Cython calls it for exceptions that it cannot raise
     for number in SIGNALS:
         signal.signal(number, _first)
     if not _WATCHED:
         return
-    hold_signals()  # the thread that starts here shall get none
+    hold_signals()  # the thread started here inherits the mask and must receive no signal
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -99,7 +104,7 @@ def _listen() -> None:
 
 
 def _first(number: int, _: FrameType | None) -> None:
-    """Leave by an exception, so that temporary folders go away."""
+    """Handle the first signal: leave by an exception, so that temporary folders are removed."""
     global _received, _at
     if _received:
         if not _WATCHED and time.monotonic() - _at > _ONE_PRESS:
@@ -115,7 +120,7 @@ def _first(number: int, _: FrameType | None) -> None:
 
 
 def _again(_: int, __: FrameType | None) -> None:
-    """Raise `Interrupted` once more unless the main thread is cleaning up after it."""
+    """Raise `Interrupted` again, unless the main thread is already cleaning up after it."""
     error = sys.exc_info()[1]
     while error is not None and not isinstance(error, Interrupted):
         error = error.__context__
@@ -124,12 +129,12 @@ def _again(_: int, __: FrameType | None) -> None:
 
 
 def _watch(signals: int) -> None:
-    """Read the numbers of signals as they come, whatever the main thread does."""
+    """Read signal numbers from the wake-up pipe as they arrive, whatever the main thread does."""
     first = None
     while True:
         wait = None if first is None else _SECONDS_BETWEEN_REMINDERS
         if not select.select([signals], [], [], wait)[0]:
-            if _received:  # or else `_first` is not in charge, or has not been called yet
+            if _received:  # otherwise `_first` is not installed or has not run yet
                 signal.pthread_kill(main_thread().ident or 0, signal.SIGUSR1)
             continue
         for number in os.read(signals, 64):
@@ -146,8 +151,10 @@ def _end_at_once(number: int) -> NoReturn:
 
 
 def _shown(show: Callable[..., object]) -> Callable[..., None]:
-    """`show`, but not after a signal: what cannot be raised then, in a destructor, comes of what was left
-    half done. If it was `Interrupted` itself, that comes again.
+    """Wrap the hook `show` so that it prints nothing after a signal.
+
+    An exception that cannot be raised then, as in a destructor, is caused by the interrupted work. If it is
+    `Interrupted` itself, that is raised again.
     """
 
     def hook(*what: Any) -> None:

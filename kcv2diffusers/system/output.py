@@ -1,4 +1,4 @@
-"""Output folders that are there whole or not at all."""
+"""Atomic output: a folder or file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SECONDS_OF_A_DAY = 86_400
 def new_folder(
     target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool], needed: int
 ) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes it when the block ends without an error.
+    """A temporary folder beside `target` that is renamed to `target` when the block ends without an error.
 
-    `replaceable` says whether an existing folder may be replaced (with `overwrite`); anything else is
-    left alone. `needed` is the size in bytes of what will be written. Raises TargetError.
+    `replaceable` returns whether an existing folder may be replaced when `overwrite` is set; anything else is
+    left unchanged. `needed` is the size in bytes of what will be written. Raises TargetError.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  (a link is replaced, not followed)
     check_free(target, overwrite=overwrite, replaceable=replaceable)
@@ -37,9 +37,10 @@ def new_folder(
 def new_file(
     target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool], needed: int
 ) -> Iterator[Path]:
-    """The path of a file to write that becomes `target` when the block ends without an error.
+    """The path of a temporary file that is renamed to `target` when the block ends without an error.
 
-    The arguments are those of `new_folder`; `replaceable` is given the file that exists. Raises TargetError.
+    The arguments are those of `new_folder`; `replaceable` is called with the existing file. Raises
+    TargetError.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  (a link is replaced, not followed)
     check_free_file(target, overwrite=overwrite, replaceable=replaceable)
@@ -52,7 +53,7 @@ def new_file(
 
 @contextmanager
 def _beside(target: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder beside `target` that is gone when the block ends."""
+    """A temporary folder beside `target` that is removed when the block ends."""
     parent = target.parent
     with _writing(parent), _made(parent):
         _remove_stale(target)
@@ -68,16 +69,14 @@ def _beside(target: Path, needed: int) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it becomes `path` when the block ends without an error."""
+    """A temporary path beside `path`; it is renamed to `path` when the block ends without an error."""
     part = path.with_name(f".{path.name}.part")
     yield part
     part.replace(path)
 
 
 def check_folder(folder: Path, needed: int = 0) -> None:
-    """Raise TargetError unless files can be written into `folder`, which may not be there yet; `needed` is
-    their size in bytes.
-    """
+    """Raise TargetError unless files of `needed` bytes can be written into `folder`, which need not exist."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise TargetError(f"{there}: not a folder.\nRemove it yourself or choose another folder.")
@@ -87,7 +86,7 @@ def check_folder(folder: Path, needed: int = 0) -> None:
 
 
 def check_target(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool], needed: int) -> None:
-    """All that `new_folder` checks, without making anything. Raises TargetError."""
+    """Do the checks of `new_folder` without creating anything. Raises TargetError."""
     check_free(target, overwrite=overwrite, replaceable=replaceable)
     check_folder(target.absolute().parent, needed)
 
@@ -102,7 +101,7 @@ def _check_space(folder: Path, needed: int) -> None:
 
 
 def check_free(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
-    """Raise TargetError unless `target` is free, empty, or may be overwritten."""
+    """Raise TargetError unless `target` does not exist, is an empty folder, or may be overwritten."""
     with _writing(target):
         if not (target.exists() or target.is_symlink()):
             return
@@ -119,7 +118,7 @@ def check_free(target: Path, *, overwrite: bool, replaceable: Callable[[Path], b
 
 
 def check_free_file(target: Path, *, overwrite: bool, replaceable: Callable[[Path], bool]) -> None:
-    """Raise TargetError unless a file `target` does not exist or may be overwritten."""
+    """Raise TargetError if the file `target` exists and may not be overwritten."""
     with _writing(target):
         if not os.path.lexists(target):
             return
@@ -136,7 +135,7 @@ def check_free_file(target: Path, *, overwrite: bool, replaceable: Callable[[Pat
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """What the system says about writing in `folder`, as a TargetError that names no temporary file."""
+    """Turn an OSError while writing in `folder` into a TargetError that names no temporary file."""
     try:
         yield
     except OSError as error:
@@ -155,7 +154,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """`folder`, with the folders above it; those that were not there go away after an error."""
+    """Create `folder` and its parents; after an error the newly created ones are removed."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +167,7 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 def _move_into_place(temporary: Path, target: Path) -> None:
-    """Rename; what is replaced is moved aside first and comes back if the rename fails."""
+    """Rename `temporary` to `target`; an existing target is moved aside first and restored on failure."""
     if not target.exists():
         temporary.rename(target)
         return
@@ -184,7 +183,7 @@ def _move_into_place(temporary: Path, target: Path) -> None:
 
 
 def _remove_stale(target: Path) -> None:
-    """Remove the temporary folders of runs that were killed before they could."""
+    """Remove the temporary folders that killed runs left behind."""
     for path in target.parent.glob(f".{target.name}.tmp-*"):
         process = path.name.rpartition("-")[2]
         if process.isdigit() and not _is_used(path, Path(f"/proc/{process}")):
@@ -192,8 +191,9 @@ def _remove_stale(target: Path) -> None:
 
 
 def _is_used(temporary: Path, process: Path) -> bool:
-    """Whether the process of a temporary folder runs; where that cannot be seen (Windows, macOS), whether the
-    folder was written into within a day.
+    """Whether the process that owns a temporary folder is running.
+
+    Without /proc (Windows, macOS) this is whether the folder was modified within the last day.
     """
     if process.parent.exists():
         return process.exists()

@@ -1,6 +1,6 @@
-"""Read and write at a place in a file that several threads or processes have open.
+"""Read and write at an offset in a file that several threads or processes have open.
 
-Windows has no calls for that: there the position of the descriptor is moved, by one thread at a time.
+Windows has no `pread` and `pwrite`: there a lock lets one thread at a time seek and then read or write.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _moving = Lock()
 
 
 def write_at(fd: int, data: memoryview, offset: int) -> int:
-    """Write bytes of `data`; returns how many, which may be less than all."""
+    """Write `data` at byte `offset`. Returns the number of bytes written, which may be less than all."""
     if hasattr(os, "pwrite"):
         return os.pwrite(fd, data, offset)
     with _moving:
@@ -21,7 +21,10 @@ def write_at(fd: int, data: memoryview, offset: int) -> int:
 
 
 def read_at(fd: int, into: memoryview, offset: int) -> int:
-    """Fill `into`; returns how many bytes, which are less than all only at the end of the file."""
+    """Fill `into` from byte `offset`.
+
+    Returns the number of bytes read, which is less than all only at the end of the file.
+    """
     if hasattr(os, "preadv"):
         return os.preadv(fd, [into], offset)
     with _moving:
@@ -32,7 +35,7 @@ def read_at(fd: int, into: memoryview, offset: int) -> int:
 
 
 def allocate(fd: int, size: int) -> None:
-    """Give the file its size, on disk where the system can (so that a full disk is found now)."""
+    """Set the file size in bytes; allocate the disk space too if supported, to detect a full disk early."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(fd, 0, size)
     else:

@@ -1,5 +1,6 @@
-"""Child processes: by fork, with no second import, and what they work on is simply there; or a module started
-afresh. And a new start for the one that trains, with an allocator set up for it.
+"""Child processes, and the restart of the training process with tuned allocator settings.
+
+A child is a fork, which shares the parent's imports and data, or a module run in a new Python.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 FORKS = sys.platform == "linux" and hasattr(os, "fork")
-"""Whether `fork` can be used. macOS has one, but its own libraries may crash after it; Windows has none."""
+"""Whether `fork` can be used. Windows has no fork; on macOS the system libraries may crash after it."""
 
 _SIGNALS = [
     getattr(signal, f"SIG{name}")
@@ -24,26 +25,29 @@ _SIGNALS = [
 
 
 def start_module(module: str, *arguments: str, env: Mapping[str, str] | None = None, **pipes: Any) -> Any:
-    """A new Python that runs a module of this package: the `subprocess.Popen`, which is given `pipes` too."""
+    """Run a module of this package in a new Python; returns its `subprocess.Popen`.
+
+    `env` replaces the environment (default: that of this process). `pipes` is passed to `Popen`.
+    """
     import subprocess
 
     environment = {**(os.environ if env is None else env)}
     package = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [environment.get("PYTHONPATH")])])
-    # -P keeps the working folder off the path: a file there may be called as a library is.
+    # -P keeps the working folder off sys.path: a file there may have the name of a library.
     return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments], env=environment, **pipes)
 
 
 def fork(work: Callable[[], object]) -> int:
-    """Start a child process that runs `work` and nothing else of the parent's: no handlers, no clean-up, no
-    messages. Returns its id; its exit status is 0 unless `work` raised something.
+    """Start a child process that runs `work` only: no signal handlers, clean-up or messages of the parent.
 
-    `work` must not touch what other threads may hold a lock of (it is forked beside them).
+    Returns the process id. The exit status is 0 unless `work` raised an exception. `work` must not use a
+    lock that another thread of the parent may hold: the fork copies the lock in its held state.
     """
-    # What a signal's handler raises during the fork would be lost in some library's after-fork hook.
+    # An exception from a signal handler during the fork would be lost in a library's after-fork hook.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     with warnings.catch_warnings():
-        # Python 3.12 and JAX warn of forks beside threads; here only NumPy, h5py and system calls run.
+        # Python 3.12 and JAX warn about forks beside threads; the child runs only NumPy, h5py, system calls.
         warnings.simplefilter("ignore")
         child = os.fork()
     if not child:
@@ -62,7 +66,7 @@ def _only(work: Callable[[], object], mask: set[int]) -> NoReturn:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        gc.disable()  # the child is gone before there is much to collect
+        gc.disable()  # the child exits before there is much to collect
         work()
         os._exit(0)
     finally:
@@ -73,26 +77,29 @@ ALLOCATOR = {
     "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={32 << 20}"
     f":glibc.malloc.trim_threshold={2**40}"
 }
-"""For training on a CPU: what a step frees is kept for the next, on large pages. Without it the kernel clears
-gigabytes of gradients anew in each step, in pages of 4 KB. Only the largest are given back, or the holes that
-they leave add up to a gigabyte (32 MB is the most that glibc takes). It reads this when a process starts.
+"""Environment for training on a CPU: glibc keeps freed memory for the next step, on huge pages.
+
+Without it the kernel clears gigabytes of gradients again in each step, in pages of 4 KB. Only the largest
+blocks are returned to the kernel, otherwise fragmentation costs up to a gigabyte; 32 MB is the largest
+mmap_threshold that glibc accepts. glibc reads the variable when a process starts.
 """
 
 
 def let_threads_sleep() -> None:
-    """Threads of PyTorch that wait for each other give way at once; it must be called before its import.
+    """Make waiting PyTorch threads sleep instead of spinning; call it before PyTorch is imported.
 
-    Otherwise they keep a core busy for milliseconds each time, and where other programs want the cores too,
-    each waits for one that does not run: beside two busy processes on two cores a drawing took 57 s and 45 s
-    of computing, and so it takes 39 s and 22 s; on idle cores as long as before. Training is not told: its
-    steps are a fifth slower with it on idle cores.
+    Otherwise a waiting thread spins for milliseconds, and if other programs use the cores too, the threads
+    wait for one that is not scheduled. Beside two busy processes on two cores, drawing an image took 57 s
+    (45 s of CPU time) without this setting and takes 39 s (22 s) with it; on idle cores the time is the same.
+    Training does not call this: its steps are 20 % slower with it on idle cores.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def restart_to_train() -> None:
-    """Run this command line once more in this process, with `ALLOCATOR`; on Linux, and if nothing else was
-    chosen.
+    """Run this command line again in this process (exec) with `ALLOCATOR` in the environment.
+
+    It does so only on Linux, and only if `GLIBC_TUNABLES` is not set.
     """
     if sys.platform == "linux" and ALLOCATOR.keys().isdisjoint(os.environ):
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})

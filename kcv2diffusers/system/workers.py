@@ -1,7 +1,7 @@
-"""Numbered jobs done side by side, by forked processes or by threads.
+"""A pool that runs numbered jobs in parallel, in forked processes or in threads.
 
-Processes are a fifth quicker: threads hand Python's lock to each other some ten thousand times. Where the
-system has no safe fork (Windows, macOS) threads do the same.
+Processes are used where fork is safe, threads elsewhere (Windows, macOS). Threads are 20 % slower: they
+contend for the GIL, which changes hands some ten thousand times.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import IO, Any, cast
 from kcv2diffusers.errors import Error
 from kcv2diffusers.system.processes import FORKS, fork
 
-_NUMBER = 4  # bytes of a job's number
+_NUMBER = 4  # bytes of a job number
 _COUNT = min(4, os.cpu_count() or 1)
-_SECONDS = 0.2  # at most, until a thread that waits sees a signal: on Windows nothing else wakes it
+_SECONDS = 0.2  # longest delay before a waiting thread sees a signal: on Windows nothing else wakes it
 
 Do = Callable[[int], Any]
 Results = Generator[tuple[int, Any], None, None]
 
 
 def work(numbers: Sequence[int], make: Callable[[], Do]) -> Results:
-    """Do the jobs `numbers` in about that order; yields each with its result when it is done.
+    """Run the jobs `numbers` in about that order; yields (number, result) as each job completes.
 
-    `make` is called once in each process or thread and returns what does a job. An exception of a job ends
-    the iteration and is raised here. Raises Error if a process is killed. Close the iterator, and nothing
-    works on.
+    `make` is called once in each process or thread; it returns the function that runs a job, which is called
+    with the job's number. An exception in a job ends the iteration and is raised here. Raises Error if a
+    process is killed. Closing the iterator stops the work.
     """
     return (_processes if FORKS else _threads)(numbers, make, min(_COUNT, len(numbers)))
 
@@ -40,7 +40,7 @@ def _threads(numbers: Sequence[int], make: Callable[[], Do], count: int) -> Resu
     from concurrent.futures import ThreadPoolExecutor
 
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    left = iter(numbers)  # a step of it is one operation for Python: no two threads get the same
+    left = iter(numbers)  # `next` is atomic in CPython: no two threads get the same number
 
     def serve() -> None:
         try:
@@ -48,7 +48,7 @@ def _threads(numbers: Sequence[int], make: Callable[[], Do], count: int) -> Resu
             for number in left:
                 results.put((number, do(number)))
         except BaseException as error:
-            # Without its frames, as from a process: they would keep mapped files open.
+            # Without its traceback, as from a process: the frames would keep mapped files open.
             results.put(error.with_traceback(None))
         else:
             results.put(None)
@@ -69,16 +69,18 @@ def _threads(numbers: Sequence[int], make: Callable[[], Do], count: int) -> Resu
                 else:
                     yield result
         finally:
-            for _ in left:  # what is being done ends; nothing more begins
+            for _ in left:  # running jobs finish; no new one starts
                 pass
 
 
 def _processes(numbers: Sequence[int], make: Callable[[], Do], count: int) -> Results:
-    """A process takes the number of its next job from a file that all share, so that it never waits to be
-    handed one, and sends back what it found; it ends when the parent is gone.
+    """Run the jobs in `count` forked processes.
+
+    Each process reads its next job number from a shared file, so that it never waits for the parent to
+    assign one, and sends the result back. It ends when the parent is gone.
     """
     with ExitStack() as stack:
-        # Processes that were forked share the position in it: each reads numbers that no other has read.
+        # Forked processes share the file position: each reads numbers that no other has read.
         jobs = stack.enter_context(_scratch())
         jobs.write(b"".join(number.to_bytes(_NUMBER) for number in numbers))
         jobs.seek(0)
@@ -101,8 +103,9 @@ def _processes(numbers: Sequence[int], make: Callable[[], Do], count: int) -> Re
 
 
 def _scratch() -> IO[bytes]:
-    """An empty file that is gone when it is closed: at once if in memory, when its journal has time if on
-    disk.
+    """An empty file that is deleted when it is closed.
+
+    It is in memory if the system supports that: closing a file on disk may wait for the journal.
     """
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("jobs"), "r+b", buffering=0)
@@ -111,15 +114,17 @@ def _scratch() -> IO[bytes]:
 
 @contextmanager
 def _process(jobs: int, make: Callable[[], Do]) -> Iterator[Connection[Any, Any]]:
-    """A process that does the jobs whose numbers it reads from `jobs`, as long as the block lasts: a
-    connection to receive each with its result from, or an exception, and at last None.
+    """A process that runs the jobs whose numbers it reads from the descriptor `jobs`, while the block lasts.
+
+    Yields the connection to receive from: a (number, result) for each job, or an exception, and None at the
+    end.
     """
     ours, theirs = Pipe(duplex=False)
 
     def serve() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
         ours.close()
-        with suppress(ConnectionError):  # the parent has gone
+        with suppress(ConnectionError):  # the parent is gone
             try:
                 do = make()
                 while taken := os.read(jobs, _NUMBER):
@@ -136,5 +141,5 @@ def _process(jobs: int, make: Callable[[], Do]) -> Iterator[Connection[Any, Any]
         with ours:
             yield ours
     finally:
-        os.kill(child, signal.SIGKILL)  # it is done, or what it does is not wanted any more
+        os.kill(child, signal.SIGKILL)  # it is done, or its result is no longer needed
         os.waitpid(child, 0)
