@@ -1,1 +1,1 @@
-"""The Hugging Face Hub as a source: addresses, the connection, what a repository holds, downloads."""
+"""The Hugging Face Hub as a source: addresses, the client, the content of repositories, downloads."""

@@ -1,4 +1,4 @@
-"""`hf://user/repo[/path][@revision]`: how a source on the Hub is written, and where it lies in the cache."""
+"""Addresses of sources on the Hub, `hf://user/repo[/path][@revision]`, and their paths in the Hub's cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FORM = "Write hf://user/repo, hf://user/repo/path/in/repo.h5, and @revision beh
 
 @dataclass(frozen=True)
 class Address:
-    """A model repository, a path in it ("" for all of it) and a branch, tag or commit (None: the default)."""
+    """A model repository, a path in it ("" for all of it), a branch, tag or commit (None: the default)."""
 
     repository: str
     path: str = ""
@@ -30,12 +30,12 @@ class Address:
         return f"{SCHEME}{self.repository}{path}{end}"
 
     def at(self, path: str) -> Address:
-        """Another path of the same repository and revision."""
+        """The address of another path in the same repository and revision."""
         return replace(self, path=path)
 
 
 def website(source: str) -> Address | None:
-    """The address that a URL of the Hub's website is about, None for any other text."""
+    """The address that a URL of the Hub's website refers to; None for any other text."""
     if not (match := _WEBSITE.fullmatch(source)):
         return None
     repository, revision, path = match.groups()
@@ -43,13 +43,13 @@ def website(source: str) -> Address | None:
 
 
 def parse(source: str) -> Address:
-    """Raises Error if that is not an address of a model repository."""
+    """Parse the hf:// address `source`. Raises Error unless it is one of a model repository."""
     from huggingface_hub import parse_hf_uri
     from huggingface_hub.errors import HfUriError
 
     user, _, rest = source.removeprefix(SCHEME).partition("/")
     name, _, path = rest.partition("/")
-    if "@" not in name and "@" in path:  # the library takes the revision behind the name only
+    if "@" not in name and "@" in path:  # huggingface_hub reads the revision only after the name
         path, _, revision = path.rpartition("@")
         source = f"{SCHEME}{user}/{name}@{revision.replace('/', '%2F')}/{path}"
     try:
@@ -62,7 +62,7 @@ def parse(source: str) -> Address:
 
 
 def readings(address: Address) -> list[Address]:
-    """What an address may mean: in user/repo@feature/x the branch is "feature", or it is "feature/x"."""
+    """All readings of an address: in user/repo@feature/x the branch may be "feature" or "feature/x"."""
     names = address.path.split("/") if address.revision and address.path else []
     longer = [
         replace(address, path="/".join(names[at:]), revision="/".join([str(address.revision), *names[:at]]))
@@ -72,8 +72,9 @@ def readings(address: Address) -> list[Address]:
 
 
 def cached(path: Path) -> tuple[Address, Path] | None:
-    """The address, by commit, of a file or folder in the Hub's cache, and its snapshot's folder; None for
-    any other path.
+    """The address of a file or folder in the Hub's cache, with its commit, and the folder of its snapshot.
+
+    None for a path outside the cache.
     """
     parts = path.parts
     for index, part in enumerate(parts[:-2]):
@@ -85,12 +86,12 @@ def cached(path: Path) -> tuple[Address, Path] | None:
 
 
 def shown(path: Path) -> str:
-    """How messages name a source: one from the Hub by its address, with seven digits of the commit."""
+    """The name of a source in messages; for one in the Hub's cache its address with a 7-digit commit."""
     if found := cached(path):
         return plain(replace(found[0], revision=(found[0].revision or "")[:7]))
     return plain(path)
 
 
 def snapshots(paths: Iterable[Path]) -> list[Path]:
-    """The root folders in the cache of those paths that came from the Hub: a tokenizer may lie there."""
+    """The snapshot folders of those `paths` that are in the Hub's cache; a tokenizer may be there."""
     return list(dict.fromkeys(found[1] for path in paths if (found := cached(path))))

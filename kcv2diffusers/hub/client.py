@@ -1,4 +1,4 @@
-"""The connection to the Hub, and everything it can refuse in a line or two. No message holds a token."""
+"""The Hub client, and short messages for every error of the Hub and the network. No message has a token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BROKEN = ("the Hub has an internal error", _AGAIN)
 
 
 class Unreachable(Error):
-    """The Hub cannot be asked: no network, it is down, or HF_HUB_OFFLINE is set; `reason` says which."""
+    """The Hub is unreachable: no network, server error, rate limit or HF_HUB_OFFLINE; `reason` says which."""
 
     def __init__(self, what: str, reason: str, remedy: str) -> None:
         super().__init__(f"{what}: {reason}.\n{remedy}")
@@ -38,7 +38,7 @@ class Unreachable(Error):
 
 
 class NotThere(Error):
-    """The repository, or the revision or file in it, does not exist (or nobody may see it)."""
+    """The repository, or the revision or file in it, does not exist or is not accessible."""
 
 
 class NoRevision(NotThere):
@@ -54,8 +54,9 @@ def require_hub() -> None:
 
 
 def connect(token: str | None = None) -> HfApi:
-    """The library's client, with `token` or the one of HF_TOKEN or `hf auth login`. Raises Error if
-    huggingface_hub is not installed or the token cannot be one.
+    """A client of the Hub that sends `token` (default: that of HF_TOKEN or `hf auth login`).
+
+    Raises Error if huggingface_hub is not installed or if the token has characters that no token has.
     """
     require_hub()
     import huggingface_hub
@@ -74,12 +75,12 @@ def connect(token: str | None = None) -> HfApi:
 
 
 def token_of(api: HfApi) -> str | None:
-    """The token that a client sends."""
+    """The token that a client sends, None if it sends none."""
     return api.token if isinstance(api.token, str) else None
 
 
 def redact(text: str, token: str | None = None) -> str:
-    """The text without anything that is, or looks like, a token."""
+    """Replace `token`, and anything that looks like a token, in `text`."""
     if token:
         text = text.replace(token, "<token>")
     return _TOKEN.sub("<token>", text)
@@ -87,7 +88,7 @@ def redact(text: str, token: str | None = None) -> str:
 
 @contextmanager
 def asking(what: str, token: str | None = None) -> Iterator[None]:
-    """Every refusal of the Hub or of the way to it as an Error about `what` (an address, a repository)."""
+    """Turn Hub and network errors into `Error`; `what` is the address or repository in the message."""
     import httpx2
     from huggingface_hub import errors
 
@@ -103,7 +104,7 @@ def asking(what: str, token: str | None = None) -> Iterator[None]:
         ConnectionError,
         ValueError,
         RuntimeError,
-    ) as error:  # not `from error`: what the library says of a request may hold the token
+    ) as error:  # not `from error`: the library's message may contain the token
         raise _explained(what, error, token) from None
 
 
@@ -139,7 +140,7 @@ def _explained(what: str, error: BaseException, token: str | None) -> Error:
             if status == 429 or status >= 500:
                 return Unreachable(what, reason, remedy)
             return Error(f"{what}: {reason}.\n{remedy}")
-        case RuntimeError() if isinstance(cause, httpx2.HTTPError):  # of an upload
+        case RuntimeError() if isinstance(cause, httpx2.HTTPError):  # an upload
             return _explained(what, cause, token)
         case httpx2.HTTPError() | ConnectionError():
             remedy = "Check the connection and try again; what has been transferred is kept."

@@ -1,7 +1,7 @@
-"""From an address on the Hub to files on this machine: list, choose, download what is needed, once.
+"""Download from the Hub: list a repository, select the files that are needed, download them once.
 
-huggingface_hub keeps the cache, goes on where a download was interrupted, and shows the progress. Files are
-taken from one commit. Without the Hub its cache answers, listing included.
+huggingface_hub manages the cache, resumes interrupted downloads and shows the progress. All files are from
+one commit. Offline, the cache provides the files and the listing.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ def fetch(
     *,
     pipelines: bool = True,
 ) -> list[Path]:
-    """Download what `source` holds of `parts` (None: everything that is a part; empty: only a tokenizer).
+    """Download the files of `source` that hold `parts` (None: all parts; empty: only a tokenizer).
 
-    Returns the checkpoints, or the one folder of a diffusers pipeline or of a tokenizer, in the cache.
-    `variant` is preferred among a pipeline's weight files. Raises Error with a message for the user, also for
-    a pipeline if `pipelines` are not wanted.
+    Returns the paths of the checkpoints in the cache, or the single folder of a diffusers pipeline or of a
+    tokenizer. `variant` is the preferred variant of a pipeline's weight files. Raises Error with a message
+    for the user, also for a pipeline if `pipelines` is false.
     """
     return list(_fetch(source, None if parts is None else frozenset(parts), variant, pipelines))
 
 
-@cache  # asked once, downloaded once, even where a source is named for two purposes
+@cache  # one request and one download, even if a source is given for two purposes
 def _fetch(
     source: str, parts: frozenset[str] | None, variant: str | None, pipelines: bool
 ) -> tuple[Path, ...]:
@@ -65,7 +65,7 @@ def _fetch(
 
 
 def _found(api: HfApi, source: str, address: Address) -> tuple[Address, str, Listing]:
-    """The address with its commit and files. A branch may have slashes: user/repo@feature/x."""
+    """The address, its commit and its listing. A branch may have slashes: user/repo@feature/x."""
     first: NoRevision | None = None
     for reading in readings(address):
         try:
@@ -80,7 +80,7 @@ def _found(api: HfApi, source: str, address: Address) -> tuple[Address, str, Lis
 def _needed(
     address: Address, listing: Listing, parts: frozenset[str] | None, variant: str | None
 ) -> tuple[list[str], list[str]]:
-    """The files to download, and the paths among them that are sources."""
+    """The files to download, and the paths in the repository that are sources."""
     found = candidates(listing, address.repository, address.path)
     if not (found or not address.path or any(f"{name}/".startswith(f"{address.path}/") for name in listing)):
         raise NotThere(f"{address}: there is no such file or folder in the repository.\nCheck the path.")
@@ -99,8 +99,9 @@ def _needed(
 
 
 def default_base(source: str, missing: Sequence[str], variant: str | None) -> Path:
-    """The folder with the `missing` parts of the default base `source` from the Hub, or Error with the ways
-    to do without it.
+    """Download the `missing` parts of the default base `source`; returns the folder in the cache.
+
+    Raises Error if the base cannot be downloaded; the message lists the alternatives.
     """
     try:
         return fetch(source, missing, variant)[0]
@@ -115,7 +116,10 @@ def default_base(source: str, missing: Sequence[str], variant: str | None) -> Pa
 
 
 def sibling(source: str) -> str | None:
-    """The address of a repository beside `source` that is named as its text encoder, if there is one."""
+    """The address of the repository whose name is that of `source` with a text encoder suffix, if it exists.
+
+    None if there is none or if `source` has a path or such a suffix itself.
+    """
     address = parse(source)
     if address.path or any(address.repository.endswith(end) for end in SIBLINGS):
         return None
@@ -142,7 +146,7 @@ def _in_cache(repository: str) -> bool:
 
 
 def _listing(api: HfApi, address: Address) -> tuple[str, dict[str, int]]:
-    """The commit and its files; a commit never changes, so a listing that is in the cache is taken."""
+    """The commit and its files with sizes. A commit never changes, so a cached listing is used if present."""
     import httpx2
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
@@ -155,7 +159,7 @@ def _listing(api: HfApi, address: Address) -> tuple[str, dict[str, int]]:
         try:
             tree = api.list_repo_tree(address.repository, revision=commit, recursive=True)
             entries = [entry for entry in tree if isinstance(entry, RepoFile)]
-        except (OfflineModeIsEnabled, httpx2.TransportError):  # the cache of an older huggingface_hub
+        except (OfflineModeIsEnabled, httpx2.TransportError):  # an older huggingface_hub cached no listing
             return commit, _cached_files(address.repository, commit)
     if bad := next((entry.path for entry in entries if unsafe(entry.path)), None):
         raise Error(
@@ -175,6 +179,6 @@ def _cached_files(repository: str, commit: str) -> dict[str, int]:
 def _download(api: HfApi, repository: str, commit: str, names: Collection[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    # A pattern that only matches itself: names may hold what patterns mean something by.
+    # Escape wildcards, so that each pattern matches only its own name: file names may contain them.
     patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
     return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, token=api.token))

@@ -1,6 +1,6 @@
-"""What a repository holds, told by its listing: checkpoints, which part each seems to be, the files of each.
+"""Find the checkpoints in a repository from its listing: the files and the probable part of each.
 
-Names and sizes only narrow down what is downloaded; what a checkpoint is, its contents say afterwards.
+Names and sizes only limit what is downloaded. The part is determined later, from the tensors.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from kcv2diffusers.pipeline_files import (
 )
 
 Listing = Mapping[str, int]
-"""Path in the repository to size in bytes."""
+"""Maps each path in the repository to the size in bytes."""
 
-# Per parameter: float32, float16, float32 twice (Keras 3's export), float32 with an optimizer's two moments.
+# Bytes per parameter: float32, float16, float32 twice (Keras 3's export), float32 with two optimizer moments.
 _BYTES = (4, 2, 8, 12)
 _TOLERANCE = 0.02
 _SMALL = (MODEL_INDEX, CONFIG_FILE, CARD, SCHEDULER_FILE.as_posix())
@@ -41,8 +41,10 @@ _SHARD = re.compile(r"_\d{5}\.weights\.h5$")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint in a repository: its path as the readers take it ("" is the root), its files, their bytes,
-    and the part it seems to be.
+    """A checkpoint in a repository.
+
+    `path` is the one that its reader is called with ("" is the root), `files` its files, `size` their size in
+    bytes, and `part` the part that it probably is (None: unknown).
     """
 
     path: str
@@ -52,16 +54,17 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """A path that means this checkpoint only: a SavedModel's root may hold others."""
+        """A path that identifies only this checkpoint: a SavedModel's root may contain others."""
         root = self.path and f"{self.path}/"
         inner = (f"{root}saved_model.pb", f"{root}variables/variables.index")
         return next((name for name in inner if name in self.files), self.path)
 
 
 def candidates(listing: Listing, repository: str, below: str = "") -> list[Candidate]:
-    """The Keras checkpoints at or below a path of a repository; a file of one means it.
+    """The Keras checkpoints at or below the path `below` of a repository.
 
-    A single `.safetensors` file is one only where its path is given.
+    The path of any file of a checkpoint selects that checkpoint. A `.safetensors` file counts as a checkpoint
+    only if `below` is its path.
     """
     if below.endswith(".safetensors") and below in listing:
         return [Candidate(below, (below,), listing[below], None)]
@@ -76,13 +79,16 @@ def candidates(listing: Listing, repository: str, below: str = "") -> list[Candi
 
 
 def is_pipeline(listing: Listing, below: str = "") -> bool:
-    """Whether a diffusers pipeline, or components of one, lies at a path of a repository."""
+    """Whether a diffusers pipeline, or a component of one, is at the path `below` of a repository."""
     names = [MODEL_INDEX, *(f"{table.folder}/{COMPONENT_CONFIG}" for table in tables().values())]
     return any(_join(below, name) in listing for name in names)
 
 
 def chosen(found: Sequence[Candidate], wanted: Collection[str] | None, source: Address) -> list[Candidate]:
-    """One candidate for each part `wanted` (None: all). Raises Error where there are several."""
+    """One candidate for each part `wanted` (None: all).
+
+    Raises Error if a part has several candidates, or if none fits.
+    """
     by_part: dict[str | None, list[Candidate]] = defaultdict(list)
     for candidate in found:
         if wanted is None or candidate.part is None or candidate.part in wanted:
@@ -100,8 +106,9 @@ def chosen(found: Sequence[Candidate], wanted: Collection[str] | None, source: A
 def pipeline_files(
     listing: Listing, below: str, wanted: Collection[str] | None, variant: str | None, source: Address
 ) -> list[str]:
-    """The files of a diffusers pipeline that hold the parts `wanted` (None: all), one weight file a
-    component, and its small files. Raises Error if a component has no `.safetensors` file.
+    """The files of a diffusers pipeline with the parts `wanted` (None: all) and its small files.
+
+    Each component has one weight file. Raises Error if a component has no `.safetensors` file.
     """
     folders = {table_of(part).folder for part in (parts() if wanted is None else wanted)}
     files = small_files(listing, below)
@@ -120,14 +127,14 @@ def pipeline_files(
 
 
 def _weights(listing: Listing, folder: str, name: str, variant: str | None) -> str | None:
-    """The weight file of a component: the variant, the plain one, any variant of it, in this order."""
+    """The weight file of a component: `variant`, else the file without a variant, else any variant."""
     there = [path.removeprefix(f"{folder}/") for path in listing if path.startswith(f"{folder}/")]
     names = (f"{folder}/{file}" for file in weight_names(name, variant, there))
     return next((path for path in names if path in listing), None)
 
 
 def small_files(listing: Listing, below: str) -> list[str]:
-    """What identifies a model beside its weights: configs, card, tokenizer."""
+    """The small files that describe a model: configs, model card, tokenizer."""
     names = [_join(below, name) for name in _SMALL]
     return [name for name in names if name in listing] + tokenizer_files(listing, _join(below, TOKENIZER))
 
@@ -138,13 +145,13 @@ def tokenizer_files(listing: Listing, folder: str) -> list[str]:
 
 
 def unsafe(path: str) -> bool:
-    """Whether a path of a listing could lead out of the folder it is downloaded to."""
+    """Whether a path of a listing could lead outside the download folder."""
     parts = PurePosixPath(path).parts
     return not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path
 
 
 def _checkpoints(listing: Listing) -> dict[str, list[str]]:
-    """Path of a checkpoint, as the readers take it, to its files."""
+    """Map the path of each checkpoint, as its reader is called with it, to its files."""
     found: dict[str, list[str]] = {}
     inside = set()
     listing = {name: size for name, size in listing.items() if not _foreign(name)}
@@ -169,20 +176,22 @@ def _checkpoints(listing: Listing) -> dict[str, list[str]]:
 
 
 def _foreign(name: str) -> bool:
-    """Whether a file is none that people put there: macOS's notes beside each file, and hidden ones."""
+    """Whether a file is hidden or is macOS metadata (in __MACOSX), which users do not add on purpose."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def _part(path: str, repository: str, size: int, saved_model: bool) -> str | None:
-    """The part by what the path says, by the size of the weights, by what the repository's name says; a
-    SavedModel that none of them explains is a UNet, which is what the repositories of 2023 hold.
+    """The probable part: from the path, else from the size of the weights, else from the repository's name.
+
+    The repository's name counts only for a SavedModel. A SavedModel that none of these identifies is taken as
+    a UNet, which is what the repositories of 2023 contain.
     """
     guess = _hinted(path) or _by_size(size) or (_hinted(repository) if saved_model else None)
     return guess or (families()[0].scheduler_part if saved_model else None)
 
 
 def _hinted(text: str) -> str | None:
-    """The part that a path or the name of a repository names."""
+    """The part whose hint matches a path or the name of a repository."""
     by_rank = sorted(parts().values(), key=lambda part: part.rank)
     return next((part.name for part in by_rank if part.hint and part.hint.search(text)), None)
 
@@ -196,7 +205,7 @@ def _by_size(size: int) -> str | None:
 
 @cache
 def _parameters() -> tuple[tuple[str, int], ...]:
-    """Number of parameters of each part and version."""
+    """The number of parameters of each part in each version."""
     counts = []
     for spec in specs():
         slots = spec.existing(dims := spec.nominal)
