@@ -1,1 +1,1 @@
-"""Readers, one for each container, and what a checkpoint holds."""
+"""Readers, one for each container format, and the identification of the parts in a checkpoint."""

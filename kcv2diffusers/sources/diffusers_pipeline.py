@@ -1,4 +1,4 @@
-"""The diffusers side as a source: a pipeline folder's `.safetensors` files, fitted to the same tables."""
+"""Read a diffusers pipeline folder as a source: its `.safetensors` files, fitted to the same tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FAMILIES_READ = "The pipelines of Stable Diffusion 1 and 2 that draw from text 
 _MERGE = (
     "Merge it first: pipe.fuse_lora(), pipe.unload_lora_weights(), then save_pretrained into another folder."
 )
-# Entries of config.json that other families have, and what those are called.
+# Entries of config.json that identify other families, and the names of these for messages.
 _FAMILIES = (
     ("in_channels", 9, "an inpainting model (9 input channels)"),
     ("in_channels", 8, "an InstructPix2Pix model (8 input channels)"),
@@ -51,7 +51,7 @@ _RESAVE = "Save the pipeline again with diffusers' save_pretrained."
 
 @dataclass(frozen=True)
 class Component:
-    """A component folder of a pipeline: its config.json, the parts its weights hold, and tensors of none."""
+    """A component folder of a pipeline: its config.json, the parts in its weights, unmatched tensors."""
 
     path: Path
     config: dict[str, Any]
@@ -60,7 +60,7 @@ class Component:
 
 
 def is_pipeline(path: Path) -> bool:
-    """Whether `path` is a folder with diffusers components (model_index.json may be missing)."""
+    """Whether `path` is a folder with model_index.json or with at least one diffusers component."""
     return (path / MODEL_INDEX).is_file() or any(
         (path / table.folder / COMPONENT_CONFIG).is_file() for table in tables().values()
     )
@@ -69,10 +69,10 @@ def is_pipeline(path: Path) -> bool:
 def read_pipeline(
     folder: Path, wanted: Collection[str] | None = None, variant: str | None = None, *, strict: bool = True
 ) -> dict[str, Component]:
-    """The components of a diffusers pipeline by folder name: those `wanted` that are there, or all.
+    """The components of a diffusers pipeline by folder name: all, or those of `wanted` that exist.
 
-    Raises SourceError if the folder is no pipeline, a file is damaged, only pickled weights are there or,
-    where `strict`, tensors belong to no part.
+    `variant` is the variant of the weight files. Raises SourceError if the folder is not a pipeline, if a
+    file is damaged, if a component has only pickled weights, or, if `strict`, if a tensor belongs to no part.
     """
     if not folder.is_dir():
         raise SourceError(folder, "no such folder.", "Check the path.")
@@ -93,7 +93,7 @@ def read_pipeline(
 
 
 def _tables(folder: Path) -> list[Table]:
-    """The tables of a pipeline's components: those of its family, or all where no index names one."""
+    """The tables of a pipeline's components: those of its family, or all if no model_index.json names one."""
     index = folder / MODEL_INDEX
     with reading(index):
         data = parse_object(index.read_bytes()[: 1 << 20]) if index.is_file() else None
@@ -103,16 +103,16 @@ def _tables(folder: Path) -> list[Table]:
 
 
 def _refuse_family(folder: Path) -> None:
-    """Raise SourceError for a pipeline without any component that Stable Diffusion has."""
+    """Raise SourceError if `folder`, which has no known component, has a model_index.json."""
     if (folder / MODEL_INDEX).is_file():
         name = read_json(folder / MODEL_INDEX).get("_class_name")
         raise SourceError(folder, f"a pipeline of another family ({name}).", _FAMILIES_READ)
 
 
 def prediction_of(folder: Path) -> str:
-    """What the UNet of a pipeline predicts as its scheduler says: "epsilon" or "v_prediction".
+    """The prediction type in a pipeline's scheduler config: "epsilon" (the default) or "v_prediction".
 
-    Raises SourceError for anything else.
+    Raises SourceError for any other value.
     """
     path = folder / SCHEDULER_FILE
     stated = (
@@ -147,7 +147,7 @@ def _component(folder: Path, table: Table, variant: str | None, strict: bool) ->
 
 
 def _family(config: dict[str, Any]) -> str | None:
-    """The family that a component's config.json is of, where it is not Stable Diffusion's own."""
+    """The other family that a component's config.json belongs to; None if it shows none."""
     for name, value, family in _FAMILIES:
         if config.get(name) == value:
             return family
@@ -173,7 +173,10 @@ def _weights(folder: Path, name: str, variant: str | None) -> Path:
 
 
 def read_json(path: Path, if_absent: str = "Copy or download it again.") -> dict[str, Any]:
-    """A JSON object of at most a megabyte. Raises SourceError, with the remedy `if_absent` for no file."""
+    """Read a JSON object of at most 1 MiB.
+
+    Raises SourceError; `if_absent` is the remedy in the message for a missing file.
+    """
     try:
         data = parse_object(path.read_bytes()[: 1 << 20])
     except FileNotFoundError:
@@ -185,15 +188,15 @@ def read_json(path: Path, if_absent: str = "Copy or download it again.") -> dict
 
 
 def read_safetensors(path: Path) -> list[Tensor]:
-    """The tensors of a `.safetensors` file; the safetensors library checks its header first."""
+    """The tensors of a `.safetensors` file; see `read_header`."""
     return read_header(path)[0]
 
 
 def read_header(path: Path) -> tuple[list[Tensor], dict[str, str]]:
-    """The tensors of a `.safetensors` file, and the texts that it holds about itself.
+    """The tensors of a `.safetensors` file and its metadata (`__metadata__`).
 
     The safetensors library checks the header first: its size, shapes and offsets. Raises SourceError for a
-    damaged file, for two tensors of one name, and for a dtype that no model here has.
+    damaged file, for two tensors with the same name, and for an unsupported dtype.
     """
     try:
         with safe_open(path, framework="numpy"):
@@ -218,7 +221,7 @@ def read_header(path: Path) -> tuple[list[Tensor], dict[str, str]]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, none of whose names is there twice."""
+    """Build a JSON object from its pairs. Raises ValueError if a name occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)

@@ -1,6 +1,6 @@
-"""Files that are no weights but often lie where weights should be: what they are, and what to do about them.
+"""Identify files that are often in the place of weights but are not weights, with a remedy for each.
 
-Only the first bytes and the name of a file are looked at; of an archive its list of members.
+Only a file's name and first bytes are read, and an archive's list of members.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kcv2diffusers.errors import SourceError
 
-HEAD = 1024  # bytes that are looked at
+HEAD = 1024  # bytes that are read
 _MAX_MEMBERS = 1000
 _WEIGHTS = re.compile(r"\.(h5|hdf5|keras|index)$|(^|/)saved_model\.pb$")
 _LFS = re.compile(rb"version https://git-lfs\.github\.com/spec/.*?(?:\nsize (\d{1,18})\n|\Z)", re.S)
@@ -22,7 +22,7 @@ _UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", "
 _PICKLE = "They can run code and are never opened: get a .safetensors file, or see convert --allow-pickle."
 _UNPACK = "Unpack it and give what is inside."
 
-# The first bytes, what they are of, and the remedy.
+# A pattern for the first bytes, the problem, and the remedy.
 _SIGNATURES = (
     (rb"\x1f\x8b", "compressed with gzip.", "Unpack it first: gunzip, or tar xzf for a .tar.gz."),
     (rb"BZh[1-9]", "compressed with bzip2.", "Unpack it first: bunzip2, or tar xjf for a .tar.bz2."),
@@ -49,8 +49,9 @@ _PATTERNS = [(re.compile(p, re.I | re.S), problem, remedy) for p, problem, remed
 
 
 def require_own(path: Path) -> None:
-    """Raise SourceError if `path` is a Git LFS pointer, a web page or another file of a known kind instead of
-    what its name says. A file that cannot be opened is left to whoever reads it.
+    """Raise SourceError if `path` has the content of another known kind of file, such as a Git LFS pointer.
+
+    A file that cannot be opened passes: its reader reports that.
     """
     try:
         with path.open("rb") as file:
@@ -62,7 +63,7 @@ def require_own(path: Path) -> None:
 
 
 def reason(path: Path) -> tuple[str, str] | None:
-    """What a file is that is not weights, and the remedy; None where that is not known."""
+    """The problem and the remedy for a file that is not weights; None if its kind is unknown."""
     with path.open("rb") as file:
         head = file.read(HEAD)
     if _SAFETENSORS.match(head):
@@ -95,7 +96,7 @@ def _archive(path: Path, head: bytes) -> tuple[str, str] | None:
 def _members(path: Path, kind: str, names: Callable[[Path], list[str]]) -> tuple[str, str] | None:
     try:
         inside = names(path)
-    except Exception:  # tarfile and zipfile have many types for what a damaged archive does
+    except Exception:  # tarfile and zipfile raise many exception types for damaged archives
         return None
     if any(name.endswith("data.pkl") for name in inside):
         return "PyTorch's pickled weights.", _PICKLE

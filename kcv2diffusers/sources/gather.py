@@ -1,4 +1,4 @@
-"""The parts of a model from several sources: one source for each part, and all of one model."""
+"""Collect the parts of a model from several sources: one source a part, and all parts of the same model."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def gather(
     allow_pickle: bool = False,
     ema: bool = False,
 ) -> dict[str, Match]:
-    """One match for each part of the checkpoints at `paths`, and of those `named` by the part they are for.
+    """The matches by part, from the checkpoints at `paths` and from `named`, which maps a part to its source.
 
-    A named source comes before the same part of a single file. `allow_pickle` and `ema` are as in
-    `open_sources`. Raises Error if two sources hold the same part, or a named one does not hold its part.
+    A named source replaces the same part of a single file. `allow_pickle` and `ema` are as in
+    `open_sources`. Raises Error if two sources hold the same part, or if a named source lacks its part.
     """
     parts: dict[str, Match] = {}
     for match in recognise_all(open_all(paths, allow_pickle=allow_pickle, ema=ema)):
@@ -49,13 +49,13 @@ def gather(
             )
         for match in fitting:
             if part in parts and parts[part].source.style is Style.NAMED:
-                del parts[part]  # of a whole checkpoint
+                del parts[part]  # it came from a single file
             add_part(parts, match)
     return parts
 
 
 def add_part(parts: dict[str, Match], match: Match) -> None:
-    """Put `match` among `parts`. Raises Error if there is another source for its part."""
+    """Add `match` to `parts`. Raises Error if `parts` already has a source for its part."""
     if match.part in parts:
         first = parts[match.part]
         remedy = "Give only one of them."
@@ -66,8 +66,10 @@ def add_part(parts: dict[str, Match], match: Match) -> None:
 
 
 def check_together(parts: Mapping[str, Match]) -> dict[str, Match]:
-    """The parts, if they belong to one model. A part whose sizes do not tell its version gets that of the
-    part that its family names. Raises Error for parts of different models.
+    """Check that the parts belong to one model and return them.
+
+    A part whose version its sizes do not determine gets the version of another part, which its family names.
+    Raises Error for parts of different models.
     """
     family = family_of(parts)
     for same in family.agreements:
@@ -90,11 +92,11 @@ def _sized(match: Match, size: str) -> str:
 
 
 def left_out(parts: Mapping[str, Match]) -> list[str]:
-    """A line for each checkpoint with tensors that are of no part."""
+    """A message line for each checkpoint that has tensors outside of all parts."""
     found = {m.source.path: m.leftovers for m in parts.values() if m.leftovers}
     return [f"Left out of {shown(path)}: {summary(leftovers)}." for path, leftovers in found.items()]
 
 
 def version_of(parts: Mapping[str, Match]) -> str:
-    """The version that the parts are of: "sd1", "sd2", or "any" if none tells."""
+    """The version of the parts: "sd1", "sd2", or "any" if none determines it."""
     return next((match.version for match in parts.values() if match.version != "any"), "any")

@@ -1,9 +1,9 @@
-"""HDF5 read as a tree of tensors and the few attributes Keras keeps, without following anything out of it.
+"""Read the tensors of an HDF5 file and the attributes that Keras writes, without access to other files.
 
-Only hard links are walked: soft and external links, external storage and virtual datasets read other
-places or other files, and no Keras writes them, so they are refused. h5py parses, in a child process;
-bytes are later read straight from the file at the offsets found here, except for chunked, compressed and
-big endian datasets.
+Only hard links are followed. Soft and external links, external storage and virtual datasets may read other
+files, and Keras never writes them, so they are refused. h5py parses the file in a child process. Values are
+later read directly from the file at the offsets found here, except for chunked, compressed and big endian
+datasets.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.isolated import Child, Died, isolated, start
 from kcv2diffusers.sources.tensor import Tensor
 
-_AT_ONCE = 4  # files parsed side by side: as many as a pipeline has parts
+_AT_ONCE = 4  # files parsed in parallel: as many as a pipeline has parts
 _MAX_DEPTH = 64
 _MAX_OBJECTS = 50_000
 _MAX_ATTRIBUTE = 4 << 20
-# A compressed dataset larger than this may not be this many times its stored size.
+# A dataset of more than _BOMB_SIZE bytes may be at most _BOMB_RATIO times its stored size.
 _BOMB_SIZE, _BOMB_RATIO = 64 << 20, 200
 _ATTRIBUTES = ("layer_names", "weight_names", "keras_version")
 _BFLOAT16 = "bfloat16"
@@ -41,7 +41,7 @@ _CUT_SHORT = re.compile(r"truncated file: eof = (\d+),.*stored_eof = (\d+)")
 
 @dataclass
 class Tree:
-    """All tensors of a file by path, and Keras' own attributes by group path ("" is the root)."""
+    """All tensors of a file by path, and Keras' attributes by group path ("" is the root)."""
 
     path: Path
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Tree:
 
 
 class Slice(io.RawIOBase):
-    """A byte range of a file as a file of its own (an HDF5 file stored inside a zip archive)."""
+    """A file object for a byte range of a file, such as an HDF5 file stored in a zip archive."""
 
     def __init__(self, path: Path, start: int, size: int) -> None:
         self._file = path.open("rb", buffering=0)
@@ -95,12 +95,12 @@ _AHEAD: ContextVar[dict[Path, Child]] = ContextVar("ahead", default={})  # noqa:
 
 @contextmanager
 def ahead(paths: Iterable[Path]) -> Iterator[None]:
-    """Within it, `read_tree` finds the files among `paths` parsed, or about to be: side by side."""
+    """Start parsing the HDF5 files among `paths` in parallel; `read_tree` uses the results in the block."""
     children: dict[Path, Child] = {}
     token = _AHEAD.set(children)
     try:
         for path in [path for path in dict.fromkeys(paths) if path.suffix in (".h5", ".hdf5")][:_AT_ONCE]:
-            with suppress(OSError):  # which is told when it is this path's turn
+            with suppress(OSError):  # `read_tree` reports it for this path
                 if path.is_file():
                     children[path] = start(_scan, str(path), None)
         yield
@@ -111,11 +111,11 @@ def ahead(paths: Iterable[Path]) -> Iterator[None]:
 
 
 def read_tree(path: Path, part: tuple[int, int] | None = None) -> Tree:
-    """The tensors of the HDF5 file `path`, or of the one in bytes `part` = (start, size) of it.
+    """The tensors of the HDF5 file `path`, or of the HDF5 file in its byte range `part` = (start, size).
 
-    Raises SourceError for anything that is not a sound, self-contained HDF5 file.
+    Raises SourceError for anything but a valid, self-contained HDF5 file.
     """
-    path.open("rb").close()  # so that a missing permission is told as such
+    path.open("rb").close()  # so that a missing permission is reported as such
     try:
         child = (None if part else _AHEAD.get().pop(path, None)) or start(_scan, str(path), part)
         found = json.loads(child.result())
@@ -132,7 +132,7 @@ def read_tree(path: Path, part: tuple[int, int] | None = None) -> Tree:
 
 
 def _scan(name: str, part: tuple[int, int] | None) -> bytes:
-    """What `read_tree` needs to know of the file, as JSON."""
+    """Parse the file and return the result for `read_tree` as JSON."""
     path = Path(name)
     walker = _Walker(path, part)
     try:
@@ -141,7 +141,7 @@ def _scan(name: str, part: tuple[int, int] | None) -> bytes:
         found: dict[str, Any] = {"tensors": walker.tensors, "attributes": walker.attributes}
     except SourceError as error:
         found = {"refused": [error.problem, error.remedy]}
-    except Exception as error:  # whatever libhdf5 says about a damaged file, in any of h5py's types
+    except Exception as error:  # h5py raises many exception types for damaged files
         cut = _CUT_SHORT.search(str(error))
         problem = f"cut short, {cut[1]} of {cut[2]} bytes are here." if cut else walker.damaged()
         found = {"refused": [problem]}
@@ -151,7 +151,7 @@ def _scan(name: str, part: tuple[int, int] | None) -> bytes:
 def _loader(
     path: Path, part: tuple[int, int] | None, name: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> Callable[[], np.ndarray]:
-    """Reads a dataset that is not stored as plain bytes."""
+    """A function that reads a dataset which is not stored as contiguous plain bytes."""
 
     def load() -> np.ndarray:
         try:
@@ -165,7 +165,7 @@ def _loader(
 
 
 def _unpack(path: str, part: tuple[int, int] | None, name: str, dtype: str) -> memoryview:
-    """The bytes of a dataset's values."""
+    """The values of a dataset as bytes."""
     with _open(Path(path), part) as file:
         values = np.ascontiguousarray(file[name][()])
     if dtype != _BFLOAT16:
@@ -174,7 +174,7 @@ def _unpack(path: str, part: tuple[int, int] | None, name: str, dtype: str) -> m
 
 
 class _Walker:
-    """Collects tensors (name, shape, dtype, start or None) and attributes."""
+    """Collects tensors (name, shape, dtype, byte offset or None) and attributes."""
 
     def __init__(self, path: Path, part: tuple[int, int] | None) -> None:
         self.path = path
@@ -226,7 +226,7 @@ class _Walker:
             attribute = h5py.h5a.open(group, index=index)
             name = attribute.name.decode("utf-8", "replace")
             if name == "name":
-                found[name] = []  # of hundreds of groups; that it is there says enough
+                found[name] = []  # hundreds of groups have it; only its presence is used
             if not name.startswith(_ATTRIBUTES):
                 continue
             if math.prod(attribute.shape) * attribute.dtype.itemsize > _MAX_ATTRIBUTE:
@@ -247,17 +247,17 @@ class _Walker:
                 f"Keras never writes that. {_SAVE_AGAIN}",
             )
         kind = dataset.get_type()
-        if kind.equal(h5py.h5t.IEEE_F32LE):  # nearly all; what follows takes ten times as long
+        if kind.equal(h5py.h5t.IEEE_F32LE):  # nearly all datasets; the checks below take ten times as long
             dtype, plain = "<f4", True
         elif (stored := dataset.dtype) == np.dtype("V2") or (stored == np.uint16 and _is_bfloat16(dataset)):
-            dtype = _BFLOAT16  # which HDF5 does not know: raw 16-bit words
+            dtype = _BFLOAT16  # HDF5 has no bfloat16: raw 16-bit words
             plain = kind.get_class() == h5py.h5t.OPAQUE or kind.equal(h5py.h5t.STD_U16LE)
         elif stored.kind in "fiu" and stored.itemsize <= 8:
             dtype = stored.newbyteorder("<").str
-            # Not so for big endian numbers, nor for odd ones that libhdf5 turns into the next standard one.
+            # False for big endian numbers, and for odd types that libhdf5 converts to the next standard type.
             plain = kind.equal(h5py.h5t.py_create(np.dtype(dtype)))
         else:
-            return  # it holds no numbers, or none that a model has
+            return  # not numeric, or of a type that no model has
         shape = tuple(int(n) for n in dataset.shape)
         nbytes, size = math.prod(shape) * kind.get_size(), dataset.get_storage_size()
         start = None
@@ -284,7 +284,7 @@ class _Walker:
                 problem = f"compressed by HDF5 filter {code}, which is not built in."
                 raise self.refuse(name, problem, "Unpack the file first: h5repack -f NONE OLD NEW.")
         wanted = math.prod(-(-n // c) for n, c in zip(shape, settings.get_chunk(), strict=True))
-        if dataset.get_num_chunks() < wanted:  # libhdf5 would make zeros of what is not there
+        if dataset.get_num_chunks() < wanted:  # libhdf5 reads missing chunks as zeros
             raise self.refuse(name, "declared but only partly written, the file is incomplete.")
 
 

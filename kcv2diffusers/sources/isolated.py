@@ -1,9 +1,9 @@
-"""Run a function in a child process of its own.
+"""Run a function in an isolated child process.
 
-On damaged metadata libhdf5 crashes, loops without end or asks for all memory (about one in a hundred files
-with a few bytes changed; tests/sources/test_fuzz.py makes them). In a child that costs the child: in a fork,
-a few milliseconds and no second import; where the system has no safe fork, a process that is started once and
-then asked one thing after the other.
+On damaged metadata libhdf5 crashes, loops forever or allocates all memory (about one in a hundred files with
+a few bytes changed; tests/sources/test_fuzz.py generates them). In a child only the child is lost. The child
+is a fork, which takes a few milliseconds and needs no second import. Where the system has no safe fork, it is
+a process that is started once and then serves one request after the other.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ from kcv2diffusers.system.processes import FORKS, fork, start_module
 if TYPE_CHECKING:
     from subprocess import Popen
 
-CPU_SECONDS = 10.0  # what the largest genuine file needs fifty times over
-WALL_SECONDS = 300.0  # for slow disks; a child that cannot go on for any other reason ends here
-MEMORY = 1 << 30  # bytes beyond those of the parent
-_SPAWNED_SECONDS = 60.0  # of a process that cannot count what it computes
-_KEPT = 4  # processes that wait for more work
-_READY = b"\n"  # the first thing that such a process says
-_SIZE = 8  # bytes of the size of a result
+CPU_SECONDS = 10.0  # fifty times what the largest genuine file needs
+WALL_SECONDS = 300.0  # long enough for slow disks; it also ends a child that hangs
+MEMORY = 1 << 30  # bytes in addition to those of the parent
+_SPAWNED_SECONDS = 60.0  # wall-clock limit of a spawned process, whose CPU time is not limited
+_KEPT = 4  # idle processes kept for later requests
+_READY = b"\n"  # the first output of such a process
+_SIZE = 8  # bytes of the length field before a result
 
 Work = Callable[..., bytes | memoryview]
 
 
 class Died(Exception):
-    """The child crashed or reached a limit, or its function raised something."""
+    """The child crashed, reached a limit, or its function raised an exception."""
 
 
 class Child(Protocol):
     """A child process that computes something."""
 
     def result(self) -> bytes:
-        """Wait for the result, once. Raises Died, Error if there is no child."""
+        """Wait for the result; call it once. Raises Died, and Error if no child can be started."""
 
     def stop(self) -> None:
-        """End it: its result is not wanted any more."""
+        """End the child; its result is no longer needed."""
 
 
 def start(work: Work, *arguments: Any, extra: int = 0) -> Child:
-    """A child process that computes `work(*arguments)`, from now on.
+    """Start a child process that computes `work(*arguments)`.
 
-    `work` is a function of a module, the arguments are of JSON's types. `extra` is the size in bytes of a
-    result that is expected to be large.
+    `work` is a module-level function; the arguments have JSON types. `extra` is the expected size in bytes of
+    a large result; it raises the limits of time and memory.
     """
     return (_Forked if FORKS else _Spawned)(work, arguments, extra)
 
 
 def isolated(work: Work, *arguments: Any, extra: int = 0) -> bytes:
-    """What `work(*arguments)` returns, computed in a child process (see `start`). Raises Died."""
+    """Compute `work(*arguments)` in a child process and return the result; see `start`. Raises Died."""
     return start(work, *arguments, extra=extra).result()
 
 
@@ -103,17 +103,17 @@ def _limit(extra: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS + extra / 10e6)
     signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS + extra / 1e6)
-    with suppress(OSError, ValueError):  # where there is no /proc, or a lower limit already
+    with suppress(OSError, ValueError):  # there is no /proc, or the limit is lower already
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         size = pages * resource.getpagesize() + MEMORY + 2 * extra
         resource.setrlimit(resource.RLIMIT_AS, (size, size))
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # glibc says there what it aborts for
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides what glibc prints when it aborts
 
 
 class _Spawned:
-    """Asks a process of `serve`, one that waits or a new one. Its time is limited, its memory is not."""
+    """A request to a process that runs `serve`, idle or new. Its time is limited, its memory is not."""
 
-    _waiting: list[Popen[bytes]] = []  # noqa: RUF012 - of all
+    _waiting: list[Popen[bytes]] = []  # noqa: RUF012 - shared by all instances
 
     def __init__(self, work: Work, arguments: tuple[Any, ...], extra: int) -> None:
         from subprocess import DEVNULL, PIPE
@@ -121,7 +121,7 @@ class _Spawned:
         seconds = _SPAWNED_SECONDS + extra / 1e6
         request = json.dumps([work.__module__, work.__qualname__, arguments, seconds]).encode() + b"\n"
         self._new, found = False, None
-        while found is None or found.poll() is not None:  # one may have died while it waited
+        while found is None or found.poll() is not None:  # an idle process may have died
             try:
                 found = self._waiting.pop()
             except IndexError:
@@ -129,7 +129,7 @@ class _Spawned:
                 break
         self._process: Popen[bytes] = found
         assert self._process.stdin is not None
-        with suppress(OSError):  # it has died, which `result` sees
+        with suppress(OSError):  # it has died; `result` detects that
             self._process.stdin.write(request)
             self._process.stdin.flush()
 
@@ -161,13 +161,13 @@ class _Spawned:
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
-                with suppress(OSError):  # what was written and not yet read
+                with suppress(OSError):  # unread data in the pipe
                     pipe.close()
 
 
 def serve() -> None:
-    """What a process of `_Spawned` does: it ends with its input, or with the first thing that goes wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent decides
+    """Serve the requests of `_Spawned`, until the end of the input or the first error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it
     sys.stdout.buffer.write(_READY)
     sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:

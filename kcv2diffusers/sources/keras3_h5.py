@@ -1,9 +1,9 @@
-"""`.weights.h5` (Keras 3, and Keras 2.12 and newer), sharded or not, and the one inside a `.keras` archive.
+"""Read `.weights.h5` files (Keras 3, Keras 2.12 and newer), sharded or not, also inside `.keras` archives.
 
 A tensor's path is `layers/res_block_3/entry_flow/group_normalization/vars/0`: the class of the layer, its
 number among the layers of that class in model order, the path inside it and the variable's index.
-Keras 2 calls the group of layers `_layer_checkpoint_dependencies` and counts every layer twice. A model that
-is an attribute or a layer of another has its own group inside: `diffusion_model/layers/dense/vars/0`.
+Keras 2 names the group of layers `_layer_checkpoint_dependencies` and counts every layer twice. A model that
+is an attribute or a layer of another model has a group of its own: `diffusion_model/layers/dense/vars/0`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kcv2diffusers.sources.legacy_h5 import split_number
 from kcv2diffusers.sources.source import Source, StoredLayer, Style
 from kcv2diffusers.sources.tensor import Tensor
 
-# Greedy: the innermost group of layers is the model that a variable belongs to.
+# Greedy: a variable belongs to the model of the innermost group of layers.
 _PATH = re.compile(r"^(.+/|)(layers|_layer_checkpoint_dependencies)/([^/]+)/((?:.+/)?vars/\d+)$")
 _WEIGHTS = "model.weights.h5"
 _MAX_INFLATED = 16 << 30
@@ -33,7 +33,7 @@ _SAVE_AGAIN = "Save the weights again with Keras itself."
 
 
 def read(tree: Tree, container: str = ".weights.h5") -> list[Source]:
-    """The models of a `.weights.h5` tree, none if it has no such paths."""
+    """The models of a `.weights.h5` tree; an empty list if it has no such paths."""
     found: dict[tuple[str, str], dict[str, dict[str, Tensor]]] = {}
     others = []
     for path, tensor in tree.tensors.items():
@@ -42,7 +42,7 @@ def read(tree: Tree, container: str = ".weights.h5") -> list[Source]:
             found.setdefault((inside.rstrip("/"), kind), {}).setdefault(layer, {})[variable] = tensor
         else:
             others.append(tensor)
-    # Keras 3 leaves every layer's name beside its variables, tf-keras does not.
+    # Keras 3 stores every layer's name beside its variables, tf-keras does not.
     named = any("name" in attributes for attributes in tree.attributes.values())
     models: list[Source] = []
     for (inside, kind), layers in found.items():
@@ -74,13 +74,16 @@ def _json(path: Path, text: bytes) -> dict[str, object]:
 
 
 def read_sharded(path: Path) -> list[Source]:
-    """`NAME.weights.json` and the `.weights.h5` shards beside it, as Keras 3 writes with max_shard_size."""
+    """The models of `NAME.weights.json` and its `.weights.h5` shards (Keras 3 with max_shard_size).
+
+    Raises SourceError for an invalid index, a missing shard, or shards without Keras layers.
+    """
     if path.stat().st_size > _MAX_JSON:
         raise SourceError(path, "too large for the index of a sharded checkpoint.")
     weight_map = _json(path, path.read_bytes()).get("weight_map")
     if not isinstance(weight_map, dict):
         raise SourceError(path, "not the index of a sharded Keras checkpoint (no weight_map).", _SAVE_AGAIN)
-    wanted: dict[str, set[str]] = {}  # of each shard
+    wanted: dict[str, set[str]] = {}  # the groups of each shard
     for variables, files in weight_map.items():
         for name in [files] if isinstance(files, str) else files if isinstance(files, list) else [None]:
             if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
@@ -101,7 +104,10 @@ def read_sharded(path: Path) -> list[Source]:
 
 
 def read_archive(path: Path) -> list[Source]:
-    """A `.keras` archive: its stored `model.weights.h5` read in place, a deflated one unpacked first."""
+    """Models of a `.keras` archive; a stored `model.weights.h5` is read in place, a deflated one unpacked.
+
+    Raises SourceError for anything but a valid archive with Keras layers.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
@@ -121,7 +127,7 @@ def read_archive(path: Path) -> list[Source]:
                 tree, spool = _inflate(path, archive, member)
     except (SourceError, OSError):
         raise
-    except Exception as error:  # zipfile and zlib have many types for what a damaged archive does
+    except Exception as error:  # zipfile and zlib raise many exception types for damaged archives
         raise SourceError(path, f"damaged .keras archive ({error}).") from error
     models = read(tree, ".keras archive")
     if not models:
@@ -133,7 +139,7 @@ def read_archive(path: Path) -> list[Source]:
 
 
 def _extent(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[int, int]:
-    """Start and size of a stored member's bytes; zipfile checks its local header while opening it."""
+    """Start and size in bytes of a stored member; zipfile checks its local header while opening it."""
     if member.compress_size != member.file_size:
         raise SourceError(path, "damaged .keras archive: sizes of the weights disagree.")
     with archive.open(member), path.open("rb") as file:
@@ -156,7 +162,7 @@ def _inflate(
     target = Path(spool.name) / _WEIGHTS
     try:
         with archive.open(member) as packed, target.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked, 8 << 20)  # no more than declared: zipfile stops there
+            shutil.copyfileobj(packed, unpacked, 8 << 20)  # zipfile stops at the declared size
         return read_tree(target), spool
     except BaseException as error:
         spool.cleanup()

@@ -1,9 +1,9 @@
-"""Legacy Keras `.h5`: weights, or `model_weights/` inside a whole-model file (Keras 2 and Keras 3).
+"""Read legacy Keras `.h5` files: weights, or `model_weights/` in a whole-model file (Keras 2 and Keras 3).
 
-Attribute `layer_names` lists the layers in model order, `weight_names` the weights of each. The names
-are auto-numbered by the session that saved them (`padded_conv2d_83/conv2d_86/kernel:0`): stems and order
-carry meaning, the numbers only their order. A model that is a layer of another or an attribute of a trainer
-is one entry of `layer_names`; the names of its weights tell its own layers.
+The attribute `layer_names` lists the layers in model order, `weight_names` the weights of each layer. The
+session that saved the file numbered the names (`padded_conv2d_83/conv2d_86/kernel:0`): the stems and their
+order are significant, but only the order of the numbers is. A model that is a layer of another model or an
+attribute of a trainer is one entry of `layer_names`; the names of its weights include those of its layers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ _NUMBER = re.compile(r"^(.+?)(?:_([0-9]{1,9}))?$", re.DOTALL)
 
 
 def split_number(name: str) -> tuple[str, int | None]:
-    """`res_block_3` -> (`res_block`, 3), `res_block` -> (`res_block`, None)."""
+    """Stem and number of a name: `res_block_3` -> (`res_block`, 3), `res_block` -> (`res_block`, None)."""
     match = _NUMBER.match(name)
     stem, number = match.groups() if match else (name, None)
     return stem, None if number is None else int(number)
 
 
 def read(tree: Tree) -> list[Source]:
-    """The models of a legacy file, none if the file has no `layer_names`."""
+    """The models of a legacy file; an empty list if it has no `layer_names`.
+
+    Raises SourceError for a layer that is listed twice and for a listed weight that is missing.
+    """
     root = "model_weights" if "model_weights" in tree.attributes else ""
     container = "whole-model .h5" if root else "legacy .h5 weights"
     attributes = tree.attributes.get(root, {})
@@ -38,7 +41,7 @@ def read(tree: Tree) -> list[Source]:
         return []
     if len(set(names)) < len(names):
         raise SourceError(tree.path, "lists a layer twice.")
-    layers: dict[str, list[StoredLayer]] = {"": []}  # of each model; "" are those of the file itself
+    layers: dict[str, list[StoredLayer]] = {"": []}  # by model; "" is the root of the file
     for name in names:
         path = f"{root}/{name}".lstrip("/")
         weights = _strings(tree.attributes.get(path, {}), "weight_names") or []
@@ -65,12 +68,12 @@ def read(tree: Tree) -> list[Source]:
 
 
 def _in_order(layers: list[StoredLayer]) -> list[StoredLayer]:
-    """Counted in the order of the list, which is the order of the model, whatever their numbers are."""
+    """Number the layers in list order, which is model order, and ignore the numbers in their names."""
     return counted([replace(layer, ordinal=index) for index, layer in enumerate(layers)])
 
 
 def _by_layer(name: str, weights: list[str]) -> dict[tuple[str, str], list[str]]:
-    """The weights of entry `name` by model and layer: the entry itself, or layers of a model that it is."""
+    """The weights of the entry `name` by (model, layer); the entry is a layer, or a model with layers."""
     if split_number(name)[0] in layer_classes():
         return {("", name): weights} if weights else {}
     found: dict[tuple[str, str], list[str]] = {}
@@ -86,7 +89,7 @@ def _by_layer(name: str, weights: list[str]) -> dict[tuple[str, str], list[str]]
 
 
 def _strings(attributes: dict[str, list[str]], name: str) -> list[str] | None:
-    """An attribute that Keras splits into name0, name1, ... when it is larger than 64 KB."""
+    """The attribute `name`, which Keras splits into name0, name1, ... if it is larger than 64 KB."""
     if name in attributes:
         return attributes[name]
     chunks = [f"{name}{i}" for i in range(len(attributes)) if f"{name}{i}" in attributes]
@@ -96,8 +99,8 @@ def _strings(attributes: dict[str, list[str]], name: str) -> list[str] | None:
 def _tensors(tree: Tree, path: str, layer: str, weights: list[str]) -> dict[str, Tensor]:
     """The layer's tensors, keyed by inner layer class, rank within that class and variable name.
 
-    Keras writes trainable weights first, so those of a partly frozen layer are out of order; the numbers
-    of the inner layers tell the order they were created in.
+    Keras writes trainable weights first, so the weights of a partly frozen layer are out of order. The
+    numbers of the inner layers give the order of their creation.
     """
     inner: dict[str, dict[str, Tensor]] = {}
     for weight in weights:
@@ -114,8 +117,9 @@ def _tensors(tree: Tree, path: str, layer: str, weights: list[str]) -> dict[str,
         stems.setdefault(stem, []).append((number, where))
     tensors = {}
     for stem, members in stems.items():
-        # The first of its class in a session has no number, and is followed by 1; neither has what Keras 2
-        # makes on a layer's first call, which comes last (the projection of a ResBlock).
+        # The first layer of a class in a session has no number; the next one has the number 1. A layer that
+        # Keras 2 creates in the first call of its parent has no number either and comes last (the projection
+        # of a ResBlock).
         unnumbered = 0 if any(number == 1 for number, _ in members) else math.inf
         members.sort(key=lambda member: unnumbered if member[0] is None else member[0])
         for rank, (_, where) in enumerate(members):

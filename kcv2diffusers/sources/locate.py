@@ -1,6 +1,4 @@
-"""What a user may write for a source: a path, an address on the Hub, or the name of the base that ships with
-the package.
-"""
+"""Resolve a source given by the user: a path, an address on the Hub, or the tiny base in the package."""
 
 from __future__ import annotations
 
@@ -20,9 +18,9 @@ _URL = re.compile(r"https?://|(www\.)?(huggingface|hf)\.co/", re.I)
 def locate(source: str | PathLike[str], *, parts: Collection[str] | None = None) -> Path:
     """The path of one source: a pipeline folder, a tokenizer or a checkpoint.
 
-    `source` is a path, which is returned as it is, "tiny" for the base in the package, or an hf:// address,
-    which is downloaded to the cache. `parts` limits what is downloaded (default: all parts). Raises Error if
-    the source is several checkpoints.
+    `source` is a path, which is returned unchanged, "tiny" for the base in the package, or an hf:// address,
+    which is downloaded to the cache. `parts` limits the download (default: all parts). Raises Error if the
+    source consists of several checkpoints.
     """
     first, *others = locate_all(source, pipelines=True, parts=parts)
     if others:
@@ -38,12 +36,12 @@ def locate_all(
     parts: Collection[str] | None = None,
     variant: str | None = None,
 ) -> list[Path]:
-    """Where a source lies: `tiny` or `tiny://` in the package, `hf://` downloaded, anything else at its path.
+    """The paths of a source: `tiny` or `tiny://` is in the package, `hf://` is downloaded, others are paths.
 
-    Several paths for a repository of several checkpoints. `parts` are those that are needed (all by default;
-    none for a tokenizer) and `variant` the weight files preferred, which keeps downloads small. With
-    `pipelines` it may be a diffusers pipeline on the Hub.
-    Raises Error if `tiny` is also a file or folder here, and for what the Hub refuses.
+    A repository with several checkpoints gives several paths. `parts` (default: all; empty: only a tokenizer)
+    and `variant` (the preferred weight files) limit the download. A diffusers pipeline on the Hub is accepted
+    only if `pipelines` is true. Raises Error if `tiny` is also a file or folder here, for a web address, and
+    for errors of the Hub.
     """
     if isinstance(source, str) and source.startswith(SCHEME):
         from kcv2diffusers.hub.download import fetch

@@ -1,9 +1,8 @@
-"""LoRA files: low-rank updates of a UNet and a text encoder, in the spellings of diffusers and of kohya.
+"""Read LoRA files: low-rank updates of a UNet and a text encoder, with the names of diffusers or of kohya.
 
-diffusers (PEFT) names a factor after its module, as in `unet.mid_block.attentions.0.proj_in.lora_A.weight`.
-kohya's scripts, which A1111 and ComfyUI follow, write underscores for the dots:
-`lora_unet_mid_block_attentions_0_proj_in.lora_down.weight`. Modules and their sizes are those of the weight
-maps.
+diffusers (PEFT) names a factor after its module: `unet.mid_block.attentions.0.proj_in.lora_A.weight`.
+kohya's scripts, and A1111 and ComfyUI with them, replace the dots by underscores:
+`lora_unet_mid_block_attentions_0_proj_in.lora_down.weight`. The weight maps give the modules and their sizes.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ from kcv2diffusers.sources.diffusers_pipeline import read_header
 from kcv2diffusers.sources.tensor import Tensor, values_of
 
 ADAPTER = "lora_adapter_metadata"
-"""The entry of the metadata in which diffusers keeps PEFT's configs, as JSON."""
+"""The metadata entry in which diffusers stores PEFT's configs as JSON."""
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-"""What kohya's names of a component begin with."""
+"""The prefix of kohya's names for each component."""
 SPELLINGS = ("diffusers", "kohya")
-# Files of related kinds by their names; the factors of each are combined in another way.
+# Related kinds of files, identified by tensor names; they combine their factors differently.
 OTHER_KINDS = tuple(
     (re.compile(pattern), what)
     for pattern, what in (
@@ -48,10 +47,10 @@ _NAME = re.compile(
     r"|(?P<alpha>(?:_lora)?\.alpha)"
     r")"
 )
-_LISTED = 8  # names that a refusal lists
-_MOST = 10_000  # tensors of a file that is looked at; one of every layer of Stable Diffusion 2 has 1,100
-_MAX_LAYERS = 100  # of a text encoder
-_ATTENTION = {  # what diffusers called the projections while they were in attention processors
+_LISTED = 8  # names listed in an error message
+_MOST = 10_000  # tensors in a file; a LoRA of every layer of Stable Diffusion 2 has 1,100
+_MAX_LAYERS = 100  # in a text encoder
+_ATTENTION = {  # old names of the projections, in diffusers' attention processors -> their modules
     "unet": {"to_out": "to_out.0"},
     "text_encoder": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
 }
@@ -61,8 +60,8 @@ _ATTENTION = {  # what diffusers called the projections while they were in atten
 class Update:
     """The low-rank update of one module's weight: alpha / rank * up @ down.
 
-    `down` is (rank, inputs) or, for a convolution, (rank, inputs, height, width); `up` is (outputs, rank),
-    with two more axes of size one for a convolution.
+    `down` has shape (rank, inputs) or, for a convolution, (rank, inputs, height, width). `up` has shape
+    (outputs, rank), or (outputs, rank, 1, 1) for a convolution.
     """
 
     component: str
@@ -73,18 +72,18 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """How many columns `up` has."""
+        """The rank: the number of columns of `up`."""
         return self.up.shape[1]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight in diffusers, without axes of size one behind."""
+        """The shape of the weight in diffusers, without trailing axes of size one."""
         return _short((self.up.shape[0], *self.down.shape[1:]))
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file: its updates by component and module, its spelling ("diffusers", "kohya"), its metadata."""
+    """A LoRA file: updates by (component, module), spelling ("diffusers" or "kohya"), and metadata."""
 
     path: Path
     spelling: str
@@ -93,9 +92,9 @@ class Lora:
 
 
 def read_lora(path: Path) -> Lora:
-    """Read a LoRA file, or the one in a pipeline folder: headers and alphas only.
+    """Read a LoRA file, or the one in a pipeline folder: only the header and the alphas.
 
-    Raises SourceError for a damaged file, for one of another kind, and for one that does not fit the models.
+    Raises SourceError for a damaged file, a file of another kind, and a LoRA that does not fit the models.
     """
     if path.is_dir() and (path / LORA_FILE).is_file():
         path = path / LORA_FILE
@@ -129,7 +128,7 @@ def read_lora(path: Path) -> Lora:
 
 
 def listed(names: Iterable[str]) -> str:
-    """The first few of the names, and how many more there are."""
+    """The first names, cut to 120 characters each, and the number of the others."""
     every = list(names)
     more = f" and {len(every) - _LISTED} more" if len(every) > _LISTED else ""
     return ", ".join(name[:120] for name in every[:_LISTED]) + more
@@ -138,7 +137,7 @@ def listed(names: Iterable[str]) -> str:
 def _factors(
     path: Path, tensors: Iterable[Tensor]
 ) -> tuple[dict[tuple[str, str], dict[str, Tensor]], list[str], bool]:
-    """The tensors by module and role, the names of no module, and whether kohya's spelling is there."""
+    """The tensors by (component, module) and role, the unmatched names, and whether kohya's names occur."""
     factors: dict[tuple[str, str], dict[str, Tensor]] = {}
     strangers, kohya = [], False
     for tensor in tensors:
@@ -157,7 +156,7 @@ def _factors(
 
 
 def _module(name: str) -> tuple[str, str] | None:
-    """The component and the module that a name is of, in any spelling. None: there is none."""
+    """The component and the module of a name in any spelling; None if it matches no module."""
     if name.startswith("lora_"):
         name = name.replace("lora_te1_", "lora_te_", 1)
         for component, prefix in KOHYA.items():
@@ -167,7 +166,7 @@ def _module(name: str) -> tuple[str, str] | None:
         return None
     component = next((c for c in KOHYA if name.startswith(f"{c}.")), "")
     name = name.removeprefix(f"{component}.").removeprefix("base_model.model.")
-    component = component or "unet"  # files of the UNet alone may go without
+    component = component or "unet"  # files with only a UNet may omit the prefix
     head, dot, last = name.replace(".processor.", ".").rpartition(".")
     module = head + dot + _ATTENTION[component].get(last, last)
     module = (tables()[component].rename(f"{module}.weight") or "").removesuffix(".weight")
@@ -176,9 +175,9 @@ def _module(name: str) -> tuple[str, str] | None:
 
 @cache
 def modules(component: str) -> Mapping[str, Slot]:
-    """The modules of a component with a kernel, by their names in diffusers, and the slot of the kernel.
+    """Maps each module of a component that has a kernel, by its name in diffusers, to the kernel's slot.
 
-    The versions have the same ones; a text encoder has more layers here than any model.
+    All versions have the same modules. For a text encoder the result has more layers than any model.
     """
     spec = next(spec for spec in specs() if spec.table.name == component)
     return {
@@ -190,7 +189,7 @@ def modules(component: str) -> Mapping[str, Slot]:
 
 @cache
 def _flat(component: str) -> Mapping[str, str]:
-    """The modules by their names in kohya's spelling."""
+    """Maps the kohya name of each module, without prefix, to the module."""
     return {module.replace(".", "_"): module for module in modules(component)}
 
 
@@ -207,7 +206,10 @@ def _are_factors(down: Tensor, up: Tensor) -> bool:
 
 
 def _check_shapes(path: Path, updates: Mapping[tuple[str, str], Update]) -> None:
-    """Raise SourceError where a shape is not that of its module, given the sizes that most shapes say."""
+    """Raise SourceError if a shape does not match its module.
+
+    The sizes of the model are solved from all shapes by majority.
+    """
     votes: dict[tuple[str, str], Counter[int]] = {}
     for (component, module), update in updates.items():
         for size, value in zip(modules(component)[module].diffusers_shape, update.shape, strict=False):
@@ -229,14 +231,14 @@ def _check_shapes(path: Path, updates: Mapping[tuple[str, str], Update]) -> None
 
 
 def _short(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without the axes of a kernel of size one."""
+    """The shape without the spatial axes of a 1x1 kernel."""
     return shape[:2] if set(shape[2:]) <= {1} else shape
 
 
 def _alpha(
     tensor: Tensor | None, config: Mapping[str, Any] | None, module: str, rank: int, path: Path
 ) -> float:
-    """Alpha of a module: its own tensor, else as PEFT's config says, else the rank."""
+    """The alpha of a module: that of its tensor, else that of PEFT's config, else the rank."""
     if tensor is not None:
         if math.prod(tensor.shape) != 1:
             raise SourceError(path, f"{tensor.name}: shape {list(tensor.shape)}, expected one number.")
@@ -252,7 +254,7 @@ def _alpha(
 
 
 def _configs(path: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's config of each component, where the metadata have one."""
+    """PEFT's configs in the metadata, by component."""
     if ADAPTER not in metadata:
         return {}
     try:

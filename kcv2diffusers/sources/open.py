@@ -1,5 +1,7 @@
-"""From a path to the models that lie there: `READERS` has one entry for each container, in the order in which
-they are tried. A new container is one more entry.
+"""Open the models at a path.
+
+`READERS` has one entry for each container, in the order in which they are tried. A new container needs one
+more entry.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from kcv2diffusers.sources.source import Source
 from kcv2diffusers.sources.tensor_bundle import is_table
 
 SINGLE_FILE = ".safetensors"
-_ENDINGS = (".h5", ".hdf5", ".keras", ".weights.json")  # of files that are looked for in a folder
+_ENDINGS = (".h5", ".hdf5", ".keras", ".weights.json")  # of checkpoint files in a folder
 _HDF5 = b"\x89HDF\r\n\x1a\n"
-_HDF5_OFFSETS = (0, 512, 1024, 2048)  # where that signature may stand
-_HEAD = _HDF5_OFFSETS[-1] + len(_HDF5)  # bytes of a file that are looked at
+_HDF5_OFFSETS = (0, 512, 1024, 2048)  # possible offsets of that signature, in bytes
+_HEAD = _HDF5_OFFSETS[-1] + len(_HDF5)  # bytes that are read to detect the container
 _KINDS = (
     "Legacy .h5, whole-model .h5, .weights.h5 (or the .weights.json of its shards), .keras, "
     "SavedModel folders, TensorFlow checkpoints and single .safetensors files are read."
@@ -32,8 +34,10 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class Found:
-    """What is at a path: `head` are the first bytes of a file, empty for anything else. `allow_pickle` and
-    `ema` are as in `open_sources`.
+    """What is at a path.
+
+    `head` has the first bytes of a file and is empty for anything else. `allow_pickle` and `ema` are as in
+    `open_sources`.
     """
 
     path: Path
@@ -43,17 +47,18 @@ class Found:
 
 
 class Reader(NamedTuple):
-    """A container: whether something is of this kind, and what reads it into one `Source` for each model."""
+    """A container: `matches` detects it, `read` returns one `Source` for each model in it."""
 
     matches: Callable[[Found], bool]
     read: Callable[[Found], list[Source]]
 
 
 def open_sources(path: Path, *, allow_pickle: bool = False, ema: bool = False) -> list[Source]:
-    """The models at `path`: those of a file, a SavedModel or a checkpoint prefix, of all in a folder.
+    """The models at `path`: a file, a SavedModel, a checkpoint prefix, or a folder of these.
 
-    `allow_pickle` lets PyTorch's restricted unpickler open a `.ckpt` file that is given itself. `ema` takes
-    the moving average of the UNet in single files. Raises SourceError if there is none or one cannot be read.
+    With `allow_pickle`, PyTorch's restricted unpickler opens a `.ckpt` file if `path` is that file. With
+    `ema`, the moving average of the UNet is read from a single file. Raises SourceError if there is no model
+    or if one cannot be read.
     """
     with reading(path):
         models = _open(path, allow_pickle, ema)
@@ -63,20 +68,20 @@ def open_sources(path: Path, *, allow_pickle: bool = False, ema: bool = False) -
 
 
 def open_all(paths: Sequence[Path], *, allow_pickle: bool = False, ema: bool = False) -> list[Source]:
-    """The models at all `paths`; what takes most of the time is done for several at once.
+    """The models at all `paths`; HDF5 files, which take most of the time, are parsed in parallel.
 
-    `allow_pickle` and `ema` are as in `open_sources`.
+    `allow_pickle` and `ema` are as in `open_sources`, and so are the errors.
     """
     from kcv2diffusers.sources import hdf5
 
     with hdf5.ahead(paths):
         for spec in specs():
-            spec.slots(0)  # which whoever recognises the sources asks for; meanwhile they are read
+            spec.slots(0)  # fills the cache for `recognise` while the child processes read the files
         return [source for path in paths for source in open_sources(path, allow_pickle=allow_pickle, ema=ema)]
 
 
 def _open(path: Path, allow_pickle: bool = False, ema: bool = False) -> list[Source]:
-    """The models at a path; none in an HDF5 file that is not Keras'."""
+    """The models at a path; an empty list for an HDF5 file that Keras did not write."""
     found = Found(path, _head(path), allow_pickle, ema)
     if path.is_file() and not _is_allowed_pickle(found):
         require_own(path)
@@ -117,7 +122,7 @@ def _is_hdf5(found: Found) -> bool:
 
 
 def _read_checkpoint(found: Found) -> list[Source]:
-    """A TensorFlow checkpoint, by its prefix or its `.index` file."""
+    """The models of a TensorFlow checkpoint, given its prefix or its `.index` file."""
     from kcv2diffusers.sources.tensorflow import read_checkpoint
 
     path = found.path
@@ -134,7 +139,7 @@ def _read_saved_model(found: Found) -> list[Source]:
 
 
 def _read_folder(found: Found) -> list[Source]:
-    """Every checkpoint in a folder, not those of folders below that are no SavedModels."""
+    """The models of every checkpoint in a folder; of its subfolders only SavedModels are read."""
     from kcv2diffusers.sources import hdf5
 
     path = found.path
@@ -162,7 +167,7 @@ def _read_folder(found: Found) -> list[Source]:
             if known := reason(entry):
                 raise SourceError(entry, *known)
             if entry.name.endswith(_ENDINGS):
-                open_sources(entry)  # which says what it is
+                open_sources(entry)  # raises the error that says what it is
         raise SourceError(path, "no checkpoint in this folder.", _KINDS)
     return models
 
@@ -180,7 +185,7 @@ def _read_archive(found: Found) -> list[Source]:
 
 
 def _read_hdf5(found: Found) -> list[Source]:
-    """Weights or a whole model, of Keras 2 or Keras 3; none if Keras did not write the file."""
+    """The models of an HDF5 file of Keras 2 or Keras 3; an empty list if Keras did not write it."""
     from kcv2diffusers.sources import hdf5, keras3_h5, legacy_h5
 
     tree = hdf5.read_tree(found.path)
@@ -201,11 +206,11 @@ READERS: tuple[Reader, ...] = (
     Reader(lambda found: found.head.startswith(b"PK\x03\x04"), _read_archive),
     Reader(_is_hdf5, _read_hdf5),
 )
-"""Every container, the first that matches is taken."""
+"""All containers; the first one that matches is used."""
 
 
 def _is_checkpoint(index: Path) -> bool:
-    """Whether an `.index` file in a folder is TensorFlow's, be it damaged: others use that name as well."""
+    """Whether an `.index` file is TensorFlow's, even if damaged: other programs use that ending too."""
     return any(index.parent.glob(f"{glob.escape(index.stem)}.data-*")) or is_table(index)
 
 

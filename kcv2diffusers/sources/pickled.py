@@ -1,8 +1,8 @@
-"""`.ckpt` files: single files that PyTorch pickled, read by its restricted unpickler where that is allowed.
+"""Read `.ckpt` files: single files pickled by PyTorch, opened by its restricted unpickler if that is allowed.
 
-Pickles can run code. The restricted unpickler (`weights_only=True`) makes only tensors and plain containers,
-and refuses everything else. It is used if the user allows it and never otherwise, and not that of PyTorch
-before 2.6, which could be tricked into running code (CVE-2025-32434).
+Pickles can run code. The restricted unpickler (`weights_only=True`) creates only tensors and plain containers
+and refuses everything else. It is used only if the user allows it, and only from PyTorch 2.6 on: in older
+versions a crafted file could make it run code (CVE-2025-32434).
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from kcv2diffusers.sources.tensor import Tensor
 
 ENDINGS = (".ckpt", ".pt", ".pth", ".bin")
 _SAFE = (2, 6)
-_NESTED = "state_dict"  # where training code keeps the weights
+_NESTED = "state_dict"  # the key under which training code stores the weights
 _GET_OTHER = "Get the .safetensors file of the model."
-_LENGTH = 160  # characters of what PyTorch says
+_LENGTH = 160  # characters of PyTorch's message that are shown
 
 
 def read_pickled(path: Path) -> list[Tensor]:
-    """The tensors of a pickled file, which are mapped into memory where the file allows it.
+    """The tensors of a pickled file, memory-mapped if the file is a zip archive.
 
-    Raises SourceError if it holds anything but tensors and plain containers, MissingExtra without PyTorch.
+    Raises SourceError if the file holds anything but tensors and plain containers, MissingExtra without
+    PyTorch, and Error for PyTorch older than 2.6.
     """
     try:
         import torch
@@ -42,7 +43,7 @@ def read_pickled(path: Path) -> list[Tensor]:
         )
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # pickle, zipfile and torch have many types for what a damaged file does
+    except Exception as error:  # pickle, zipfile and torch raise many exception types for damaged files
         said = " ".join(str(error).split())
         problem = f"not weights that PyTorch's restricted unpickler reads ({said[:_LENGTH]})."
         raise SourceError(path, problem, _GET_OTHER) from error
@@ -72,7 +73,10 @@ def _strided() -> Any:
 
 
 def _loader(value: Any, dtype: np.dtype) -> Callable[[], np.ndarray]:
-    """What gives the values of a torch tensor to NumPy, which has no bfloat16 of its own."""
+    """A function that returns the values of a torch tensor as a NumPy array.
+
+    bfloat16 is reinterpreted through int16, because NumPy has no bfloat16 of its own.
+    """
 
     def load() -> np.ndarray:
         import torch

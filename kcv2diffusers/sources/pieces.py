@@ -1,7 +1,7 @@
-"""Models that lie one after the other in a list, where the container does not say which layer is whose.
+"""Split a list of several models, in a container that does not say which layer belongs to which model.
 
-A legacy `.h5` file lists all weights that an inner trainer holds, and Keras 3's export all variables of
-whatever was exported. Only their order tells the models apart: a part is a run of entries that fits its
+A legacy `.h5` file lists all weights of an inner trainer; Keras 3's export lists all variables of the
+exported object. Only the order separates the models: a part is a run of consecutive entries that matches its
 table from the first row to the last.
 """
 
@@ -17,11 +17,11 @@ from kcv2diffusers.sources.source import Source, Style, counted
 from kcv2diffusers.sources.tensor import Tensor
 
 End = Callable[[Spec, int], int | None]
-"""Where the run that begins at an index ends, if a part lies there."""
+"""Returns the end of the run that starts at an index and matches a spec, None if it does not match."""
 
 
 def pieces_of(model: Source) -> list[Source]:
-    """The runs of a model's layers or variables that could each be a part, in order."""
+    """The runs of a model's layers or variables that may each be a part, in order, each as a `Source`."""
     if model.style is Style.ORDER:
         stems = [layer.layer for layer in model.layers]
         runs = _runs(len(stems), lambda spec, start: _layers_end(spec, stems, start))
@@ -36,12 +36,12 @@ def pieces_of(model: Source) -> list[Source]:
 
 
 def _piece(model: Source, first: str, last: str, **content: Any) -> Source:
-    """A model of its own; its place names the first and the last entry."""
+    """A run as a model of its own; `inside` names its first and last entry."""
     return replace(model, inside=f"{model.inside} {first} to {last}".strip(), others=[], **content)
 
 
 def _runs(count: int, end_of: End) -> list[tuple[int, int]]:
-    """Runs that do not overlap; of those that begin at one entry the longest."""
+    """Runs (start, end) that do not overlap; the longest one is used for each start."""
     runs, start = [], 0
     while start < count:
         end = max((end for spec in specs() if (end := end_of(spec, start)) is not None), default=start)
@@ -82,7 +82,7 @@ def _blocks(spec: Spec) -> list[list[Slot]]:
 
 
 def _block_end(block: Sequence[Slot], flat: Sequence[Tensor], start: int, dims: dict[str, int]) -> int | None:
-    """Where a layer that begins at `start` ends, None if it is another; sizes that it tells go to `dims`."""
+    """The end of the layer that starts at `start`, None if it does not match; adds solved sizes to `dims`."""
     at, told = start, dict(dims)
     for slot in block:
         if not slot.exists(told):

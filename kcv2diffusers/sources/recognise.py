@@ -1,10 +1,10 @@
-"""What a checkpoint holds: its tensors fitted to the tables, and everything that does not fit.
+"""Identify the parts in a checkpoint: fit its tensors to the tables and report everything that does not fit.
 
-Every part in every version is tried; the one that explains the checkpoint best is the answer. Sizes are
-solved from the shapes by majority, so that one wrong tensor stands out against the rest.
+Every part in every version is tried, and the best match is used. Sizes are solved from the shapes by
+majority, so that a single wrong tensor is reported against the rest.
 
-A checkpoint may hold several models, copies of them and the state of a training. `recognise_all` says of
-each tensor what it is: of a part, of a known kind that no pipeline has (`leftovers`), or a stranger.
+A checkpoint may hold several models, copies of them and training state. `recognise_all` classifies each
+tensor: it belongs to a part, is of a known kind that no pipeline has (`leftovers`), or is a stranger.
 """
 
 from __future__ import annotations
@@ -24,18 +24,21 @@ from kcv2diffusers.sources.source import KEYS, Source, StoredLayer, Style
 from kcv2diffusers.sources.tensor import Tensor
 
 _LISTED = 8
-_MAX_REPEAT = 1000  # layers of one kind, so that a layer named so_and_so_999999999 is not taken at its word
+_MAX_REPEAT = 1000  # layers of one kind; the limit guards against a layer named NAME_999999999
 
 
 @dataclass(frozen=True)
 class Match:
-    """A source fitted to a part: tensors by slot, the sizes solved, and what does not fit.
+    """A source fitted to a part.
 
-    `leftovers` are the tensors of the whole checkpoint that are of no part, by kind, and `strangers` those of
-    no known kind; every match of a checkpoint has the same.
+    - `dims`: the solved sizes by symbol of the table
+    - `found`: the tensors by slot, in Keras' weight order
+    - `missing`, `unexpected`, `mismatched`: descriptions of the tensors that do not fit
+    - `keras`: whether the tensors have Keras' layout; False means that of diffusers
+    - `leftovers`: the tensors of the checkpoint that belong to no part but are of a known kind, by kind
+    - `strangers`: descriptions of the tensors of the checkpoint that are of no known kind
 
-    `dims` holds the table's symbols; `known` says that they are those of Stable Diffusion itself;
-    `keras` is False where the tensors lie as diffusers lays them out.
+    All matches of a checkpoint have the same `leftovers`.
     """
 
     spec: Spec
@@ -56,17 +59,17 @@ class Match:
 
     @property
     def label(self) -> str:
-        """What messages call the part."""
+        """The label of the part for messages."""
         return label(self.part)
 
     @property
     def version(self) -> str:
-        """ "sd1", "sd2", or "any" for a part that the versions share."""
+        """The version: "sd1", "sd2", or "any" for a part that the versions share."""
         return self.spec.version
 
     @property
     def of_pipeline(self) -> bool:
-        """Whether it is from a diffusers pipeline, whose config.json and scheduler go with it."""
+        """Whether the source is a diffusers pipeline, which also has config.json and a scheduler."""
         return not self.keras and self.source.style is not Style.NAMED
 
     @property
@@ -77,12 +80,12 @@ class Match:
 
     @property
     def problems(self) -> int:
-        """How many tensors are missing, unexpected or of another shape."""
+        """The number of tensors that are missing, unexpected or of another shape."""
         return len(self.missing) + len(self.unexpected) + len(self.mismatched)
 
     @property
     def place(self) -> str:
-        """The path of the source, and where in it the model is."""
+        """The path of the source and the place of the model in it, for messages."""
         inside = self.source.inside
         return f"{shown(self.source.path)}{f' ({plain(inside)})' if inside else ''}"
 
@@ -96,7 +99,7 @@ class Match:
         return iter(self.found.items())
 
     def report(self) -> str:
-        """One grouped report of everything that does not fit."""
+        """A report of everything that does not fit, grouped by kind."""
         if not self.problems:
             lines = [f"{self.place}: has tensors that belong to no part of Stable Diffusion:"]
         else:
@@ -116,7 +119,7 @@ class Match:
         return "\n".join(lines)
 
     def require_complete(self) -> Match:
-        """Itself, or PlanError with the report."""
+        """Return this match. Raises PlanError with the report if anything does not fit."""
         if self.problems:
             whose = "unchanged KerasCV models" if self.keras else "Stable Diffusion's models"
             raise PlanError(f"{self.report()}\nGive all weights of {whose} in each file.")
@@ -126,9 +129,9 @@ class Match:
 
 
 def recognise(source: Source) -> Match:
-    """The part that explains the source best, problems included.
+    """The part that matches the source best, with its problems.
 
-    Raises SourceError if no part explains half of it.
+    Raises SourceError if no part has more matching tensors than problems.
     """
     best = _best(source)
     if best is None:
@@ -143,7 +146,7 @@ def _best(source: Source) -> Match | None:
 
 
 def _may_be(source: Source, spec: Spec) -> bool:
-    """Whether a source may be a part, as far as its reader knows already."""
+    """Whether the part and version that the reader of a source has determined, if any, allow `spec`."""
     return source.part in (None, spec.part) and source.version in (None, spec.version)
 
 
@@ -156,7 +159,7 @@ def _unknown(path: Path, count: int, whose: str = "KerasCV ") -> SourceError:
 
 
 def recognise_all(sources: Iterable[Source]) -> list[Match]:
-    """The parts in the checkpoints that `sources` are of, problems included, with what else is in each.
+    """The parts in the checkpoints of `sources`, with their problems and each checkpoint's other tensors.
 
     Raises SourceError for a checkpoint that holds no part.
     """
@@ -167,7 +170,7 @@ def recognise_all(sources: Iterable[Source]) -> list[Match]:
 
 
 def _checkpoint(path: Path, models: list[Source]) -> list[Match]:
-    """The parts among the models of one checkpoint, and its other tensors told apart."""
+    """The parts among the models of one checkpoint, with its other tensors classified."""
     matches = [match for model in models for match in _parts(model)]
     if not matches:
         whose = "" if all(model.style is Style.NAMED for model in models) else "KerasCV "
@@ -180,25 +183,24 @@ def _checkpoint(path: Path, models: list[Source]) -> list[Match]:
     for model in models:
         for known, held in model.leftovers.items():
             leftovers.setdefault(known, []).extend(held)
-        # What is in a model that is kept is not a copy for the name of the whole.
+        # In a model that is kept, the name of the model does not make its tensors EMA copies.
         is_kept = any(id(tensor) in used for tensor in model.tensors)
         above = model.inside if is_kept else ""
-        average = (
-            EMA if not is_kept and is_average(model.inside) else None
-        )  # SavedModels only count variables
+        # The names of a SavedModel's variables may be only numbers, so the model's name decides.
+        average = EMA if not is_kept and is_average(model.inside) else None
         inside = {id(tensor) for tensor in model.tensors}
         for tensor in (*model.tensors, *model.others):
             if id(tensor) in used:
                 continue
             if kind := kind_of(tensor, above) or (average if id(tensor) in inside else None):
                 leftovers.setdefault(kind, []).append(tensor)
-            elif (tensor.crc32c, tensor.shape) not in stored:  # which Keras 3 exports twice
+            elif (tensor.crc32c, tensor.shape) not in stored:  # Keras 3 exports some tensors twice
                 strangers.append(tensor)
     return [_without(match, leftovers, strangers) for match in kept]
 
 
 def _parts(model: Source) -> list[Match]:
-    """The parts that a model is, or that lie one after the other in it."""
+    """The part that a model is, or the parts that it lists one after the other."""
     whole = _best(model)
     if whole is not None and not whole.problems:
         return [whole]
@@ -209,13 +211,13 @@ def _parts(model: Source) -> list[Match]:
 
 
 def _is_copy(match: Match, matches: list[Match]) -> bool:
-    """Whether it is the moving average of another model of the checkpoint, as its name says."""
+    """Whether a match is, by its name, the moving average of another model in the checkpoint."""
     others = [m for m in matches if m.part == match.part and m is not match]
     return is_average(match.source.inside) and any(not is_average(m.source.inside) for m in others)
 
 
 def _without(match: Match, leftovers: dict[str, list[Tensor]], strangers: list[Tensor]) -> Match:
-    """The match, with its unexpected tensors only where they are of no known kind."""
+    """The match with `leftovers` and `strangers`, without the unexpected tensors that are of a known kind."""
     known = {described(tensor) for tensors in leftovers.values() for tensor in tensors}
     unexpected = [entry for entry in match.unexpected if entry not in known]
     rest = [entry for t in strangers if (entry := described(t)) not in unexpected]
@@ -223,7 +225,7 @@ def _without(match: Match, leftovers: dict[str, list[Tensor]], strangers: list[T
 
 
 def fit(source: Source, spec: Spec) -> Match:
-    """The source's tensors on the slots of one part."""
+    """Fit the source's tensors to the slots of one part."""
     if source.style is Style.NAMED:
         return fit_diffusers(source, spec)
     if source.style is Style.FLAT:
@@ -248,9 +250,9 @@ def fit(source: Source, spec: Spec) -> Match:
 
 
 def fit_diffusers(source: Source, spec: Spec) -> Match:
-    """The tensors of a diffusers file (`source.flat`) or of a NAMED source on the slots of one part, by name.
+    """Fit the tensors of a diffusers file (`source.flat`) or a NAMED source to the slots of a part, by name.
 
-    Tensors of other parts in the same file are nobody's problem here.
+    Tensors that belong to other parts are ignored.
     """
     by_name: Mapping[str | None, Tensor] = {spec.table.rename(tensor.name): tensor for tensor in source.flat}
     if source.style is Style.NAMED:
@@ -269,21 +271,21 @@ def fit_diffusers(source: Source, spec: Spec) -> Match:
 
 
 def _dims(found: dict[Slot, Tensor], spec: Spec, repeat: int, *, keras: bool) -> dict[str, int]:
-    """Each symbol's value by majority over the shapes it stands in alone."""
+    """The value of each symbol, by majority over the axes whose size is that symbol times a factor."""
     votes: dict[str, Counter[int]] = {}
     for slot, tensor in found.items():
         shape = slot.shape if keras else slot.diffusers_shape
         if len(shape) == len(tensor.shape):
             for size, value in zip(shape, tensor.shape, strict=True):
                 solved = size.solve(value)
-                if solved and solved[1]:  # no size of a model is 0
+                if solved and solved[1]:  # a model has no size of 0
                     votes.setdefault(solved[0], Counter())[solved[1]] += 1
     dims = {symbol: counter.most_common(1)[0][0] for symbol, counter in votes.items()}
     return dims | ({REPEAT: repeat} if spec.repeated_layer else {})
 
 
 def _check(match: Match, expected: Iterable[Slot]) -> None:
-    """Report what is missing, what should not be there and what has another shape."""
+    """Add missing, unexpected and mismatched tensors to the match."""
     dims = match.dims
     for slot in expected:
         tensor = match.found.get(slot)
@@ -303,9 +305,9 @@ def _check(match: Match, expected: Iterable[Slot]) -> None:
 def _short_layers(
     source: Source, layers: dict[tuple[str, int], StoredLayer], expected: Iterable[Slot], match: Match
 ) -> set[str]:
-    """Layer classes of which there are too few, where a container numbers them only by their order.
+    """The layer classes with too few layers, for containers that number layers only by order.
 
-    Which one is missing cannot be said then, and every later one would be reported as well.
+    The missing layer cannot be identified then. Without this, every later layer would be reported too.
     """
     if source.style is Style.PATH:
         return set()
@@ -320,7 +322,7 @@ def _short_layers(
 
 
 def _classified(source: Source, spec: Spec) -> dict[tuple[str, int], StoredLayer]:
-    """Layers by class and number; a class that the container does not name is told by the variables."""
+    """Layers by (class, number); if the container has no class names, the variables determine the class."""
     if source.style is not Style.ATTRIBUTE:
         return {(layer.layer or "", layer.ordinal or 0): layer for layer in source.layers}
     key = KEYS[source.style]
@@ -337,7 +339,10 @@ def _classified(source: Source, spec: Spec) -> dict[tuple[str, int], StoredLayer
 
 
 def _split(source: Source, spec: Spec) -> Source:
-    """A flat list of variables cut into layers by the table's order; stops where it no longer fits."""
+    """Split a flat list of variables into layers in the table's order, up to the first that does not fit.
+
+    The rest become layers without a class.
+    """
     fixed = sum(1 for row in spec.rows if not row.repeated for _ in spec.block(row, 0))
     each = sum(1 for row in spec.rows if row.repeated for _ in spec.block(row, 0))
     repeat = max(0, len(source.flat) - fixed) // each if each else 0

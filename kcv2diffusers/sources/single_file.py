@@ -1,7 +1,7 @@
-"""Single `.safetensors` files: whole checkpoints in Stable Diffusion's original layout, or one model of one.
+"""Single `.safetensors` files: whole checkpoints or one component in Stable Diffusion's original layout.
 
-They are what ComfyUI and A1111 read and what most fine-tunes are published as. The names of the tensors tell
-everything; `maps/original.py` says which tensor of which model each is.
+ComfyUI and A1111 read these files, and most fine-tunes are published in this form. The content is determined
+from the names of the tensors; `maps/original.py` maps them to the tensors of the components.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from kcv2diffusers.sources.tensor import Tensor, rows
 
 CONTAINER = "single file .safetensors"
 PICKLED = "single file .ckpt"
-_MAX_LAYERS = 1000  # so that a file of a million names is not taken for a model of so many layers
-_MOST = 20_000  # tensors of a file that is looked at; with its EMA copy one of Stable Diffusion has 2,000
+_MAX_LAYERS = 1000  # guards against a file with a million names
+_MOST = 20_000  # tensors in a file; Stable Diffusion with its EMA copy has 2,000
 _READ = "Single files of Stable Diffusion 1 and 2 that draw from text are read."
 _LORA = "Merge it into its base first, or give the base alone."
 _MERGE = "Give the base here and the LoRA with --lora of convert, which merges it."
-# The names by which files of other kinds are known: a pattern, what they are, and the remedy.
+# Tensor names that identify files of other kinds: a pattern, the kind, and the remedy.
 _OTHERS = tuple((pattern, what, _LORA) for pattern, what in OTHER_KINDS) + tuple(
     (re.compile(pattern), what, remedy)
     for pattern, what, remedy in (
@@ -51,7 +51,7 @@ _OTHERS = tuple((pattern, what, _LORA) for pattern, what in OTHER_KINDS) + tuple
         (r"cond_stage_model\.roberta\..*", "AltDiffusion", _READ),
     )
 )
-# Tensors whose input channels tell other families: the first of the UNet and of the autoencoder's decoder.
+# Other families by the input channels of the first convolution, of the UNet or the autoencoder's decoder.
 _UNET_IN = r"(model\.diffusion_model\.)?input_blocks\.0\.0\.weight|conv_in\.weight"
 _DECODER_IN = r"(first_stage_model\.|vae\.)?decoder\.conv_in\.weight"
 _CHANNELS = tuple(
@@ -64,7 +64,7 @@ _CHANNELS = tuple(
         (_DECODER_IN, 16, "an autoencoder with 16 latent channels (Stable Diffusion 3, Flux)"),
     )
 )
-# Buffers of the original code beside the models: the noise schedule, which the code computes itself.
+# Buffers of the original code outside of the models: the noise schedule, which that code computes itself.
 _SCHEDULE = re.compile(
     r"(sqrt_|log_)?(recip(m1)?_|one_minus_)?alphas_cumprod(_prev)?|betas|logvar|lvlb_weights|scale_factor"
     r"|posterior_\w+|sqrt_\w+|log_one_minus_alphas_cumprod|denoiser\.\w+|v_pred|ztsnr"
@@ -76,27 +76,31 @@ _UNUSED = "parts that pictures do not need"
 
 @dataclass(frozen=True)
 class _Fit:
-    """A component found in a file under a prefix: the tensors by their names in diffusers."""
+    """A component found in a file under a prefix.
+
+    `named` has the tensors by their names in diffusers, `spelled` the file's name of each tensor that the
+    component may have, by its name in diffusers.
+    """
 
     naming: Naming
     prefix: str
     named: dict[str, Tensor]
     spelled: dict[str, str]
-    stored: dict[str, Tensor]  # the tensors of the file that they are of, by name
+    stored: dict[str, Tensor]  # the tensors of the file that `named` is taken from, by name
 
 
 def read_single_file(path: Path, *, ema: bool = False) -> list[Source]:
-    """The models in a `.safetensors` file, one `Source` a part.
+    """The models in a `.safetensors` file, one `Source` for each part.
 
-    `ema` takes the moving average of the UNet (`model_ema.*`), which is taken otherwise only where there is
-    no other UNet. Raises SourceError for a file of another family, for one that holds none of the models, or
-    no moving average where that is asked for, and for a damaged file.
+    With `ema` the UNet is its moving average (`model_ema.*`); without it the average is used only if there is
+    no other UNet. Raises SourceError for a file of another family, a file without any of the models, a file
+    without the requested average, and a damaged file.
     """
     return _sources(path, *read_header(path), CONTAINER, ema)
 
 
 def read_pickled_file(path: Path, *, ema: bool = False) -> list[Source]:
-    """The same for a pickled file (`.ckpt`), which the user must have allowed."""
+    """As `read_single_file`, for a pickled file (`.ckpt`); call it only if the user has allowed pickles."""
     return _sources(path, read_pickled(path), {}, PICKLED, ema)
 
 
@@ -144,12 +148,12 @@ def _sources(
 
 
 def _version(fit: _Fit) -> str | None:
-    """The version that a file's own spelling tells: OpenCLIP is Stable Diffusion 2's text encoder."""
+    """The version that a file's tensor names determine: OpenCLIP is Stable Diffusion 2's text encoder."""
     return "sd2" if fit.naming.version == "sd2" else None
 
 
 def _refuse_others(path: Path, stored: Mapping[str, Tensor]) -> None:
-    """Raise SourceError for a file of another family, which says what it is."""
+    """Raise SourceError for a file of another family; the message names the family."""
     for pattern, what, remedy in _OTHERS:
         if any(pattern.fullmatch(name) for name in stored):
             raise SourceError(path, f"of {what}, which is not read here.", remedy)
@@ -160,7 +164,7 @@ def _refuse_others(path: Path, stored: Mapping[str, Tensor]) -> None:
 
 
 def _whole(component: str, stored: Mapping[str, Tensor]) -> _Fit | None:
-    """The component as a whole checkpoint holds it, under the prefix that says which one it is."""
+    """The component in a whole checkpoint, under the prefix of the component."""
     fits = [
         _fit(naming, prefix, stored)
         for naming in namings()[component].values()
@@ -172,7 +176,7 @@ def _whole(component: str, stored: Mapping[str, Tensor]) -> _Fit | None:
 
 
 def _alone(stored: Mapping[str, Tensor]) -> _Fit | None:
-    """The component that a file without prefixes is, in the original layout or as diffusers names it."""
+    """The only component of a file without prefixes, with its original names or those of diffusers."""
     fits = [
         fit
         for component, versions in namings().items()
@@ -184,7 +188,7 @@ def _alone(stored: Mapping[str, Tensor]) -> _Fit | None:
 
 
 def _averaged(stored: Mapping[str, Tensor]) -> _Fit | None:
-    """The UNet of a file that holds only its moving average: names without dots, behind a prefix."""
+    """The moving average of the UNet in a file: its names have a prefix of their own and no dots."""
     (naming,) = namings()["unet"].values()
     flat = {name: tensor for name, tensor in stored.items() if name.startswith(_EMA_PREFIX)}
     if not flat:
@@ -199,14 +203,14 @@ def _averaged(stored: Mapping[str, Tensor]) -> _Fit | None:
 
 
 def _fit(naming: Naming, prefix: str, stored: Mapping[str, Tensor]) -> _Fit:
-    """The tensors of a component under a prefix."""
+    """The tensors of a component under a prefix, in the original layout."""
     inner = {name[len(prefix) :]: tensor for name, tensor in stored.items() if name.startswith(prefix)}
     inner = {naming.renamed(name): tensor for name, tensor in inner.items()}
     return _placed(naming, prefix, _places(naming, inner), inner)
 
 
 def _in_diffusers(table: Table, naming: Naming, stored: Mapping[str, Tensor]) -> _Fit:
-    """The tensors of a component in a file of its own that diffusers wrote."""
+    """The tensors of a component in a file with diffusers' names and no other component."""
     renamed = {new: tensor for name, tensor in stored.items() if (new := table.rename(name)) is not None}
     targets = _targets(table, renamed)
     named = {target: renamed[target] for target in targets if target in renamed}
@@ -223,7 +227,7 @@ def _placed(naming: Naming, prefix: str, places: Mapping[str, Place], inner: Map
 
 
 def _places(naming: Naming, inner: Mapping[str, Tensor]) -> dict[str, Place]:
-    """Where each tensor is that the component could have, with as many layers as the file has."""
+    """The place of each tensor that the component may have, for the number of layers in the file."""
     table = tables()[naming.component]
 
     def has(target: str) -> bool:
@@ -239,7 +243,7 @@ def _places(naming: Naming, inner: Mapping[str, Tensor]) -> dict[str, Place]:
 
 
 def _targets(table: Table, names: Mapping[str, Tensor]) -> list[str]:
-    """The diffusers tensors that a component could have, with as many layers as the file has."""
+    """The diffusers tensors that a component may have, for the number of layers in the file."""
     return [
         slot.target
         for spec in specs()
@@ -249,12 +253,12 @@ def _targets(table: Table, names: Mapping[str, Tensor]) -> list[str]:
 
 
 def _specs(table: Table, naming: Naming) -> list[Spec]:
-    """The parts of a component in the versions that a naming is for."""
+    """The specs of a component in the versions that a naming applies to."""
     return [s for s in specs() if s.table is table and naming.version in ("any", "sd1", s.version)]
 
 
 def _layers(spec: Spec, has: Callable[[str], bool]) -> int:
-    """How many layers of the repeated row are there."""
+    """The number of layers in the repeated row; `has` returns whether a diffusers tensor exists."""
     row = next((row for row in spec.rows if row.repeated), None)
     count = 0
     if row is not None:
@@ -265,12 +269,12 @@ def _layers(spec: Spec, has: Callable[[str], bool]) -> int:
 
 
 def _piece(tensor: Tensor, place: Place) -> Tensor:
-    """The share of a tensor that a place is, without axes of size one behind.
+    """The share of a tensor that a place refers to, without trailing axes of size one.
 
-    Where that does not go it is the tensor as it is, whose shape is then reported.
+    If the shape does not allow it, the tensor is returned unchanged, and its shape is reported later.
     """
     shape = tensor.shape
-    if place.ones and set(shape[2:]) <= {1}:  # files of 2022 have one such axis, others have two or none
+    if place.ones and set(shape[2:]) <= {1}:  # files of 2022 have one such axis, others two or none
         shape = shape[:2]
     if place.pieces == 1:
         return tensor if shape == tensor.shape else replace(tensor, shape=shape)
@@ -281,7 +285,7 @@ def _piece(tensor: Tensor, place: Place) -> Tensor:
 
 
 def _of_part(fit: _Fit, part: str) -> dict[str, Tensor]:
-    """The tensors of one part of a component."""
+    """The tensors of one part of a component, by their names in diffusers."""
     table = tables()[fit.naming.component]
     if len(table.parts) == 1:
         return fit.named
@@ -292,8 +296,9 @@ def _of_part(fit: _Fit, part: str) -> dict[str, Tensor]:
 def _rest(
     stored: Mapping[str, Tensor], fits: Iterable[_Fit], average: _Fit | None
 ) -> tuple[dict[str, list[Tensor]], list[Tensor]]:
-    """The tensors of no model: those that may be left out, by kind, and those inside of a model. `average` is
-    the moving average among the models.
+    """The tensors that belong to no model: those that may be left out, by kind, and the strangers in a model.
+
+    `average` is the moving average among the models, if it is used.
     """
     found = list(fits)
     used = {name for fit in found for name in fit.stored}

@@ -1,15 +1,15 @@
-"""What every reader returns: the layers of Keras models with their tensors, named as the container can.
+"""The result of every reader: the layers of Keras models with their tensors, named as in the container.
 
-A checkpoint may hold several models, or hold them inside of a trainer or of another model. Readers return one
-`Source` for each group of layers, wherever it lies, and the tensors outside of all groups beside the first.
+A checkpoint may hold several models, or models inside a trainer or another model. Readers return one `Source`
+for each group of layers, at any depth. The first `Source` also has the tensors outside of all groups.
 
-Containers differ in what they know of a tensor's place. Each `Style` is one way to spell it, as a key
-that a table's slot can form by itself:
+Containers differ in the information that they store on a tensor's place in the model. Each `Style` is one
+form of it, as a key that can be computed from a table's slot:
 
 - PATH: `.weights.h5` and `.keras`: class, number within the class, path and variable index;
 - ATTRIBUTE: SavedModels of Keras 2 and TensorFlow checkpoints: Python attributes, no class;
 - ORDER: legacy `.h5`: class, and the rank of each inner layer among those of its class;
-- FLAT: SavedModels exported by Keras 3: all variables of the model in order, nothing else;
+- FLAT: SavedModels exported by Keras 3: only the order of all variables of the model;
 - NAMED: single files in Stable Diffusion's original layout: each tensor by its name in diffusers.
 """
 
@@ -26,7 +26,7 @@ from kcv2diffusers.sources.tensor import Tensor
 
 
 class Style(Enum):
-    """How a container spells the place of a tensor; see the module."""
+    """The form in which a container stores the place of a tensor; see the module docstring."""
 
     PATH = "path"
     ATTRIBUTE = "attribute"
@@ -44,7 +44,7 @@ KEYS: dict[Style, Callable[[Slot], str]] = {
 
 @dataclass(frozen=True, slots=True)
 class StoredLayer:
-    """One layer of the model: its class in snake case where known, its number, its tensors by key."""
+    """One layer: its class in snake case (None: unknown), its number in the class, its tensors by key."""
 
     name: str
     layer: str | None
@@ -53,7 +53,7 @@ class StoredLayer:
 
 
 def counted(layers: list[StoredLayer]) -> list[StoredLayer]:
-    """The layers in the order given, numbered from 0 within each class by the numbers that they have."""
+    """Renumber the layers from 0 within each class, in the order of their numbers; keeps the list order."""
     numbers: dict[str | None, list[int]] = {}
     for layer in layers:
         numbers.setdefault(layer.layer, []).append(-1 if layer.ordinal is None else layer.ordinal)
@@ -66,15 +66,19 @@ def counted(layers: list[StoredLayer]) -> list[StoredLayer]:
 
 @dataclass(frozen=True)
 class Source:
-    """A model as it lies in a file or folder: its container and its layers, nothing interpreted.
+    """A model in a file or folder as it is stored, not yet matched to a part.
 
-    `inside` is where in the checkpoint the model is ("" for the root), as the container names it. `others`
-    are the tensors of the checkpoint that belong to no model; the first model of a checkpoint has them.
+    - `layers`: its layers; `flat`: the list of its variables (style FLAT, and diffusers files)
+    - `inside`: the model's place in the checkpoint, as the container names it ("" for the root)
+    - `others`: the tensors of the checkpoint that belong to no model; only the first model has them
 
-    A NAMED source is one part: `named` are its tensors by their names in diffusers, laid out as there, and
-    `spelled` what the file calls each that it could have. `part` and `version` say which one it is (version
-    None: the one that fits best), `leftovers` are the tensors of no part whose kind the reader knows, and
-    `metadata` the texts that the file holds about itself.
+    A NAMED source is one part:
+
+    - `named`: its tensors by their names in diffusers, in the layout of diffusers
+    - `spelled`: the file's name of each tensor that the part may have, by its name in diffusers
+    - `part`, `version`: the part; a version of None means the best match
+    - `leftovers`: tensors that belong to no part but are of a kind that the reader knows, by kind
+    - `metadata`: the metadata of the file
     """
 
     path: Path
@@ -91,7 +95,7 @@ class Source:
     version: str | None = None
     leftovers: dict[str, list[Tensor]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
-    spool: TemporaryDirectory[str] | None = None  # keeps unpacked weights alive as long as the source
+    spool: TemporaryDirectory[str] | None = None  # keeps unpacked weights on disk while the source exists
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""One stored array of a checkpoint: its name, shape, dtype and where its bytes lie, never the bytes."""
+"""A stored array of a checkpoint: name, shape, dtype and location in the file, without the values."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from kcv2diffusers.errors import SourceError
 class Tensor:
     """A tensor in a file.
 
-    `name` is the container's own name for it. `shape` and `dtype` are as stored (little endian;
-    bfloat16 is `ml_dtypes.bfloat16`). The bytes are C-contiguous at `offset` of `path`; where a
-    container stores them otherwise (chunked or compressed HDF5) `offset` is None and `load`
-    returns the whole array. `crc32c` is the unmasked checksum of the bytes, where one is stored.
+    `name` is the name in the container. `shape` and `dtype` are as stored (little endian; bfloat16 is
+    `ml_dtypes.bfloat16`). The values are C-contiguous at byte `offset` of the file `path`. If a container
+    stores them in another form (chunked or compressed HDF5, pickles), `offset` is None and `load` returns
+    the whole array. `crc32c` is the unmasked checksum of the bytes, if one is stored.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Tensor:
 
 
 def values_of(tensor: Tensor) -> np.ndarray:
-    """All values of a tensor. Raises SourceError where its file ends within it."""
+    """All values of a tensor, in its shape and dtype. Raises SourceError if the file ends within it."""
     if tensor.load is not None:
         return np.asarray(tensor.load()).reshape(tensor.shape)
     count = math.prod(tensor.shape)
@@ -48,7 +48,7 @@ def values_of(tensor: Tensor) -> np.ndarray:
 
 
 def rows(tensor: Tensor, first: int, count: int) -> Tensor:
-    """`count` rows of a tensor, along its first axis, from row `first` on."""
+    """The slice of `count` rows of a tensor along axis 0, from row `first` on, without a checksum."""
     shape = (count, *tensor.shape[1:])
     if tensor.load is not None:
         load = tensor.load

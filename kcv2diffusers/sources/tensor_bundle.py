@@ -1,9 +1,9 @@
-"""Reads TensorFlow checkpoints: a `PREFIX.index` table and its `PREFIX.data-0000i-of-0000n` shards.
+"""Read TensorFlow checkpoints: a `PREFIX.index` table and its `PREFIX.data-0000i-of-0000n` shards.
 
 The format is described in tensorflow/core/util/tensor_bundle/tensor_bundle.h and
-tensorflow/core/protobuf/tensor_bundle.proto; the index is a LevelDB table (LevelDB's
-doc/table_format.md, tensorflow/core/lib/io/format.h). Only the index and the object graph are read
-here, never a tensor. Everything in them is untrusted: a file either reads or raises `SourceError`.
+tensorflow/core/protobuf/tensor_bundle.proto. The index is a LevelDB table (LevelDB's doc/table_format.md,
+tensorflow/core/lib/io/format.h). Only the index and the object graph are read here, never the values of a
+tensor. All of the content is untrusted: a file is either read or raises `SourceError`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from kcv2diffusers.errors import SourceError
 from kcv2diffusers.sources.foreign import require_own
 from kcv2diffusers.sources.tensor import Tensor
 
-# Far above any checkpoint of these models (about 3,000 entries and 1 MB with an optimizer), and low
-# enough that the largest file let through costs some hundred MB and some seconds.
+# These limits are far above any checkpoint of these models (about 3,000 entries and 1 MB with an optimizer).
+# They are low enough that the largest accepted file takes a few hundred MB and a few seconds.
 MAX_BYTES = 16 << 20
 MAX_ENTRIES = 1 << 16
 MAX_ITEMS = 1 << 20  # fields of a message; nodes, edges and attributes of the graph
 MAX_KEY = 2048
-MAX_RANK = 32  # numpy 1's own limit
+MAX_RANK = 32  # the limit of NumPy 1
 
 GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 _FOOTER_SIZE = 48
 _MAGIC = struct.pack("<Q", 0xDB4775248B80FB57)
 _TRAILER_SIZE = 5  # compression type, masked crc32c
-_BUNDLE_VERSION = 1  # the only one there has been since 2016
+_BUNDLE_VERSION = 1  # the only version since 2016
 
 # tensorflow/core/framework/types.proto
 _DTYPES = {
@@ -57,7 +57,7 @@ _DTYPES = {
     23: np.dtype("<u8"),
 }
 _STRING = 7
-_NOT_NUMERIC = {_STRING, 20, 21}  # and resources, variants
+_NOT_NUMERIC = {_STRING, 20, 21}  # 20 is a resource, 21 a variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Child:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """A value saved for a node; a variable has one, whose tensor is called `checkpoint_key`."""
+    """A value saved for a node. A variable has one; `checkpoint_key` is the name of its tensor."""
 
     name: str
     full_name: str
@@ -79,7 +79,7 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class SlotVariable:
-    """An optimizer's variable `slot_variable_node_id` kept for another variable."""
+    """A variable `slot_variable_node_id` that an optimizer keeps for another variable."""
 
     original_variable_node_id: int
     slot_name: str
@@ -96,7 +96,10 @@ class Node:
 
 
 def read_bundle(prefix: Path) -> dict[str, Tensor]:
-    """The numeric tensors of the checkpoint `prefix` (a path without `.index`), in the index's order."""
+    """The numeric tensors of the checkpoint `prefix` (a path without `.index`), in the order of the index.
+
+    Raises SourceError for a damaged or incomplete checkpoint.
+    """
     bundle = _Bundle(prefix)
     return {
         name: Tensor(
@@ -113,7 +116,10 @@ def read_bundle(prefix: Path) -> dict[str, Tensor]:
 
 
 def read_object_graph(prefix: Path) -> list[Node]:
-    """The object graph of the checkpoint `prefix`. Node 0 is the root; every node id is a valid index."""
+    """The object graph of the checkpoint `prefix`. Node 0 is the root; every node id is a valid index.
+
+    Raises SourceError for a damaged or incomplete checkpoint, and for one without an object graph.
+    """
     bundle = _Bundle(prefix)
     with _in_file(bundle.index):
         entry = bundle.entries.get(GRAPH_KEY)
@@ -130,14 +136,14 @@ def read_object_graph(prefix: Path) -> list[Node]:
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file ends as the index of a checkpoint does."""
+    """Whether a file ends with the magic number of a checkpoint index."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - len(_MAGIC)))
         return file.read() == _MAGIC
 
 
 class _Malformed(Exception):
-    """What `_in_file` turns into a `SourceError`, so that the decoders need not know of files."""
+    """Raised by the decoders, which do not know the file; `_in_file` turns it into a `SourceError`."""
 
     def __init__(
         self, problem: str, remedy: str = "The file is damaged or incomplete: get it again."
@@ -161,17 +167,17 @@ def _in_file(path: Path) -> Iterator[None]:
 
 def _file_size(path: Path) -> int:
     status = path.stat()
-    if not S_ISREG(status.st_mode):  # opening a named pipe would wait for ever
+    if not S_ISREG(status.st_mode):  # opening a named pipe would block forever
         raise _Malformed("it is not a file", "Name the checkpoint by its prefix, without .index or .data-*.")
     return status.st_size
 
 
-# The bundle: what the table's keys and values mean.
+# The bundle: the meaning of the table's keys and values.
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A BundleEntryProto, checked as far as the index alone can tell; the crc32c is masked."""
+    """A BundleEntryProto, checked as far as the index alone allows; the crc32c is masked."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -182,7 +188,7 @@ class _Entry:
 
 
 class _Bundle:
-    """The decoded index of a checkpoint, and the way from an entry to its shard."""
+    """The decoded index of a checkpoint; finds the shard of an entry."""
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
@@ -198,7 +204,7 @@ class _Bundle:
             }
 
     def shard(self, name: str, entry: _Entry) -> Path:
-        """The data file of an entry, whose bytes are known to be all there."""
+        """The data file of an entry, which is checked to contain all bytes of the entry."""
         path = Path(f"{self.prefix}.data-{entry.shard:05d}-of-{self.shards:05d}")
         with _in_file(path):
             if entry.shard not in self._shard_sizes:
@@ -253,7 +259,7 @@ def _entry(name: str, value: bytes, shards: int) -> _Entry:
         raise _Malformed(f"tensor {name!r} has a negative offset or size")
     if entry.dtype in _DTYPES:
         itemsize = _DTYPES[entry.dtype].itemsize
-        # numpy refuses a shape whose other dimensions overflow even where one of them is 0.
+        # NumPy refuses a shape whose nonzero dimensions overflow, even if another one is 0.
         if math.prod(dim or 1 for dim in entry.shape) * itemsize >= 1 << 63:
             raise _Malformed(f"tensor {name!r} has the impossible shape {entry.shape}")
         if math.prod(entry.shape) * itemsize != entry.size:
@@ -277,7 +283,7 @@ def _scalar_string(stored: bytes, crc32c: int) -> bytes:
     data = stored[start + 4 :]
     if length != len(data):
         raise _Malformed("the object graph's length does not fit its entry")
-    # Both checksums are of the length as a fixed 32 bit number; the second goes on over what follows.
+    # Both checksums cover the length as a fixed 32-bit number; the second one also covers the bytes after it.
     length_crc = google_crc32c.value(struct.pack("<I", length))
     masked = stored[start : start + 4]
     if _unmask(int.from_bytes(masked, "little")) != length_crc:
@@ -288,7 +294,7 @@ def _scalar_string(stored: bytes, crc32c: int) -> bytes:
 
 
 def _graph(data: bytes) -> list[Node]:
-    """A TrackableObjectGraph (tensorflow/core/protobuf/trackable_object_graph.proto)."""
+    """Decode a TrackableObjectGraph (tensorflow/core/protobuf/trackable_object_graph.proto)."""
     nodes = _Message(data).blobs[1]
     if not nodes:
         raise _Malformed("the object graph has no nodes")
@@ -321,18 +327,18 @@ def _graph(data: bytes) -> list[Node]:
 
 
 def _table(data: bytes) -> dict[bytes, bytes]:
-    """All the entries of a table, in their order."""
+    """All entries of a table by key, in their order."""
     if len(data) < _FOOTER_SIZE or data[-8:] != _MAGIC:
         raise _Malformed("it is not a TensorFlow checkpoint index, or it is cut short")
     footer = data[-_FOOTER_SIZE:-8]
     data = data[:-_FOOTER_SIZE]
-    _, pos = _handle(footer, 0)  # the metaindex block, which TensorFlow leaves empty
+    _, pos = _handle(footer, 0)  # the metaindex block; TensorFlow leaves it empty
     index, _ = _handle(footer, pos)
     rows: dict[bytes, bytes] = {}
     last, end = None, 0
     for _, value in _pairs(_block(data, *index)):
         (offset, size), _ = _handle(value, 0)
-        # Blocks are written one after another; without this one large block could be read a million times.
+        # Blocks are written in sequence. Without this check one large block could be read a million times.
         if offset < end:
             raise _Malformed("its data blocks overlap or are out of order")
         end = offset + size + _TRAILER_SIZE
@@ -353,7 +359,7 @@ def _handle(data: bytes, pos: int) -> tuple[tuple[int, int], int]:
 
 
 def _block(data: bytes, offset: int, size: int) -> bytes:
-    """The entries of a block, its checksum checked and its restart points (for searching) cut off."""
+    """The entries of a block as bytes, after a checksum test and without restart points (for searching)."""
     if size < 4 or offset + size + _TRAILER_SIZE > len(data):
         raise _Malformed("a block lies outside the file")
     end = offset + size
@@ -369,7 +375,7 @@ def _block(data: bytes, offset: int, size: int) -> bytes:
 
 
 def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values; each key repeats the first `shared` bytes of the one before."""
+    """The keys and values of a block; each key shares its first `shared` bytes with the previous key."""
     key, pos = b"", 0
     while pos < len(block):
         shared, pos = _varint(block, pos)
@@ -386,7 +392,7 @@ def _pairs(block: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 class _Message:
-    """The fields of one message, by number. An embedded message stays bytes until asked for."""
+    """The fields of one message by number. An embedded message is decoded when it is accessed."""
 
     def __init__(self, data: bytes) -> None:
         self.numbers: dict[int, int] = {}
@@ -404,7 +410,7 @@ class _Message:
             if wire_type == 2:
                 size, pos = _varint(data, pos)
             else:
-                size = {1: 8, 5: 4}.get(wire_type, len(data))  # groups (3, 4) are long gone: too large
+                size = {1: 8, 5: 4}.get(wire_type, len(data))  # groups (3, 4) are obsolete: fails below
             value = data[pos : pos + size]
             pos += size
             if pos > len(data):
@@ -415,7 +421,7 @@ class _Message:
                 self.numbers[field] = int.from_bytes(value, "little")
 
     def number(self, field: int) -> int:
-        """Unsigned: a negative number reads as one of 2**63 or more."""
+        """A number, unsigned: a negative one is read as 2**63 or more. 0 if the field is absent."""
         return self.numbers.get(field, 0)
 
     def text(self, field: int) -> str:
@@ -425,14 +431,14 @@ class _Message:
             raise _Malformed("the object graph has a name that is not UTF-8") from None
 
     def message(self, field: int) -> _Message:
-        return _Message(b"".join(self.blobs[field]))  # which is how a repeated message merges
+        return _Message(b"".join(self.blobs[field]))  # protobuf merges repeated occurrences this way
 
     def messages(self, field: int) -> Iterator[_Message]:
         return map(_Message, self.blobs[field])
 
 
 def _varint(data: bytes, pos: int) -> tuple[int, int]:
-    """A number of at most 64 bits, 7 to a byte, and the position after it."""
+    """Decode a varint of at most 64 bits (7 bits a byte); returns it and the position after it."""
     value = 0
     for i, byte in enumerate(data[pos : pos + 10]):
         value |= (byte & 127) << (7 * i)
@@ -442,6 +448,6 @@ def _varint(data: bytes, pos: int) -> tuple[int, int]:
 
 
 def _unmask(masked: int) -> int:
-    """The crc32c that LevelDB stores rotated by 15 bits and moved by a constant."""
+    """Recover a crc32c, which LevelDB stores rotated by 15 bits and with a constant added."""
     rotated = (masked - 0xA282EAD8) & 0xFFFFFFFF
     return (rotated >> 17 | rotated << 15) & 0xFFFFFFFF

@@ -1,10 +1,10 @@
-"""SavedModel folders and TensorFlow checkpoints, read without TensorFlow.
+"""Read SavedModel folders and TensorFlow checkpoints without TensorFlow.
 
-Keras 2 saves an object graph: a model's children `layer_with_weights-<n>` are its layers in order and their
-attributes lead to the variables, wherever their bytes were filed. The model is the root, or anywhere below it
-where something holds it: a tf.train.Checkpoint, a trainer, another model. Keras 3's `export` keeps only
-the flat list `variables` of the model. A `tf.train.Checkpoint` of a Keras 3 model leaves out whatever a
-layer holds in a Python list (half of a UNet): that data is not in the file.
+Keras 2 saves an object graph. A model's children `layer_with_weights-<n>` are its layers in order; their
+attributes lead to the variables, under whatever key a variable is stored. The model is the root or a node
+below it: a member of a tf.train.Checkpoint, a trainer or another model. Keras 3's `export` stores only the
+flat list `variables` of the model. A `tf.train.Checkpoint` of a Keras 3 model omits everything that a layer
+holds in a Python list (half of a UNet): that data is not in the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _INDEX = re.compile(r"^([0-9]{1,9})$")
 _MAX_DEPTH = 12
 _MAX_NAME = 100
 _MAX_VISITS = 2_000_000
-# What Keras 2 hangs on every layer beside its own attributes.
+# Children that Keras 2 adds to every layer besides the layer's own attributes.
 _NOT_ATTRIBUTES = frozenset(
     [
         "variables",
@@ -44,12 +44,12 @@ _NOT_ATTRIBUTES = frozenset(
 
 
 def read_saved_model(folder: Path) -> list[Source]:
-    """A SavedModel folder, by its `variables/variables.index`."""
+    """The models of a SavedModel folder, from its `variables/variables.index`. Raises SourceError."""
     return _read(folder, folder / "variables" / "variables", "SavedModel")
 
 
 def read_checkpoint(prefix: Path) -> list[Source]:
-    """A TensorFlow checkpoint, by its path without `.index`."""
+    """The models of a TensorFlow checkpoint; `prefix` is its path without `.index`. Raises SourceError."""
     return _read(prefix, prefix, "TensorFlow checkpoint")
 
 
@@ -77,13 +77,13 @@ def _keras(layers: list[StoredLayer]) -> str:
 
 
 def _numbered(node: Node, pattern: re.Pattern[str]) -> list[Child]:
-    """The children with a number in their names, in its order."""
+    """The children whose names match `pattern`, in the order of the numbers in their names."""
     found = {int(m[1]): child for child in node.children if (m := pattern.match(child.local_name))}
     return [child for _, child in sorted(found.items())]
 
 
 def _way(at: int, above: dict[int, tuple[int, str]]) -> str:
-    """The names that lead from the root to a node; those of Keras' own wrapping say nothing."""
+    """The path of names from the root to a node, without the names that Keras' own wrapping adds."""
     names: list[str] = []
     while at and len(names) < _MAX_DEPTH:
         at, name = above[at]
@@ -92,13 +92,13 @@ def _way(at: int, above: dict[int, tuple[int, str]]) -> str:
 
 
 class _Graph:
-    """The object graph with the tensors its variables name."""
+    """The object graph and the tensors of its variables."""
 
     def __init__(self, path: Path, nodes: list[Node], tensors: dict[str, Tensor]) -> None:
         self.path, self.nodes, self.tensors = path, nodes, tensors
         self.visits = 0
         self.layers_of: dict[int, list[Child]] = {}
-        self.met: set[int] = set()  # layers
+        self.met: set[int] = set()  # node ids of the layers already used
 
     def variable(self, at: int) -> Tensor | None:
         for attribute in self.nodes[at].attributes:
@@ -107,7 +107,7 @@ class _Graph:
         return None
 
     def variables(self) -> list[Tensor]:
-        """The root's list of variables."""
+        """The tensors in the root's list `variables`, in order."""
         found = self.child(0, "variables")
         children = [] if found is None else _numbered(self.nodes[found], _INDEX)
         return [tensor for c in children if (tensor := self.variable(c.node_id)) is not None]
@@ -116,15 +116,15 @@ class _Graph:
         return next((c.node_id for c in self.nodes[at].children if c.local_name == name), None)
 
     def models(self) -> dict[str, list[StoredLayer]]:
-        """The layers of each model, by the way from the root to it; each layer belongs to one model."""
+        """The layers of each model, by the path from the root to it; each layer belongs to one model."""
         found: dict[str, list[StoredLayer]] = {}
         above: dict[int, tuple[int, str]] = {0: (0, "")}
         reached = [0]
-        for at in reached:  # which grows: the nearest nodes come first
+        for at in reached:  # grows while it is read: breadth-first search
             mine = [c for c in self.layers(at) if not self.is_model(c.node_id)]
             if mine and (layers := self.stored(mine)):
                 found[_way(at, above)] = layers
-            # An attribute that people named says more than Keras' own lists of layers.
+            # A user's attribute name is more informative than Keras' lists of layers, so it is visited first.
             for child in sorted(self.nodes[at].children, key=lambda c: bool(_LISTED.match(c.local_name))):
                 if child.node_id not in above:
                     above[child.node_id] = (at, child.local_name)
@@ -132,7 +132,7 @@ class _Graph:
         return found
 
     def layers(self, at: int) -> list[Child]:
-        """The model's layers in order: Keras 2 numbers those with weights, Keras 3 all its operations."""
+        """The model's layers in order: Keras 2 numbers the layers with weights, Keras 3 all operations."""
         if at not in self.layers_of:
             operations = self.child(at, "_operations")
             self.layers_of[at] = _numbered(self.nodes[at], _LAYER) or (
@@ -141,11 +141,11 @@ class _Graph:
         return self.layers_of[at]
 
     def is_model(self, at: int) -> bool:
-        inner = self.child(at, _INNER)  # of a Sequential in Keras 3
+        inner = self.child(at, _INNER)  # the functional model inside a Sequential of Keras 3
         return bool(self.layers(at)) or (inner is not None and bool(self.layers(inner)))
 
     def stored(self, layers: list[Child]) -> list[StoredLayer]:
-        """The layers with their variables; a layer that was met before is not met again."""
+        """The layers with their variables; a layer that was used before is left out."""
         found = []
         for child in layers:
             inside: dict[str, Tensor] = {}
@@ -157,11 +157,11 @@ class _Graph:
         return found
 
     def walk(self, at: int, path: str, found: dict[str, Tensor], seen: set[int]) -> None:
-        """Every variable that the attributes of node `at` lead to, by attribute path, each once."""
+        """Collect into `found` every variable reachable from node `at`, once each, by attribute path."""
         if path.count("/") > _MAX_DEPTH:
             return
         self.visits += 1 + len(self.nodes[at].children)
-        if self.visits > _MAX_VISITS:  # objects of one layer may lead to every other layer's
+        if self.visits > _MAX_VISITS:  # objects of a layer may lead to all other layers
             raise SourceError(self.path, "an object graph that never ends.")
         for child in self.nodes[at].children:
             name = child.local_name
@@ -170,6 +170,6 @@ class _Graph:
             seen.add(child.node_id)
             tensor = self.variable(child.node_id)
             if tensor is not None:
-                found[f"{path}{name.lstrip('_')}"] = tensor  # Keras 3 files kernels under _kernel
+                found[f"{path}{name.lstrip('_')}"] = tensor  # Keras 3 stores kernels under _kernel
             else:
                 self.walk(child.node_id, f"{path}{name}/", found, seen)
