@@ -1,8 +1,8 @@
-"""How one Keras layer's variables are laid out in diffusers: named, invertible, data.
+"""Layouts: how the variables of one kind of Keras layer are stored in diffusers, as invertible data.
 
-Every layout is one of two things: the bytes as they are, or the reversal of three axes,
+A layout either keeps the bytes of a variable or reverses three axes,
 (spatial, in, out) <-> (out, in, spatial), which is its own inverse. A Dense kernel is the case of
-one spatial position; HWIO <-> OIHW is the case of H*W of them.
+one spatial position; HWIO <-> OIHW is the case of H*W positions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 class Variable:
     """One variable of a Keras layer and the tensor it becomes.
 
-    `keras` and `diffusers` are the shapes on the two sides, in terms of the layout's sizes.
+    `name` is the variable's name in Keras, `suffix` the last step of the tensor's name in diffusers. `keras`
+    and `diffusers` are the shapes on the two sides, in terms of the layout's sizes.
     """
 
     name: str
@@ -27,7 +28,7 @@ class Variable:
 
     @property
     def reverses(self) -> bool:
-        """Whether the axes are reversed on the way (else the bytes stay as they are)."""
+        """Whether the conversion reverses the axes; otherwise it keeps the bytes."""
         return self.keras != self.diffusers
 
 
@@ -65,13 +66,13 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def core(keras_shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(spatial, in, out) of a kernel's Keras shape."""
+    """The shape (spatial, in, out) of a kernel with a Keras shape (..., in, out); spatial is a product."""
     return math.prod(keras_shape[:-2]), keras_shape[-2], keras_shape[-1]
 
 
 def reverse(array: np.ndarray, shape: tuple[int, int, int], target: tuple[int, ...]) -> np.ndarray:
-    """The three axes `shape` of `array` reversed, as a contiguous array of shape `target`.
+    """Reshape `array` to the three axes `shape` and reverse them; returns a contiguous array, shape `target`.
 
-    The plain statement of what `stream` does block by block.
+    It is the reference implementation of what `stream` does block by block.
     """
     return np.ascontiguousarray(array.reshape(shape).transpose(2, 1, 0)).reshape(target)

@@ -1,8 +1,8 @@
 """Stable Diffusion's original layout: the names that the tensors of a component have in a single file.
 
-The tables in `weight_maps/original/` are a second naming of the diffusers side. A `Naming` turns the name of
-a diffusers tensor into its `Place` in the file. No value changes: a place is a whole tensor, perhaps with
-more axes of size one, or some rows of a tensor that holds several, one below the other.
+The tables in `weight_maps/original/` are a second naming of the diffusers side. A `Naming` maps the name of
+a diffusers tensor to its `Place` in the file. The values are unchanged. A place is a whole tensor, possibly
+with additional axes of size one, or a range of rows of a tensor that concatenates several along axis 0.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from kcv2diffusers.maps.parts import invalid, naming_data, table_data
 class Operation:
     """How a layer is stored in the original layout.
 
-    `endings` are what follows the original name, by the last step of the diffusers name. `ones` is the number
-    of axes of size one behind the axes of a weight.
+    `endings` maps the last step of the diffusers name to the suffix of the original name. `ones` is the
+    number of additional trailing axes of size one that a weight has in the file.
     """
 
     endings: Mapping[str, str]
@@ -30,9 +30,9 @@ class Operation:
 OPERATIONS: dict[str, Operation] = {
     # One tensor that is a parameter of the model itself, not of a layer.
     "parameter": Operation({"weight": ""}),
-    # A linear layer as a convolution of one point: (out, in) <-> (out, in, 1, 1).
+    # A linear layer stored as a 1x1 convolution: (out, in) <-> (out, in, 1, 1).
     "conv1x1": Operation({"weight": ".weight", "bias": ".bias"}, ones=2),
-    # PyTorch's MultiheadAttention: the weights of several linear layers one below the other, biases likewise.
+    # PyTorch's MultiheadAttention: weights of several linear layers concatenated along axis 0, biases too.
     "in_proj": Operation({"weight": ".in_proj_weight", "bias": ".in_proj_bias"}),
 }
 
@@ -41,8 +41,8 @@ OPERATIONS: dict[str, Operation] = {
 class Place:
     """Where a diffusers tensor is in a single file.
 
-    It is the `piece`-th of `pieces` equal shares of the first axis of the tensor `name`, which has `ones`
-    more axes of size one.
+    It is share `piece` (from 0) of `pieces` equal shares of the tensor `name` along axis 0. That tensor has
+    `ones` additional trailing axes of size one.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Place:
     ones: int = 0
 
     def shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the tensor in the file, from that of the diffusers tensor."""
+        """The shape of the tensor in the file, given the shape of the diffusers tensor."""
         return (shape[0] * self.pieces, *shape[1:], *(1,) * self.ones)
 
 
 @dataclass(frozen=True, slots=True)
 class _Leaf:
-    """A module inside a row: its original name, and which of the pieces of an operation it is."""
+    """A module inside a row: its original name, its operation, and its share of the stored tensor."""
 
     name: str
     operation: str | None = None
@@ -67,11 +67,15 @@ class _Leaf:
 
 @dataclass(frozen=True, eq=False)
 class Naming:
-    """The original names of one component in one version ("any" where the versions share them).
+    """The original names of one component in one version ("any" if the versions share them).
 
-    `prefix` stands before every name in a whole checkpoint. `also` are other prefixes that files have,
-    `aliases` other beginnings of names, and `ignore` the modules without a counterpart in diffusers. `rows`
-    gives each module its original name and what is inside of it: a block of leaves, or an operation.
+    - `prefix`: precedes every name in a whole checkpoint
+    - `also`: other prefixes that files have
+    - `rows`: maps each diffusers module to its original name and its content: the name of a block of leaves,
+      an operation, or None if the names inside are unchanged
+    - `blocks`: the leaves of each block
+    - `aliases`: maps other beginnings of names to those of this layout
+    - `ignore`: the modules that have no counterpart in diffusers
     """
 
     component: str
@@ -84,7 +88,7 @@ class Naming:
     ignore: tuple[str, ...]
 
     def place(self, target: str) -> Place | None:
-        """Where the diffusers tensor `target` is, None if no row names it; its name has no prefix."""
+        """The place of the diffusers tensor `target`, named without the prefix; None if no row matches it."""
         steps = target.split(".")
         for end in range(len(steps) - 1, 0, -1):
             module = ".".join(steps[:end])
@@ -99,7 +103,7 @@ class Naming:
         return None
 
     def _inside(self, name: str, inside: str | None, steps: Sequence[str]) -> Place | None:
-        """The place of the tensor `steps` of a row's module."""
+        """The place of a tensor in a row's module; `steps` is its name below the module, split at dots."""
         if inside is None:
             return Place(".".join([name, *steps]))
         if inside in OPERATIONS:
@@ -111,18 +115,18 @@ class Naming:
         return Place(".".join([name, *steps]))
 
     def places(self, targets: Iterable[str]) -> dict[str, Place]:
-        """The places of diffusers tensors, those that no row names left out."""
+        """The places of diffusers tensors by name; tensors that no row matches are left out."""
         return {target: place for target in targets if (place := self.place(target)) is not None}
 
     def renamed(self, name: str) -> str:
-        """The name of this layout for a tensor of a file (its name without the prefix)."""
+        """Resolve aliases in the name of a tensor of a file; `name` is without the prefix."""
         for old, new in self.aliases.items():
             if name.startswith(old):
                 return new + name[len(old) :]
         return name
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor of the file (its name without the prefix) has no counterpart in diffusers."""
+        """Whether a tensor of the file has no counterpart in diffusers; `name` is without the prefix."""
         return any(name == module or name.startswith(f"{module}.") for module in self.ignore)
 
 
@@ -137,7 +141,7 @@ def _placed(name: str, leaf: _Leaf, steps: Sequence[str]) -> Place | None:
 
 
 def load(component: str, data: Mapping[str, Any]) -> dict[str, Naming]:
-    """The namings of a table, by version."""
+    """The namings of a component by version, from the TOML `data` of its table."""
     return {
         version: Naming(
             component=component,
@@ -173,8 +177,9 @@ def _leaves(leaves: Iterable[Sequence[str]]) -> dict[str, _Leaf]:
 
 @cache
 def namings() -> dict[str, dict[str, Naming]]:
-    """Every naming by component (the name of its weight map) and version. Raises SourceError for a table of
-    another form.
+    """Every naming by component (the name of its weight map) and version.
+
+    Raises SourceError for an invalid table.
     """
     found = {}
     for name, data in naming_data().items():
@@ -188,6 +193,6 @@ def namings() -> dict[str, dict[str, Naming]]:
 
 
 def naming(component: str, version: str) -> Naming:
-    """The naming that a component of a version is written in."""
+    """The naming used to write a component in a version."""
     found = namings()[component]
     return found.get(version) or found["any"]

@@ -1,8 +1,8 @@
-"""Parts and families: what models are made of, as the weight maps describe them.
+"""Parts and families, read from the weight maps.
 
-A table (`weight_maps/NAME.toml`) describes one component of a pipeline and the parts it is made of. A family
-(`weight_maps/families/NAME.toml`) says which parts make a pipeline and what stands around them. Nothing here
-needs NumPy, so that the command line can ask which parts there are.
+A table (`weight_maps/NAME.toml`) describes one component of a pipeline and the parts it consists of. A family
+(`weight_maps/families/NAME.toml`) lists the parts of a pipeline and its other files. This module does not
+import NumPy, so that the command line can list the parts quickly.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from typing import Any
 from kcv2diffusers.errors import SourceError, reading
 
 VARIABLE = "KCV2DIFFUSERS_MAPS"
-"""The environment variable that names a folder of more tables and families."""
+"""The environment variable with a folder of additional tables and families."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A Keras model that becomes (a part of) a component of a pipeline.
+    """A Keras model that becomes a component of a pipeline, or a part of one.
 
-    `label` is what messages call it. `hint` matches the names that people give its files and repositories;
-    hints are tried by `rank`, lowest first. `tolerances` are those of verification: largest absolute
-    difference / largest absolute value, for `stock` diffusers, `attributed` (with KerasCV's numerics) and one
-    `block`.
+    - `label`: its name in messages
+    - `table`: the name of the table that describes it
+    - `hint`: matches the names that people give its files and repositories
+    - `rank`: hints are tried in ascending rank
+    - `tolerances`: for verification, largest absolute difference / largest absolute value: `stock` for
+      unmodified diffusers, `attributed` for diffusers with KerasCV's numerics, `block` for one block
     """
 
     name: str
@@ -42,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two sizes that are equal in parts of one model: the symbols of their weight maps."""
+    """Two sizes that must be equal in the parts of one model, as symbols of their weight maps."""
 
     part: str
     size: str
@@ -54,12 +56,18 @@ class Agreement:
 class Family:
     """A kind of pipeline.
 
-    `parts` are all required, in the order of messages. `index` are entries of model_index.json.
-    `tokenizer_part` is the part whose token embedding the tokenizer's tokens index, `scheduler_part` the
-    one whose training the scheduler config states (None: the pipeline has no such folder). `version_of`
-    says of a part whose version is taken where its own sizes do not tell it. `bases` are default sources of
-    missing parts by version, `no_base` a remark on versions without one, `modelspec` what the metadata of a
-    single file say of a version. `image_size` is in pixels.
+    - `parts`: the parts, all required, in the order of messages
+    - `image_size`: default height and width in pixels
+    - `index`: entries of model_index.json
+    - `tokenizer_part`: the part whose token embedding the tokenizer's ids index; None if the pipeline has no
+      tokenizer folder
+    - `scheduler_part`: the part whose noise schedule in training the scheduler config states; None if the
+      pipeline has no scheduler folder
+    - `version_of`: maps a part whose sizes may not determine its version to the part that determines it
+    - `agreements`: sizes that must be equal in the parts of one model
+    - `bases`: default sources of missing parts by version
+    - `no_base`: a remark on each version that has no base
+    - `modelspec`: metadata entries of a single file by version
     """
 
     name: str
@@ -77,7 +85,7 @@ class Family:
 
 
 def folders() -> list[Path]:
-    """Where tables are: inside the installed package or beside it in a checkout, then the user's folder."""
+    """The folders with tables: that of the package (in a checkout: beside it), then the user's folder."""
     package = Path(__file__).parents[1]
     inside = package / "weight_maps"
     ours = inside if inside.is_dir() else package.parent / "weight_maps"
@@ -87,21 +95,25 @@ def folders() -> list[Path]:
 
 @cache
 def table_data() -> dict[str, dict[str, Any]]:
-    """The TOML of each table by name: ours in alphabetical order, then the user's. Raises SourceError for a
-    file that is no TOML.
+    """The TOML data of each table by name: the shipped ones in alphabetical order, then the user's.
+
+    Raises SourceError for a file that is not TOML.
     """
     return _read("*.toml")
 
 
 @cache
 def naming_data() -> dict[str, dict[str, Any]]:
-    """The TOML of each naming of the original layout, as `table_data` has that of each table."""
+    """The TOML data of each naming of the original layout by name, in the same order; see `table_data`."""
     return _read("original/*.toml")
 
 
 @cache
 def parts() -> dict[str, Part]:
-    """Every part by name: in the order of the families, then any that is in no family."""
+    """Every part by name: in the order of the families, then the parts without a family.
+
+    Raises SourceError for an invalid table or family.
+    """
     found: dict[str, Part] = {}
     for table, data in table_data().items():
         try:
@@ -115,14 +127,14 @@ def parts() -> dict[str, Part]:
 
 
 def label(part: str) -> str:
-    """What messages call a part; a name that is no part's stays as it is."""
+    """The label of a part for messages; an unknown name is returned unchanged."""
     known = parts().get(part)
     return known.label if known else part
 
 
 @cache
 def families() -> tuple[Family, ...]:
-    """Every family: ours, then the user's."""
+    """Every family: the shipped ones, then the user's. Raises SourceError for an invalid one."""
     found = []
     for name, data in _read("families/*.toml").items():
         try:
@@ -133,18 +145,18 @@ def families() -> tuple[Family, ...]:
 
 
 def family_of(held: Iterable[str]) -> Family:
-    """The family that has all of these parts; the one that has most of them where none has all."""
+    """The family that has most of the parts `held`, by name."""
     given = set(held)
     return max(families(), key=lambda family: len(given & set(family.parts)))
 
 
 def family_named(pipeline_class: str) -> Family | None:
-    """The family whose pipelines are of a class of diffusers, None if there is none."""
+    """The family whose pipelines have the diffusers class `pipeline_class`; None if there is none."""
     return next((family for family in families() if family.index["_class_name"] == pipeline_class), None)
 
 
 def invalid(file: str | Path, error: Exception) -> SourceError:
-    """The refusal of a table or a family that lacks an entry or has one of another form."""
+    """The SourceError for a table or family with a missing or invalid entry."""
     problem = f"has no entry {error}" if isinstance(error, KeyError) else str(error)
     return SourceError(file, f"not a weight map: {problem}.", "Correct it; docs/develop/add-a-component.md.")
 
@@ -174,7 +186,7 @@ def _part(name: str, table: str, data: Mapping[str, Any]) -> Part:
 
 
 def _family(name: str, data: Mapping[str, Any]) -> Family:
-    # TOML has no null, which diffusers writes for a component that is left out.
+    # diffusers writes [null, null] for an omitted component. TOML has no null, so tables have ["", ""].
     index = {key: [None, None] if value == ["", ""] else value for key, value in data["index"].items()}
     return Family(
         name=name,

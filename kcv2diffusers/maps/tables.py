@@ -1,9 +1,9 @@
-"""The weight maps: TOML tables read into slots, one for each tensor on both sides.
+"""The weight maps: TOML tables expanded into slots, one for each pair of a Keras and a diffusers tensor.
 
-A table says, for each KerasCV layer in model order, which diffusers module it is; blocks say, for each
-variable inside a layer, its name and layout. Shapes are written in symbols (c0, width, ...) whose
-values are found in the checkpoint, so that one table serves every width. Expanding a table for a part
-and a version gives `Slot`s: the same slots drive Keras -> diffusers and diffusers -> Keras.
+The rows of a table map each KerasCV layer, in model order, to its diffusers module. The blocks give the
+name and layout of each variable inside a layer. Shapes are written in symbols (c0, width, ...), which are
+solved from the checkpoint, so that one table serves every width. Expanding a table for a part and a version
+gives `Slot`s. The same slots are used for Keras -> diffusers and diffusers -> Keras.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Condition = tuple["Size", "Size"]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A size as a sum of symbols with factors, such as 4*c0 or c3+c2; the symbol "" is the number one."""
+    """A sum of symbols with integer factors, such as 4*c0 or c3+c2; the symbol "" stands for the number 1."""
 
     terms: tuple[tuple[str, int], ...]
 
     @classmethod
     @cache
     def parse(cls, text: str) -> Size:
-        """Read a size such as "4*c0" or "c3+c2". Raises ValueError for anything else."""
+        """Parse a size such as "4*c0" or "c3+c2". Raises ValueError for anything else."""
         terms: dict[str, int] = {}
         for term in text.split("+"):
             *factor, last = term.split("*")
@@ -43,7 +43,7 @@ class Size:
 
     def substitute(self, values: Mapping[str, Size]) -> Size:
         """The size with symbols replaced by sizes."""
-        if len(self.terms) == 1 and self.terms[0][1] == 1:  # most are
+        if len(self.terms) == 1 and self.terms[0][1] == 1:  # most sizes are one symbol
             return values.get(self.terms[0][0], self)
         terms: dict[str, int] = {}
         for symbol, count in self.terms:
@@ -53,7 +53,7 @@ class Size:
         return Size(tuple(sorted(terms.items())))
 
     def value(self, dims: Mapping[str, int]) -> int | None:
-        """The number, or None while one of its symbols is unknown."""
+        """The value for the symbols in `dims`, or None if one of its symbols is not among them."""
         total = 0
         for symbol, count in self.terms:
             if symbol and symbol not in dims:
@@ -62,7 +62,10 @@ class Size:
         return total
 
     def solve(self, value: int) -> tuple[str, int] | None:
-        """The symbol and its value, where the size is one symbol with a factor that divides `value`."""
+        """The symbol and its value, given the value of the size.
+
+        None unless the size is one symbol with a factor that divides `value`.
+        """
         if len(self.terms) == 1:
             symbol, count = self.terms[0]
             if symbol and value % count == 0:
@@ -78,7 +81,10 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One layer inside a block: where it is in Keras, what it is called in diffusers."""
+    """One layer inside a block: its path in Keras and its module in diffusers, both relative to the block.
+
+    It exists only in `version` (None: in all) and only if the two sizes of `condition` differ (None: always).
+    """
 
     path: str
     attribute: str
@@ -93,10 +99,16 @@ class Leaf:
 class Slot:
     """One tensor on both sides.
 
-    On the Keras side it is variable `index` (called `variable.name`) of the layer at `path` inside the
-    `ordinal`-th layer of class `layer`; `attribute` is the same path as TensorFlow spells it, and
-    (`stem`, `rank`) says the `rank`-th layer of class `stem` inside that layer. On the diffusers side it
-    is `target`. `shape` is the Keras shape in symbols, `condition` two sizes that differ if it exists.
+    On the Keras side:
+
+    - `layer`, `ordinal`: the outer layer is number `ordinal` (from 0) of the class `layer`
+    - `path`: the inner layer within it; `attribute` is the same path as TensorFlow spells it
+    - `stem`, `rank`: the inner layer is number `rank` (from 0) of the class `stem` within the outer layer
+    - `index`: the variable's number in the inner layer; `variable.name` is its name
+    - `shape`: the Keras shape in symbols
+
+    On the diffusers side `target` is the name and `diffusers_shape` the shape in symbols. The tensor exists
+    if the two sizes of `condition` differ, or if there is no condition.
     """
 
     layer: str
@@ -114,13 +126,13 @@ class Slot:
 
     @property
     def keras_name(self) -> str:
-        """The name Keras 3 gives it in a .weights.h5 file."""
+        """The variable's path in a .weights.h5 file of Keras 3."""
         number = f"_{self.ordinal}" if self.ordinal else ""
         inner = f"{self.path}/" if self.path else ""
         return f"layers/{self.layer}{number}/{inner}vars/{self.index}"
 
     def exists(self, dims: Mapping[str, int]) -> bool:
-        """Whether a model of these sizes has the tensor."""
+        """Whether a model with the sizes `dims` has the tensor."""
         if self.condition is None:
             return True
         left, right = (size.value(dims) for size in self.condition)
@@ -129,7 +141,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Row:
-    """A KerasCV layer in model order and its diffusers module; {i} in the module means repeated."""
+    """A KerasCV layer, in model order, and its diffusers module; {i} in the module marks a repeated layer."""
 
     layer: str
     module: str
@@ -137,13 +149,13 @@ class Row:
 
     @property
     def repeated(self) -> bool:
-        """Whether the row stands for as many layers as the checkpoint holds."""
+        """Whether the row stands for as many layers as the checkpoint has."""
         return "{i}" in self.module
 
 
 @dataclass(frozen=True)
 class Version:
-    """Stable Diffusion 1 or 2: the sizes by which its checkpoints are known, and its config entries."""
+    """Stable Diffusion 1 or 2: the sizes that identify its checkpoints, and its config entries."""
 
     name: str
     dims: Mapping[str, int]
@@ -152,11 +164,13 @@ class Version:
 
 @dataclass(frozen=True)
 class Entries:
-    """What is known of a component's config.json.
+    """Properties of the entries of a component's config.json.
 
-    `heads` is the entry with the number of attention heads, which no shape tells, and `head_widths` the
-    symbols of the widths that it divides. `untold` are more entries that no shape tells, `structure` those
-    that the tensors follow from though they are no sizes, `choices` those with a size that may differ.
+    - `heads`: the entry with the number of attention heads, which no shape determines
+    - `head_widths`: the symbols of the widths that the number of heads divides
+    - `untold`: other entries that no shape determines
+    - `structure`: entries that are not sizes but determine the tensors of the model
+    - `choices`: entries with a size that may differ from the table's
     """
 
     heads: str | None = None
@@ -170,11 +184,16 @@ class Entries:
 class Table:
     """One component of a diffusers pipeline.
 
-    `folder` is its folder in a pipeline, `weights` the file in there, `diffusers` the class as
-    "library.Class". `parts` are the rows of each Keras model it is made of, `keras` the class of each by
-    version, `blocks` the parameters and leaves of each kind of layer. `config` are the entries of
-    config.json, `entries` what is known of them, `nominal` sizes of the released models by which none is
-    recognised. `aliases` are other spellings of diffusers' names, which are read but not written.
+    - `folder`: its folder in a pipeline
+    - `weights`: the weight file in that folder
+    - `diffusers`: its class as "library.Class"
+    - `parts`: the rows of each Keras model that it consists of
+    - `keras`: the KerasCV class of each part by version
+    - `blocks`: the parameters and leaves of each kind of layer
+    - `config`: the entries of config.json
+    - `entries`: properties of these entries
+    - `nominal`: sizes of the released models that are not used to identify a version
+    - `aliases`: other spellings of diffusers' names, which are read but not written
     """
 
     name: str
@@ -197,15 +216,15 @@ class Table:
 
     @property
     def untold(self) -> frozenset[str]:
-        """The entries of config.json that the weights do not tell."""
+        """The entries of config.json that the shapes of the weights do not determine."""
         return self.entries.untold.union(*(version.config for version in self.versions.values()))
 
     def leaves(self, layer: str, version: str) -> tuple[Leaf, ...]:
-        """The layers inside a block, as a version has them."""
+        """The layers inside a block in a version."""
         return tuple(leaf for leaf in self.blocks[layer][1] if leaf.version in (None, version))
 
     def rename(self, name: str) -> str | None:
-        """The name this table uses for a diffusers tensor, None for one that carries no weight."""
+        """Resolve aliases in the name of a diffusers tensor; None for a tensor that carries no weight."""
         if name in self.aliases.get("ignore", ()):
             return None
         for old, new in self.aliases.get("prefix", {}).items():
@@ -218,7 +237,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Spec:
-    """One part in one version: what a reader has to find."""
+    """One part in one version: the tensors that a source has to contain."""
 
     part: str
     version: str
@@ -240,7 +259,7 @@ class Spec:
         return {**self.table.nominal, **self.table.versions[self.version].dims}
 
     def existing(self, dims: Mapping[str, int]) -> list[Slot]:
-        """The slots that a model of these sizes has."""
+        """The slots of a model with the sizes `dims`."""
         return [slot for slot in self.slots(dims.get(REPEAT, 0)) if slot.exists(dims)]
 
     @cached_property
@@ -248,7 +267,7 @@ class Spec:
         return next((row.layer for row in self.rows if row.repeated), None)
 
     def block(self, row: Row, ordinal: int, repeat: int | None = None) -> list[Slot]:
-        """The slots of one layer."""
+        """The slots of one layer: `ordinal` is its number in its class, `repeat` that in a repeated row."""
         params, _ = self.table.blocks[row.layer]
         bound = dict(zip(params, row.sizes, strict=True))
         module = row.module.replace("{i}", str(repeat))
@@ -284,12 +303,13 @@ class Spec:
 
     @cache  # noqa: B019  (specs live as long as the process)
     def slots(self, repeat: int) -> tuple[Slot, ...]:
-        """All slots in Keras' weight order, repeated rows `repeat` times."""
+        """All slots in Keras' weight order, with repeated rows expanded `repeat` times."""
         return tuple(slot for layer in self.layers(repeat) for slot in self.block(*layer))
 
     def layers(self, repeat: int) -> Iterator[tuple[Row, int, int | None]]:
-        """Each layer in Keras' order: its row, its number within its class, and which of a repeated row's
-        `repeat` layers it is (None: the row stands for one).
+        """Each layer in Keras' order: its row, its number within its class, and its repetition.
+
+        The repetition is 0 to `repeat` - 1 for a repeated row and None for any other.
         """
         ordinals: dict[str, int] = {}
         for row in self.rows:
@@ -317,7 +337,7 @@ def _leaf(entry: list[str], lists: Mapping[str, list[str]]) -> Leaf:
 
 
 def _attribute(path: str, lists: Mapping[str, list[str]]) -> str:
-    """entry_flow/padded_conv2d/conv2d, as TensorFlow numbers list items: entry_flow/2/conv2d."""
+    """Number list items as TensorFlow does: entry_flow/padded_conv2d/conv2d -> entry_flow/2/conv2d."""
     first, *rest = path.split("/")
     if first in lists:
         rest[0] = str(lists[first].index(rest[0]))
@@ -363,7 +383,7 @@ def _entries(data: Mapping[str, Any]) -> Entries:
 
 @cache
 def tables() -> dict[str, Table]:
-    """Every table by name."""
+    """Every table by name. Raises SourceError for an invalid one."""
     found = {}
     for name, data in table_data().items():
         try:
@@ -374,7 +394,7 @@ def tables() -> dict[str, Table]:
 
 
 def tables_of(family: Family) -> list[Table]:
-    """The components of a family's pipelines."""
+    """The tables of the components of a family's pipelines."""
     return [table for table in tables().values() if set(table.parts) & set(family.parts)]
 
 
@@ -391,7 +411,7 @@ def specs() -> tuple[Spec, ...]:
 
 @cache
 def layer_classes() -> frozenset[str]:
-    """The classes of the layers that models are made of, in snake case."""
+    """The classes of all layers that have a row in some table, in snake case."""
     return frozenset(row.layer for spec in specs() for row in spec.rows)
 
 
@@ -401,5 +421,5 @@ def table_of(part: str) -> Table:
 
 
 def spec(part: str, version: str) -> Spec:
-    """A part in a version; the version "any" of a table fits every version."""
+    """The spec of a part in a version; a table's version "any" matches every version."""
     return next(s for s in specs() if s.part == part and s.version in (version, "any"))
