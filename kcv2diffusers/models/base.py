@@ -1,9 +1,9 @@
-"""A whole model from any source that `convert` reads, or from a diffusers pipeline folder.
+"""Load a complete model from any source that `convert` reads, or from a diffusers pipeline folder.
 
-Tensors go from the files into the Keras variables one at a time, so that memory peaks near the size of the
-weights. What weights cannot tell (heads, norm groups) comes from the pipeline's configs or, for KerasCV
-checkpoints of unusual widths, from the `kcv2diffusers.json` beside them; otherwise it is Stable Diffusion's
-own.
+Tensors are copied from the files into the Keras variables one at a time, so peak memory stays near the size
+of the weights. Attention heads and norm groups cannot be inferred from weights. They come from the pipeline's
+configs or, for KerasCV checkpoints of unusual widths, from the `kcv2diffusers.json` in the same folder. The
+fallback is Stable Diffusion's own values.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact", "gelu_pytorch_tanh"
 class Base:
     """All parts of a Stable Diffusion model.
 
-    `version` is "sd1" or "sd2"; `image_size` the height and width in pixels that it was trained for;
-    `prediction_type` what its UNet predicts, "epsilon" (KerasCV) or "v_prediction"; `stated`
-    the kcv2diffusers.json that its checkpoints need, empty for the usual widths and noise; `names` what
-    diffusers calls a variable, by its `id`; `schedule` the noise that its UNet was trained with.
+    `version` is "sd1" or "sd2". `image_size` is the height and width in pixels of the training images.
+    `prediction_type` is what the UNet predicts: "epsilon" (KerasCV) or "v_prediction". `stated` is the
+    content of the kcv2diffusers.json that the checkpoints need; it is empty for the usual widths and noise
+    schedule. `names` maps the `id` of a variable to its diffusers name. `schedule` is the noise schedule that
+    the UNet was trained with.
     """
 
     version: str
@@ -67,7 +68,7 @@ class Base:
     schedule: Schedule = SD
 
     def sampler(self) -> TextToImage:
-        """Text to picture with these models."""
+        """A text-to-image sampler that uses these models."""
         return TextToImage(
             self.text_encoder,
             self.unet,
@@ -81,9 +82,10 @@ class Base:
 
 @dataclass
 class BaseFiles:
-    """The files of a Stable Diffusion model, as their headers tell; no weights are read and nothing is built.
+    """The files of a Stable Diffusion model, read from their headers; no weights are read, no model is built.
 
-    The fields are those of `Base`, and `parts` the recognised files with what is stated beside them.
+    The fields are those of `Base`. `parts` holds the recognised files and, for each, the config entries
+    stated with it.
     """
 
     parts: dict[str, tuple[Match, dict[str, Any]]]
@@ -94,15 +96,15 @@ class BaseFiles:
     tokenizer: Tokenizer
 
     def check_prompts(self, *prompts: str) -> None:
-        """Raise Error for a prompt that is longer than the text encoder."""
+        """Raise Error for a prompt with more tokens than the text encoder accepts."""
         for prompt in prompts:
             self.tokenizer.encode_within(prompt, self.config.text_encoder.max_length)
 
     def load(self, *, moments: bool = False, dtype: str | None = None) -> Base:
-        """Build the models and give them their weights.
+        """Build the models and load their weights.
 
-        Variables are float32 whatever the files hold. `moments` makes the image encoder give mean and log
-        variance. `dtype` is a Keras dtype policy, or fp32, fp16 or bf16.
+        Variables are float32, whatever dtype the files hold. With `moments` the image encoder returns mean
+        and log variance. `dtype` is a Keras dtype policy, or fp32, fp16 or bf16.
         """
         stated = {
             m.spec.table.folder: _stateable(m, entries) for m, entries in self.parts.values() if not m.known
@@ -146,12 +148,12 @@ def load_base(
 ) -> Base:
     """Build the models of `sources` and load their weights.
 
-    `sources` are one diffusers pipeline folder, KerasCV checkpoints, an hf:// address, or "tiny".
-    `tokenizer` is a folder or CLIP's file of merges (default: the one beside the weights, then one found on
-    this machine).
-    `gelu` is the UNet's, "tanh" or "exact" (default: "tanh" for KerasCV checkpoints, "exact" for pipelines).
-    With `moments` the image encoder returns mean and log variance. `dtype` is a Keras dtype policy, or fp32,
-    fp16 or bf16; variables are float32. Raises Error with a message for the user.
+    `sources` are one diffusers pipeline folder, KerasCV checkpoints, an hf:// address, or "tiny". `tokenizer`
+    is a folder or CLIP's merges file. The default is the tokenizer beside the weights, then one found on this
+    machine. `gelu` is the variant in the UNet, "tanh" or "exact"; the default is "tanh" for KerasCV
+    checkpoints and "exact" for pipelines. With `moments` the image encoder returns mean and log variance.
+    `dtype` is a Keras dtype policy, or fp32, fp16 or bf16; variables are float32. Raises Error with a message
+    for the user.
     """
     return open_base(*sources, tokenizer=tokenizer, gelu=gelu).load(moments=moments, dtype=dtype)
 
@@ -161,11 +163,12 @@ def open_base(
     tokenizer: str | PathLike[str] | None = None,
     gelu: Gelu | None = None,
 ) -> BaseFiles:
-    """The files of `sources`: a diffusers pipeline folder, a single file, KerasCV checkpoints, or "tiny".
+    """Open the files of `sources`: a pipeline folder, a single file, KerasCV checkpoints, or "tiny".
 
-    `tokenizer` is a folder or CLIP's file of merges (default: the one beside the weights, then one found on
-    this machine). `gelu` is the UNet's: by default KerasCV's "tanh" for its checkpoints and "exact" for
-    pipelines, each as it was trained. Raises Error with a message for the user.
+    A pipeline folder is one that diffusers has written. `tokenizer` is a folder or CLIP's merges file. The
+    default is the tokenizer beside the weights, then one found on this machine. `gelu` is the variant in the
+    UNet. The default is the one used in training: "tanh" for KerasCV checkpoints, "exact" for pipelines.
+    Raises Error with a message for the user.
     """
     paths = [path for source in sources for path in locate_all(source, pipelines=True)]
     if len(paths) == 1 and is_pipeline(paths[0]):
@@ -199,8 +202,10 @@ def open_base(
 
 
 def load_weights(model: keras.Model, match: Match) -> dict[int, str]:
-    """Give the variables of one of our models the tensors of a recognised part, turned round if from
-    diffusers. Returns what diffusers calls each variable, by its `id`.
+    """Assign the tensors of a recognised part to the variables of one of our models.
+
+    Tensors in diffusers' layout are transposed. Returns the diffusers name of each variable, by the
+    variable's `id`.
     """
     slots = list(match.require_complete().slots())
     if len(slots) != len(model.weights):
@@ -211,7 +216,10 @@ def load_weights(model: keras.Model, match: Match) -> dict[int, str]:
 
 
 def read_values(match: Match, slot: Slot, tensor: Tensor, shape: tuple[int, ...]) -> Array:
-    """A tensor of a recognised part as Keras has it: float32 of `shape`, turned round if from diffusers."""
+    """A tensor of a recognised part in Keras' layout: float32 of `shape`, transposed if from diffusers.
+
+    Raises Error for a tensor of another shape.
+    """
     values = values_of(tensor)
     if not match.keras and slot.variable.reverses:
         values = reverse(values, core(shape)[::-1], shape)
@@ -221,7 +229,7 @@ def read_values(match: Match, slot: Slot, tensor: Tensor, shape: tuple[int, ...]
 
 
 def unet_config(match: Match, stated: Mapping[str, Any], gelu: Gelu) -> UNetConfig:
-    """The sizes of a UNet from its shapes and from config entries of diffusers' names."""
+    """The UNet's config, from its tensor shapes and from config entries under diffusers' names."""
     widths = _widths(match)
     heads = _stated(match, stated, "attention_head_dim")
     return UNetConfig(
@@ -235,8 +243,10 @@ def unet_config(match: Match, stated: Mapping[str, Any], gelu: Gelu) -> UNetConf
 
 
 def text_encoder_config(match: Match, stated: Mapping[str, Any]) -> TextEncoderConfig:
-    """The sizes of a text encoder. Where nothing states SD2's GELU, it is the tanh approximation for those of
-    KerasCV and the exact one for those of single files.
+    """The text encoder's config, from its tensor shapes and from config entries under diffusers' names.
+
+    If no entry states the activation of an SD2 text encoder, it is the tanh approximation of GELU for KerasCV
+    checkpoints and the exact GELU for single files. Raises Error for an unknown activation.
     """
     sd2 = "gelu_pytorch_tanh" if match.keras else "gelu"
     activation = stated.get("hidden_act", "quick_gelu" if match.version == "sd1" else sd2)
@@ -253,7 +263,7 @@ def text_encoder_config(match: Match, stated: Mapping[str, Any]) -> TextEncoderC
 
 
 def vae_config(match: Match, stated: Mapping[str, Any]) -> VAEConfig:
-    """The sizes of the autoencoder from either half."""
+    """The autoencoder's config, from either half."""
     return VAEConfig(_widths(match), _stated(match, stated, "norm_num_groups"))
 
 
@@ -267,13 +277,16 @@ def _stated(match: Match, stated: Mapping[str, Any], name: str) -> Any:
 
 
 def _beside(match: Match) -> dict[str, Any]:
-    """Entries of the `kcv2diffusers.json` beside a checkpoint, which must state heads that are unusual."""
+    """The entries of the `kcv2diffusers.json` beside a checkpoint.
+
+    Raises Error if the widths are unusual and the file does not state the number of heads.
+    """
     stated = stated_beside(match)
     require_heads(match, stated)
     return stated
 
 
 def _stateable(match: Match, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a config that a kcv2diffusers.json may state."""
+    """The config entries that a kcv2diffusers.json may hold."""
     stated = untold(match.spec.table, config)
     return {name: value for name, value in stated.items() if value is not None}

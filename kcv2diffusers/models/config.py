@@ -1,7 +1,7 @@
-"""The sizes of a Stable Diffusion model: what a checkpoint's shapes tell, and what they do not.
+"""The sizes of a Stable Diffusion model, including those that the shapes of a checkpoint do not show.
 
-Numbers of attention heads and of norm groups, and the kind of GELU, leave no trace in the weights; `base`
-finds them elsewhere. `SD1` and `SD2` are the released sizes.
+The number of attention heads, the number of norm groups and the kind of GELU cannot be inferred from weights;
+`base` gets them from elsewhere. `SD1` and `SD2` are the released sizes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ Gelu = Literal["tanh", "exact"]
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
-    """The denoising network.
+    """Config of the denoising UNet.
 
-    `widths` are the channels of each resolution, finest first; the coarsest has no attention. `heads` gives
-    each of them its number of attention heads. `linear_projection` makes the projections around a transformer
-    block Dense layers, as SD2 has them, instead of 1x1 convolutions. `gelu` is KerasCV's tanh approximation
-    or the exact function that diffusers computes.
+    `widths` are the channels at each resolution, finest first; the coarsest has no attention. `heads` is the
+    number of attention heads at each resolution. `linear_projection` makes the projections around a
+    transformer block Dense layers, as in SD2, instead of 1x1 convolutions. `gelu` is KerasCV's tanh
+    approximation or the exact function that diffusers computes. Raises ValueError for widths that the heads
+    or the norm groups do not divide.
     """
 
     widths: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -41,13 +42,16 @@ class UNetConfig:
 
     @property
     def timestep_width(self) -> int:
-        """Length of the sinusoidal timestep embedding the network takes."""
+        """Length of the sinusoidal timestep embedding that the UNet takes as input."""
         return self.widths[0]
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
-    """CLIP's text transformer. `activation` is SD1's `x * sigmoid(1.702 x)` or one of the two GELUs."""
+    """Config of CLIP's text transformer.
+
+    `activation` is SD1's `x * sigmoid(1.702 x)` ("quick_gelu") or one of the two GELUs.
+    """
 
     width: int = 768
     layers: int = 12
@@ -59,7 +63,7 @@ class TextEncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """The autoencoder between pixels and latents: channels per resolution, finest first."""
+    """Config of the autoencoder: `widths` are the channels at each resolution, finest first."""
 
     widths: tuple[int, ...] = (128, 256, 512, 512)
     norm_groups: int = 32
@@ -67,7 +71,7 @@ class VAEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A whole Stable Diffusion model. Defaults are SD1."""
+    """Config of a complete Stable Diffusion model. Defaults are SD1."""
 
     unet: UNetConfig = UNetConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()

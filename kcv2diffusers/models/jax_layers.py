@@ -1,4 +1,4 @@
-"""Attention on JAX: by cuDNN's fused kernel where there is one, otherwise with scores computed twice."""
+"""Attention on JAX: cuDNN's fused kernel if available, else scores recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from keras import backend, ops
 Tensor = Any
 
 FUSED, TWICE = "cuDNN's fused kernel", "scores computed twice"
-_chosen: dict[str, dict[str, None]] = {FUSED: {}, TWICE: {}}  # for what attention, in the order it was met
+_chosen: dict[str, dict[str, None]] = {FUSED: {}, TWICE: {}}  # shapes by method, in order of first use
 
 
 def forget() -> None:
-    """Forget what `chosen` has to tell. Keras builds models with lengths that it makes up."""
+    """Clear what `chosen` reports, because Keras builds models with placeholder lengths."""
     for what in _chosen.values():
         what.clear()
 
 
 def chosen() -> str:
-    """The way that attention is computed on a GPU or TPU, for all that was traced; empty on a CPU."""
+    """Report how attention is computed on a GPU or TPU, for every shape traced so far; empty on a CPU."""
     parts = [f"{way} ({', '.join(what)})" for way, what in _chosen.items() if what]
     return f"Attention: {'; '.join(parts)}." if parts else ""
 
@@ -29,8 +29,8 @@ def chosen() -> str:
 def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
     """Attention of (batch, length, heads, width) tensors.
 
-    No (heads, query length, key length) scores are kept for the backward pass: at 512 pixels they are half a
-    gigabyte in each of the five finest layers of a UNet.
+    The (heads, query length, key length) scores are not kept for the backward pass. At 512 pixels they take
+    half a gigabyte in each of the five finest layers of a UNet.
     """
     device = jax.devices()[0]
     fused = has_kernel(query, key, device)
@@ -46,10 +46,10 @@ def attention(query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor
 
 
 def has_kernel(query: Tensor, key: Tensor, device: Any) -> bool:
-    """Whether cuDNN has a fused kernel for the forward and the backward pass on `device`.
+    """Whether cuDNN has a fused kernel for both the forward and the backward pass on `device`.
 
-    Keras asks for the forward pass only. In the backward pass of an odd length JAX then raises, and Keras
-    logs that for each layer (seen with JAX 0.11 at SD1's 77 tokens).
+    Keras checks the forward pass only. JAX then raises in the backward pass of an odd length, and Keras logs
+    the error for each layer (seen with JAX 0.11 at SD1's 77 tokens).
     """
     return bool(
         "cuda" in str(device.client.platform_version)
@@ -62,9 +62,10 @@ def has_kernel(query: Tensor, key: Tensor, device: Any) -> bool:
 
 
 def _after_the_gradient(attend: Any) -> Any:
-    """`attend`, whose scores are computed again when the gradient is there.
+    """`attend`, with scores recomputed only once the incoming gradient is available.
 
-    XLA starts on a CPU whatever it can, so that `jax.checkpoint` would have all scores early.
+    On a CPU, XLA schedules any operation whose inputs are ready. With `jax.checkpoint` it would recompute the
+    scores of all layers early and hold them all in memory.
     """
 
     @jax.custom_gradient  # type: ignore[untyped-decorator]

@@ -1,7 +1,7 @@
-"""What the three networks share: padded convolutions, blocks that can rematerialise, attention, GELU.
+"""Layers shared by the three networks: padded convolutions, rematerialised blocks, attention, GELU.
 
-Layer classes and attributes carry KerasCV's names, because Keras builds the paths inside a `.weights.h5` from
-them: that is what makes the weights of one loadable by the other.
+Layer classes and attributes have KerasCV's names, because Keras derives the paths inside a `.weights.h5` from
+them. These names are what makes the weight files of both interchangeable.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import keras
 from keras import ops
 
 Tensor = Any
-"""A tensor of whichever backend Keras runs on."""
+"""A tensor of the active Keras backend."""
 
 EPSILON = 1e-5
 """Added to the variance in every normalisation; KerasCV uses one value throughout."""
@@ -27,7 +27,7 @@ _ZEROS = ContextVar("zeros", default=False)
 
 
 class Kernel(keras.initializers.GlorotUniform):  # type: ignore[misc]
-    """Keras' default for kernels, or zeros within `zeros()`."""
+    """Keras' default kernel initializer, or zeros within `zeros()`."""
 
     def __call__(self, shape: tuple[int, ...], dtype: str | None = None) -> Tensor:
         return ops.zeros(shape, dtype) if _ZEROS.get() else super().__call__(shape, dtype)
@@ -35,8 +35,9 @@ class Kernel(keras.initializers.GlorotUniform):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def zeros() -> Iterator[None]:
-    """Models built here start with zeros: their weights are loaded next, and random numbers take time (on JAX
-    a compilation for each shape).
+    """Initialise the kernels of models built in this context with zeros.
+
+    Their weights are loaded next, and random initialisation takes time (on JAX one compilation per shape).
     """
     token = _ZEROS.set(True)
     try:
@@ -46,10 +47,10 @@ def zeros() -> Iterator[None]:
 
 
 def apply(layer: keras.layers.Layer, inputs: Tensor) -> Tensor:
-    """What `layer` makes of `inputs`, called from within another layer of the same dtype policy.
+    """Call `layer` on `inputs` from within another layer of the same dtype policy.
 
-    Keras' own `__call__` takes 0.1 ms, of which a UNet has 681; what it does (casts, scopes) has been done
-    for the outer layer. It is needed to build the layer, and for quantised ones.
+    Keras' own `__call__` takes 0.1 ms, and a UNet makes 681 such calls. Its work (casts, scopes) has already
+    been done for the outer layer. It is still needed to build the layer, and for quantised layers.
     """
     if layer.built and layer.quantization_mode is None:
         return layer.call(inputs)
@@ -59,8 +60,9 @@ def apply(layer: keras.layers.Layer, inputs: Tensor) -> Tensor:
 class Dense(keras.layers.Dense):  # type: ignore[misc]
     """A linear layer.
 
-    A low-rank update (Keras' `enable_lora`) is applied to the inputs. Keras' own call adds it up to a second
-    kernel, which is kept for the backward pass, and computes the gradient of that whole kernel.
+    A low-rank update (Keras' `enable_lora`) is applied to the inputs. Keras' own call adds the update to the
+    kernel instead. It keeps that second kernel for the backward pass and computes the gradient of the whole
+    kernel.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -88,21 +90,20 @@ def product(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
-    """A convolution, on a CPU as one matrix product where the kernel is larger than the picture, or of one
-    pixel.
+    """A convolution. On a CPU it is one matrix product if the kernel is 1x1 or larger than the feature map.
 
-    Keras' kernels are (height, width, inputs, outputs); PyTorch and XLA turn them round in
-    every pass, which takes most of the time of the coarser half of a UNet.
+    Keras' kernels are (height, width, inputs, outputs). PyTorch and XLA transpose them in every pass, which
+    takes most of the time of the coarser half of a UNet.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
-        # What is padded on one side only has a large picture anyway.
+        # A convolution padded on one side only has a large input anyway.
         symmetric = self.padding == "valid" or self.strides == (1, 1)
         if symmetric and _on_torch_gpu(inputs):
             if self.kernel_size == self.strides == (1, 1):
                 return self._as_product(inputs)
             return self.on_torch_gpu(inputs, self.kernel_size[0] // 2 if self.padding == "same" else 0)
-        known = all(isinstance(length, int) for length in inputs.shape)  # not while a model is built
+        known = all(isinstance(length, int) for length in inputs.shape)  # False while a model is built
         if symmetric and known and _turns_kernels(inputs):
             pixels = math.prod(inputs.shape[:3]) // math.prod(self.strides)
             if self.kernel_size == (1, 1) or pixels <= 2 * self.filters:
@@ -110,11 +111,11 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
         return super().call(inputs)
 
     def on_torch_gpu(self, inputs: Tensor, pixels: int) -> Tensor:
-        """The convolution by PyTorch on a GPU, with zeros of a width of `pixels` around the inputs."""
+        """The convolution by PyTorch on a GPU, with `pixels` zeros of padding on each side."""
         from kcv2diffusers.models import torch_layers
 
         bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
-        # The kernel as it is stored: `self.kernel` would be a copy already, in the dtype of the computation.
+        # Pass the kernel as stored: `self.kernel` would already be a copy, cast to the compute dtype.
         return torch_layers.convolve(inputs, self._kernel._value, bias, self.strides[0], pixels)
 
     def _as_product(self, inputs: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def _on_torch_gpu(inputs: Tensor) -> bool:
 
 
 def _turns_kernels(inputs: Tensor) -> bool:
-    """Whether convolutions of `inputs` run on a CPU by PyTorch or XLA."""
+    """Whether convolutions of `inputs` run on a CPU in PyTorch or XLA, both of which transpose the kernel."""
     if keras.backend.backend() == "torch":
         return bool(inputs.device.type == "cpu")
     return _on_jax_cpu()
@@ -149,11 +150,11 @@ def _on_jax_cpu() -> bool:
 
 
 class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
-    """A 2D convolution, (batch, height, width, channels) to (batch, height / strides, width / strides,
-    filters).
+    """A 2D convolution of (batch, height, width, channels).
 
-    With `strides=2` the padding is one pixel on every side (the UNet) or, if `pad_end`, one pixel below and
-    to the right only (the VAE encoder). Otherwise Keras pads by itself, which saves a copy of the input.
+    The output is (batch, height / strides, width / strides, filters). With `strides=2` the padding is one
+    pixel on every side (the UNet) or, if `pad_end`, one pixel at the bottom and right only (the VAE encoder).
+    Otherwise Keras' own "same" padding is used, which saves a copy of the input.
     """
 
     def __init__(
@@ -173,15 +174,15 @@ class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
     def call(self, inputs: Tensor) -> Tensor:
         if self.padding2d is not None:
             if _on_torch_gpu(inputs) and self.conv2d.built:
-                return self.conv2d.on_torch_gpu(inputs, 1)  # which pads without a copy
+                return self.conv2d.on_torch_gpu(inputs, 1)  # pads without a copy
             inputs = apply(self.padding2d, inputs)
         return apply(self.conv2d, inputs)
 
 
 class Block(keras.layers.Layer):  # type: ignore[misc]
-    """A layer whose activations may be recomputed in the backward pass instead of kept (`rematerialise`).
+    """A layer that can recompute its activations in the backward pass (see `rematerialise`).
 
-    Subclasses define `compute`. Inputs come as one tensor or, as in KerasCV, as a list of them.
+    Subclasses define `compute`. Inputs are one tensor or, as in KerasCV, a list of tensors.
     """
 
     remat = False
@@ -197,8 +198,8 @@ class Block(keras.layers.Layer):  # type: ignore[misc]
 def rematerialise(model: keras.Model, enabled: bool = True) -> None:
     """Trade time for memory: keep only the inputs of each block of `model` for the backward pass.
 
-    It is a switch on a built model, not an argument of its builder, because variables must not be created
-    inside a rematerialised call.
+    This is a switch on a built model and not an argument of its builder, because variables must not be
+    created inside a rematerialised call.
     """
     for layer in model.layers:
         if isinstance(layer, Block):
@@ -206,11 +207,12 @@ def rematerialise(model: keras.Model, enabled: bool = True) -> None:
 
 
 class GroupNormalization(keras.layers.GroupNormalization):  # type: ignore[misc]
-    """Group normalisation of (batch, height, width, channels), with float32 statistics under every policy.
+    """Group normalisation of (batch, height, width, channels) with float32 statistics.
 
-    Keras' own call makes half a dozen copies of its input, all kept for the backward pass, and is what a VAE
-    spends most of its memory on. This one takes the fused kernel that PyTorch has; elsewhere it brings
-    statistics and affine parameters into one multiply-add per channel.
+    The statistics are float32 under every dtype policy. Keras' own call makes half a dozen copies of its
+    input and keeps all of them for the backward pass; they take most of a VAE's memory. This one calls
+    PyTorch's fused kernel. On other backends it folds the statistics and the affine parameters into one
+    multiply-add per channel.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -237,10 +239,10 @@ def group_norm(groups: int) -> keras.layers.Layer:
 
 
 class UpSampling2D(keras.layers.UpSampling2D):  # type: ignore[misc]
-    """Doubles height and width of (batch, height, width, channels) by repeating pixels, in one copy.
+    """Nearest-neighbour upsampling by 2 of (batch, height, width, channels), in one copy.
 
-    Keras' own call cannot be traced on PyTorch's meta device, so that building a model would compute with
-    real and large tensors.
+    Keras' own call cannot be traced on PyTorch's meta device. Building a model would then compute on real,
+    large tensors.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -251,14 +253,15 @@ class UpSampling2D(keras.layers.UpSampling2D):  # type: ignore[misc]
 
 
 def layer_norm() -> keras.layers.Layer:
-    """Layer normalisation as KerasCV has it; Keras computes its statistics in float32 under every policy."""
+    """Layer normalisation with KerasCV's epsilon; Keras always computes its statistics in float32."""
     return keras.layers.LayerNormalization(epsilon=EPSILON)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Multi-head attention of (batch, length, width) tensors; (batch, query length, width) out.
+    """Multi-head attention of (batch, length, width) tensors; returns (batch, query length, width).
 
-    Flash attention where the backend has it; the softmax is computed in float32 under every policy.
+    Uses flash attention where the backend has it. The softmax is computed in float32 under every dtype
+    policy.
     """
     backend = keras.backend.backend()
     if backend == "torch":
@@ -274,7 +277,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: boo
         from kcv2diffusers.models import jax_layers
 
         mixed = jax_layers.attention(q, k, v, causal)
-    else:  # TensorFlow's scores are computed again for the backward pass
+    else:  # on TensorFlow, scores are recomputed in the backward pass
         mixed = keras.remat(partial(ops.dot_product_attention, is_causal=causal))(q, k, v)
     return ops.reshape(mixed, (-1, ops.shape(query)[1], query.shape[-1]))
 
@@ -305,7 +308,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @contextlib.contextmanager
 def dtype_policy(policy: str | None) -> Iterator[None]:
-    """Build layers under `policy` (such as "mixed_bfloat16"); None leaves the global policy as it is."""
+    """Build layers under `policy` (such as "mixed_bfloat16"); None leaves the global policy unchanged."""
     before = keras.config.dtype_policy()
     if policy is not None:
         keras.config.set_dtype_policy(policy)

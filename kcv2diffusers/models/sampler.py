@@ -1,5 +1,6 @@
-"""Text to picture, by the loop of KerasCV 0.9.0: same tokens, timesteps and update, so same noise gives same
-latents.
+"""Text to image by the sampling loop of KerasCV 0.9.0.
+
+Tokens, timesteps and update rule are the same, so the same noise gives the same latents.
 """
 
 from __future__ import annotations
@@ -27,12 +28,11 @@ from kcv2diffusers.progress import Progress
 PROMPT_LENGTH = 77
 """Prompts of Stable Diffusion and KerasCV are padded to this many tokens, with the end token."""
 GRANULARITY = 64
-"""Heights and widths are multiples of this: 8 pixels a latent, halved three times in the UNet."""
+"""Heights and widths must be multiples of this: 8 pixels per latent, halved three times in the UNet."""
 
 
 class GuidedStep(keras.Model):  # type: ignore[misc]
-    """One step towards the picture with classifier-free guidance, as a model so that each backend compiles
-    it.
+    """One denoising step with classifier-free guidance, as a Keras model so that each backend compiles it.
 
     The unconditional and the conditional prediction run as one batch of twice the size.
     """
@@ -48,7 +48,7 @@ class GuidedStep(keras.Model):  # type: ignore[misc]
             {"latent": twice, "timestep_embedding": inputs["embedding"], "context": inputs["context"]}
         )
         unconditional, conditional = ops.split(ops.cast(predicted, "float32"), 2)
-        # One row of numbers per picture: predict_on_batch has batched inputs only.
+        # One row of numbers per image, because predict_on_batch takes batched inputs only.
         scale, signal, signal_before = (inputs["numbers"][:, i, None, None, None] for i in range(3))
         guided = unconditional + scale * (conditional - unconditional)
         if self.prediction_type == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
@@ -62,11 +62,11 @@ class GuidedStep(keras.Model):  # type: ignore[misc]
 
 @dataclasses.dataclass
 class TextToImage:
-    """The three models and the tokenizer of a Stable Diffusion, and the loop around them.
+    """The three models and the tokenizer of a Stable Diffusion model, with the sampling loop.
 
-    `prediction_type` is what the UNet predicts, "epsilon" or "v_prediction", `schedule` the noise that it was
-    trained with, `length` the number of tokens that the text encoder takes. Raises Error for a UNet that
-    cannot be sampled.
+    `prediction_type` is what the UNet predicts: "epsilon" or "v_prediction". `schedule` is the noise schedule
+    it was trained with. `length` is the number of tokens that the text encoder takes. Raises Error for a UNet
+    that cannot be sampled.
     """
 
     text_encoder: keras.Model
@@ -82,7 +82,10 @@ class TextToImage:
         self._step = GuidedStep(self.unet, self.prediction_type)
 
     def tokens(self, prompts: Sequence[str]) -> Array:
-        """Token ids of each prompt, padded with the end token: (prompts, length) int32."""
+        """Token ids of each prompt, padded with the end token: (prompts, length) int32.
+
+        Raises Error for a prompt with more than `length` tokens.
+        """
         tokens = [self.tokenizer.encode_within(prompt, self.length) for prompt in prompts]
         padded = [ids + [self.tokenizer.end] * (self.length - len(ids)) for ids in tokens]
         return np.array(padded, dtype="int32")
@@ -104,7 +107,7 @@ class TextToImage:
         guidance_scale: float = 7.5,
         progress: Progress | None = None,
     ) -> Array:
-        """Latents for `prompts` from `noise`, both (prompts, height / 8, width / 8, 4) float32.
+        """Latents for `prompts`. Noise and latents are (prompts, height / 8, width / 8, 4) float32.
 
         `progress` is called after each step with its number and the number of steps.
         """
@@ -121,8 +124,9 @@ class TextToImage:
         progress: Progress | None = None,
         observe: Callable[[Array], None] | None = None,
     ) -> Array:
-        """`sample` with encoded prompts: `context` is of those to keep away from, then of those to follow.
-        `observe` is given the latents after each step.
+        """`sample` with encoded prompts: `context` holds the negative prompts' rows, then the prompts' rows.
+
+        `observe` is called with the latents after each step.
         """
         timesteps, signal = self.schedule.timesteps(steps), self.schedule.alphas_cumprod
         latents = np.asarray(noise, dtype="float32")
@@ -145,7 +149,7 @@ class TextToImage:
         return np.asarray(latents)
 
     def decode(self, latents: Array) -> Array:
-        """Pictures (batch, height, width, 3) uint8 of scaled latents, fractions cut off as in KerasCV."""
+        """Decode scaled latents to images (batch, height, width, 3) uint8, truncated as in KerasCV."""
         decoded = np.asarray(self.decoder.predict_on_batch(latents)).astype("float32")
         return np.clip((decoded + 1) / 2 * 255, 0, 255).astype("uint8")
 
@@ -161,12 +165,12 @@ class TextToImage:
         guidance_scale: float = 7.5,
         progress: Progress | None = None,
     ) -> Array:
-        """Pictures (prompts, height, width, 3) uint8, one for each of `prompts`.
+        """Images (prompts, height, width, 3) uint8, one for each of `prompts`.
 
-        `height` and `width` are in pixels, multiples of 64. The noise of a seed is KerasCV's on the same
-        Keras backend; backends differ from each other. `progress` is called after each step with its number
-        and the number of steps. Raises Error for a size, a number of steps or a prompt that the models do not
-        take.
+        `height` and `width` are in pixels, multiples of 64. A seed gives the same noise as KerasCV on the
+        same Keras backend; noise differs between backends. `progress` is called after each step with its
+        number and the number of steps. Raises Error for a size, a number of steps or a prompt that the models
+        do not accept.
         """
         latents = self.sample(
             prompts,

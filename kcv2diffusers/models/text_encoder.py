@@ -1,4 +1,4 @@
-"""CLIP's text encoder as Stable Diffusion 1 and 2 use it, weight-compatible with KerasCV's."""
+"""CLIP's text encoder as in Stable Diffusion 1 and 2, weight-compatible with KerasCV's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kcv2diffusers.models.layers import ACTIVATIONS, Block, Tensor, attention, d
 
 
 class CLIPEmbedding(keras.layers.Layer):  # type: ignore[misc]
-    """Token plus position embeddings, (batch, length) integers to (batch, length, width)."""
+    """Sum of token and position embeddings: (batch, length) integers to (batch, length, width)."""
 
     def __init__(self, vocabulary: int, width: int, max_length: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -24,7 +24,7 @@ class CLIPEmbedding(keras.layers.Layer):  # type: ignore[misc]
 
 
 class CLIPEncoderLayer(Block):
-    """Causal self-attention and a feed-forward layer, each normalised and added."""
+    """Causal self-attention and a feed-forward layer, each pre-normalised and with a residual connection."""
 
     def __init__(self, width: int, heads: int, activation: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -41,7 +41,7 @@ class CLIPEncoderLayer(Block):
 
 
 class CLIPAttention(keras.layers.Layer):  # type: ignore[misc]
-    """Multi-head self-attention in which a token sees itself and the tokens before it."""
+    """Causal multi-head self-attention: each token attends to itself and to the tokens before it."""
 
     def __init__(self, width: int, heads: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)

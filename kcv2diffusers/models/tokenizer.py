@@ -1,8 +1,7 @@
-"""CLIP's byte-pair tokenizer at work: prompts to ids. Its files are the business of
-`kcv2diffusers.pipeline.tokenizer_files`.
+"""CLIP's byte-pair tokenizer: prompts to token ids.
 
-It gives the ids of OpenAI's tokenizer, which KerasCV's `SimpleTokenizer` and transformers' `CLIPTokenizer`
-also give, without needing either.
+`kcv2diffusers.pipeline.tokenizer_files` reads and writes its files. The ids are those of OpenAI's tokenizer.
+KerasCV's `SimpleTokenizer` and transformers' `CLIPTokenizer` give the same ids; neither is needed here.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ class Tokenizer:
     """Text to token ids and back.
 
     `vocabulary` maps a token to its id; a token that ends a word carries `</w>`. `merges` are the pairs of
-    tokens to join, most urgent first. `placeholders` (textual inversion) get the ids after the vocabulary.
+    tokens to join, highest priority first. `placeholders` (textual inversion) get the ids after the
+    vocabulary.
     """
 
     def __init__(
@@ -41,27 +41,26 @@ class Tokenizer:
 
     @classmethod
     def of_files(cls, files: TokenizerFiles) -> Tokenizer:
-        """From what `find_tokenizer` has read."""
+        """A tokenizer from the files that `find_tokenizer` has read."""
         pairs = [tuple(merge.split(" ")) for merge in files.merges]
         return cls(files.vocab, [(first, second) for first, second in pairs], files.placeholder_tokens)
 
     @property
     def files(self) -> TokenizerFiles:
-        """As `write_tokenizer` takes it."""
+        """The tokenizer's files, as `write_tokenizer` takes them."""
         merges = [" ".join(pair) for pair in self.ranks]
         return TokenizerFiles(self.vocabulary, merges, self.placeholders, Path())
 
     @classmethod
     def of_words(cls, words: list[str]) -> Tokenizer:
-        """A tokenizer for which each of `words` is one token; anything else is spelled in longer or shorter
-        pieces.
+        """A tokenizer for which each of `words` is one token; other words are split into several pieces.
 
-        Ids are in the order that OpenAI's tokenizer has: bytes, bytes that end a word, merges, start, end.
+        Ids are in the order of OpenAI's tokenizer: bytes, bytes that end a word, merges, start, end.
         """
         tokens = [*BYTES.values(), *(symbol + "</w>" for symbol in BYTES.values())]
         ranks: dict[tuple[str, str], int] = {}
         for word in words:
-            # New merges rank below all earlier ones, so words that are already one token stay so.
+            # New merges rank below all earlier ones, so words that are already one token stay one token.
             pieces = _merge([*word[:-1], word[-1] + "</w>"], ranks)
             joined = pieces[0]
             for piece in pieces[1:]:
@@ -72,9 +71,10 @@ class Tokenizer:
         return cls(vocabulary, list(ranks))
 
     def encode(self, text: str, length: int | None = None) -> list[int]:
-        """The ids of `text` between start and end; with `length`, padded with end or cut to that many ids.
+        """The ids of `text` between start and end token.
 
-        Raises Error for a text that is not Unicode.
+        With `length`, the ids are padded with the end token or cut to that many. Raises Error for text that
+        is not valid Unicode.
         """
         if not is_unicode(text):
             raise Error(f"{plain(text)}: a prompt with bytes that are not UTF-8.\nWrite it in UTF-8.")
@@ -87,14 +87,14 @@ class Tokenizer:
         return ids[:length]
 
     def encode_within(self, text: str, most: int) -> list[int]:
-        """`encode`, of a text that has to have at most `most` ids. Raises Error for a longer one."""
+        """`encode` for a text of at most `most` ids. Raises Error for a longer one."""
         ids = self.encode(text)
         if len(ids) > most:
             raise Error(f"the prompt has {len(ids)} tokens, at most {most} fit: {text!r}")
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, without start and end."""
+        """The text of `ids`, without the start and end tokens."""
         symbols = "".join(self.texts[index] for index in ids if index not in (self.start, self.end))
         return symbols_to_text(symbols)
 
@@ -107,7 +107,7 @@ class Tokenizer:
 
 
 def _merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Join the most urgent pair of neighbours, wherever it is, until no pair is in `ranks`."""
+    """Join the adjacent pair of highest priority, wherever it is, until no pair is in `ranks`."""
     while len(pieces) > 1:
         pairs = itertools.pairwise(pieces)
         rank, first, second = min((ranks.get(pair, len(ranks)), *pair) for pair in pairs)
@@ -118,7 +118,7 @@ def _merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
 
 
 def _join(pieces: list[str], first: str, second: str) -> Iterator[str]:
-    """`pieces` with every `first` that `second` follows joined to it."""
+    """`pieces` with each `first` joined to a `second` that follows it."""
     index = 0
     while index < len(pieces):
         if pieces[index : index + 2] == [first, second]:
@@ -130,8 +130,9 @@ def _join(pieces: list[str], first: str, second: str) -> Iterator[str]:
 
 
 def split(text: str, special_tokens: Sequence[str] = (BOS, EOS)) -> Iterator[str]:
-    """The words CLIP sees in `text`: runs of letters, single digits, runs of anything else, English
-    contractions.
+    """Split `text` into words as CLIP does.
+
+    Words are runs of letters, single digits, runs of anything else, English contractions and special tokens.
     """
     text = " ".join(html.unescape(html.unescape(text)).split()).lower()
     index = 0
@@ -149,7 +150,7 @@ def split(text: str, special_tokens: Sequence[str] = (BOS, EOS)) -> Iterator[str
 
 
 def _kind(character: str) -> str:
-    """Letter, number, space or other."""
+    """The kind of a character: letter ("L"), number ("N"), space (" ") or "other"."""
     if character.isspace():
         return " "
     category = unicodedata.category(character)[0]
@@ -157,7 +158,7 @@ def _kind(character: str) -> str:
 
 
 def _byte_symbols() -> dict[int, str]:
-    """A visible character for each byte: itself where it is printable, otherwise one from U+0100 on."""
+    """A printable character for each byte: itself if it is printable, otherwise one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -167,7 +168,7 @@ BYTES = _byte_symbols()
 
 
 def symbols_to_text(symbols: str) -> str:
-    """Byte symbols back to text; `</w>` becomes a space."""
+    """Decode byte symbols to text; `</w>` becomes a space."""
     bytes_of = {symbol: byte for byte, symbol in BYTES.items()}
     words = symbols.split("</w>")
     return " ".join(

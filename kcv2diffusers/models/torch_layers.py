@@ -1,4 +1,4 @@
-"""Layers on PyTorch by its own fused operations, without the copies that Keras' calls of them make."""
+"""Layers on PyTorch by its own fused operations, without the copies that Keras makes around them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Tensor = torch.Tensor
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool) -> Tensor:
-    """`layers.attention` by PyTorch's choice of fused kernel."""
+    """`layers.attention` by the fused kernel that PyTorch selects."""
     width = query.shape[-1]
     q, k, v = (
         x.reshape(x.shape[0], x.shape[1], heads, width // heads).transpose(1, 2) for x in (query, key, value)
@@ -24,9 +24,9 @@ def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: boo
 def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """A convolution of (batch, height, width, channels) with Keras' (height, width, inputs, outputs) kernel.
 
-    Permuted views are PyTorch's channels-last format, in which a GPU convolves without turning the pictures
-    round. The kernel, of any dtype, is cast and turned round in one copy; one that `turn_round` has made and
-    that is of the dtype of `x` in none.
+    Permuted views are PyTorch's channels-last memory format, in which a GPU convolves without transposing the
+    images. The kernel, of any dtype, is cast and transposed in one copy. No copy is made of a kernel that is
+    the output of `turn_round` and has the dtype of `x`.
     """
     turned = kernel.permute(3, 2, 0, 1).to(x.dtype, memory_format=torch.channels_last)
     x = functional.conv2d(x.permute(0, 3, 1, 2), turned, bias, stride, padding)
@@ -34,15 +34,16 @@ def convolve(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, paddin
 
 
 def turn_round(kernel: Tensor) -> Tensor:
-    """Keras' kernel with the same shape and values, in the order of bytes in which a GPU convolves."""
+    """Keras' kernel with the same shape and values, stored in the memory order in which a GPU convolves."""
     return kernel.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
 
 
 def group_norm(x: Tensor, groups: int, gamma: Tensor, beta: Tensor, epsilon: float, dtype: str) -> Tensor:
-    """Group normalisation of (batch, height, width, channels) with float32 statistics, as `dtype`.
+    """Group normalisation of (batch, height, width, channels) with float32 statistics, returned as `dtype`.
 
-    PyTorch's fused kernel takes a permuted view, channels-last, as it is on a CPU only. On a GPU it wants all
-    pixels of a channel together: the way there and the way back are one copy each, which also casts.
+    PyTorch's fused kernel accepts a permuted (channels-last) view without a copy on a CPU only. On a GPU it
+    needs the pixels of each channel contiguous. The conversion there and the conversion back are one copy
+    each, which also casts.
     """
     computed = getattr(torch, dtype)
     norm = _on_cpu if x.device.type == "cpu" else _on_gpu
@@ -66,8 +67,10 @@ def _on_gpu(
 
 
 class _Turned(torch.autograd.Function):
-    """Cast and change the order of bytes in one copy; the gradient's way back is one copy too. PyTorch's own
-    leaves the gradient in the new order, and a convolution would have to turn it round.
+    """Cast and change the memory format in one copy; the backward pass also makes one copy.
+
+    PyTorch's own operation leaves the gradient in the new memory format. A convolution would then have to
+    transpose it.
     """
 
     @staticmethod

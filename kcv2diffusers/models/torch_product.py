@@ -1,8 +1,8 @@
-"""Matrix products on PyTorch, by oneDNN on an AMD processor with AVX-512.
+"""Matrix products on PyTorch, by oneDNN on AMD processors with AVX-512.
 
-PyTorch gives float32 products to MKL, which does not use AVX-512 on AMD processors and so half of what they
-can do. oneDNN, which PyTorch takes for convolutions, does. On Intel's, steps take 5 % longer with it. The
-operation that reaches it is the one that TorchInductor puts into compiled models
+PyTorch calls MKL for float32 products. MKL does not use AVX-512 on AMD processors and reaches half of their
+throughput. oneDNN, which PyTorch uses for convolutions, does use it. On Intel processors a step takes 5 %
+longer with oneDNN. The operation called here is the one that TorchInductor puts into compiled models
 (torch/_inductor/fx_passes/mkldnn_fusion.py); it has no gradient.
 """
 
@@ -31,7 +31,7 @@ def product(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether oneDNN's product is there and faster than MKL's."""
+    """Whether oneDNN's matrix product is available and faster than MKL's."""
     with suppress(OSError):
         if "GenuineIntel" in Path("/proc/cpuinfo").read_text():
             return False
@@ -40,7 +40,7 @@ def prefers_onednn() -> bool:
 
 @cache
 def has_onednn() -> bool:
-    """Whether oneDNN's product is there and uses AVX-512; it is not a public operation."""
+    """Whether oneDNN's matrix product is available and uses AVX-512; it is not a public operation."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     try:
@@ -50,7 +50,7 @@ def has_onednn() -> bool:
 
 
 def _multiply(x: Tensor, turned: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ turned.T + bias; each of the two matrices contiguous or turned round."""
+    """x @ turned.T + bias; each of the two matrices is contiguous or transposed."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, turned, bias, "none", [], "")
     return result
 
@@ -67,7 +67,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, kernel = ctx.saved_tensors
         for_x, for_kernel, for_bias = ctx.needs_input_grad
-        # For a slice of something larger, such as the gradient of a concatenation, oneDNN has only slow code.
+        # oneDNN is slow on a slice of a larger tensor, such as the gradient of a concatenation.
         gradient = gradient.contiguous()
         rows = gradient.reshape(-1, gradient.shape[-1])
         return (

@@ -1,4 +1,4 @@
-"""The denoising UNet of Stable Diffusion 1 and 2, weight-compatible with KerasCV's own classes."""
+"""The denoising UNet of Stable Diffusion 1 and 2, weight-compatible with KerasCV's classes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from kcv2diffusers.models.layers import (
 
 
 class ResBlock(Block):
-    """Two convolutions around an added timestep embedding, with a shortcut."""
+    """A residual block: two convolutions, with the timestep embedding added between them."""
 
     def __init__(self, width: int, groups: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -51,7 +51,7 @@ class ResBlock(Block):
 
 
 class SpatialTransformer(Block):
-    """A transformer block over the pixels of a feature map, attending to the text."""
+    """A transformer block over the pixels of a feature map, with cross-attention to the text."""
 
     def __init__(self, width: int, heads: int, config: UNetConfig, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -67,7 +67,10 @@ class SpatialTransformer(Block):
 
 
 class BasicTransformerBlock(keras.layers.Layer):  # type: ignore[misc]
-    """Self-attention, attention to the text, and a gated feed-forward layer, each normalised and added."""
+    """Self-attention, cross-attention to the text and a GEGLU feed-forward layer.
+
+    Each is pre-normalised and has a residual connection.
+    """
 
     def __init__(self, width: int, heads: int, gelu: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -105,7 +108,7 @@ class CrossAttention(keras.layers.Layer):  # type: ignore[misc]
 
 
 class GEGLU(keras.layers.Layer):  # type: ignore[misc]
-    """A linear layer multiplied by the GELU of another."""
+    """Gated GELU: one linear projection multiplied by the GELU of another."""
 
     def __init__(self, width: int, gelu: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -119,7 +122,7 @@ class GEGLU(keras.layers.Layer):  # type: ignore[misc]
 
 
 class Upsample(keras.layers.Layer):  # type: ignore[misc]
-    """Doubles height and width by repeating pixels, then convolves."""
+    """Upsample height and width by 2 with nearest-neighbour repetition, then convolve."""
 
     def __init__(self, width: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -131,12 +134,12 @@ class Upsample(keras.layers.Layer):  # type: ignore[misc]
 
 
 def build_unet(config: UNetConfig, dtype: str | None = None) -> keras.Model:
-    """The UNet as a Keras model with random weights.
+    """Build the UNet as a Keras model with random weights.
 
     Inputs, by name: `latent` (batch, height / 8, width / 8, 4), `timestep_embedding` (batch,
     `config.timestep_width`) and `context` (batch, length, `config.context_width`), the text encoder's output.
-    Output: the predicted noise, of the shape of `latent`. Height and width are any multiples of 64 pixels.
-    `dtype` is a Keras dtype policy; default: the global one.
+    Output: the model's prediction (noise or v), in the shape of `latent`. Height and width are multiples of
+    64 pixels. `dtype` is a Keras dtype policy; default: the global one.
     """
     with dtype_policy(dtype):
         latent = keras.Input((None, None, LATENT_CHANNELS), name="latent")

@@ -1,4 +1,4 @@
-"""The autoencoder's two halves, weight-compatible with KerasCV's `ImageEncoder` and `Decoder`."""
+"""The VAE's encoder and decoder, weight-compatible with KerasCV's `ImageEncoder` and `Decoder`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kcv2diffusers.models.layers import (
 
 
 class ResnetBlock(Block):
-    """Two normalised convolutions with a shortcut."""
+    """A residual block: two convolutions, each after group normalisation and SiLU."""
 
     def __init__(self, width: int, groups: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -42,7 +42,7 @@ class ResnetBlock(Block):
 
 
 class AttentionBlock(Block):
-    """Single-head self-attention over the pixels of a feature map."""
+    """Single-head self-attention over the pixels of a feature map, with a residual connection."""
 
     def __init__(self, width: int, groups: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -59,17 +59,17 @@ class AttentionBlock(Block):
 
 
 class ScaledMean(keras.layers.Layer):  # type: ignore[misc]
-    """The means among the encoder's moments, times `LATENT_SCALE`."""
+    """The mean half of the encoder's moments, times `LATENT_SCALE`."""
 
     def call(self, inputs: Tensor) -> Tensor:
         return inputs[..., :LATENT_CHANNELS] * LATENT_SCALE
 
 
 def build_image_encoder(config: VAEConfig, moments: bool = False, dtype: str | None = None) -> keras.Model:
-    """The VAE encoder as a Keras model with random weights.
+    """Build the VAE encoder as a Keras model with random weights.
 
-    Input: pictures (batch, height, width, 3) in -1..1, height and width multiples of 8. Output: latents
-    (batch, height / 8, width / 8, 4), the scaled mean; or, with `moments`, mean and log variance, unscaled,
+    Input: images (batch, height, width, 3) in -1..1, height and width multiples of 8. Output: latents (batch,
+    height / 8, width / 8, 4), the scaled mean. With `moments` the output is mean and log variance, unscaled,
     as 8 channels. `dtype` is a Keras dtype policy; default: the global one.
     """
     groups = config.norm_groups
@@ -92,9 +92,9 @@ def build_image_encoder(config: VAEConfig, moments: bool = False, dtype: str | N
 
 
 def build_decoder(config: VAEConfig, dtype: str | None = None) -> keras.Model:
-    """The VAE decoder as a Keras model with random weights.
+    """Build the VAE decoder as a Keras model with random weights.
 
-    Input: latents (batch, height / 8, width / 8, 4), scaled as the encoder scales them. Output: pictures
+    Input: latents (batch, height / 8, width / 8, 4), scaled as the encoder scales them. Output: images
     (batch, height, width, 3), about -1..1 and not clipped. `dtype` is a Keras dtype policy; default: the
     global one.
     """
