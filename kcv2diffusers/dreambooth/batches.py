@@ -1,4 +1,7 @@
-"""What each step sees, as a function of the seed and the step's number: a run that goes on sees the same."""
+"""The inputs of each step, as a function of the seed and the step number.
+
+A resumed run therefore sees the same inputs.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ from kcv2diffusers.diffusion import LATENT_CHANNELS, LATENT_SCALE, TRAIN_STEPS, 
 from kcv2diffusers.dreambooth.photos import Photo, Size, bucket_of, read_photo
 
 Encode = Callable[[Array], Array]
-"""Pictures (n, height, width, 3) in -1..1 to moments (n, height / 8, width / 8, 8): mean, log variance."""
+"""Images (n, height, width, 3) in -1..1 to moments (n, height / 8, width / 8, 8): mean, log variance."""
 
 
 @dataclass
 class Examples:
-    """Photos with one prompt. `encode` is the VAE encoder; with `cache` it sees each picture once a size and
-    may then be None.
+    """Photos that share one prompt.
 
-    `condition` is what every picture is trained with: the prompt's embeddings (length, width) float32, or its
+    `encode` is the VAE encoder. With `cache` it encodes each photo once per size and may be None afterwards.
+    `condition` is the conditioning of every image: the prompt's embeddings (length, width) float32, or its
     tokens (length,) int32 if the text encoder is trained.
     """
 
@@ -34,7 +37,7 @@ class Examples:
     _moments: dict[tuple[int, Size, bool], Array] = field(default_factory=dict)
 
     def moments(self, number: int, size: Size, rng: np.random.Generator) -> Array:
-        """Moments of a photo, mirrored and (without a cache) cropped as `rng` says."""
+        """Moments of a photo. `rng` decides the horizontal flip and, without a cache, the crop."""
         flip, place = self.flip and bool(rng.random() < 0.5), tuple(rng.random(2))
         if not self.cache:
             return self._encoded(number, size, flip, (float(place[0]), float(place[1])))
@@ -44,7 +47,10 @@ class Examples:
         return self._moments[key]
 
     def fill(self, wanted: Sequence[tuple[int, Size]], progress: Callable[[int, int], None]) -> None:
-        """Encode photos, given by number, at sizes: before training, when nothing else holds memory."""
+        """Encode the photos in `wanted`, given by number and size, into the cache.
+
+        This is done before training, while nothing else needs memory.
+        """
         flips = (False, True) if self.flip else (False,)
         for done, (number, size) in enumerate(wanted, start=1):
             for flip in flips:
@@ -58,12 +64,12 @@ class Examples:
 
 
 class Batches(keras.utils.PyDataset):  # type: ignore[misc]
-    """Steps `start` to `steps` of a run, for `fit`: one dictionary each.
+    """Steps `start` to `steps` of a run, for `fit`: one dictionary per step.
 
-    `latents` and `noise` (n, height / 8, width / 8, 4), `timesteps` (n,) int32, `condition` as in Examples,
-    `prior` (n,) float32, 1 for a class picture. All pictures of a step have one size; n is the batch size,
-    twice that with prior preservation. Each epoch sees every photo of the subject at least once, and as often
-    as its folder says.
+    It holds `latents` and `noise` (n, height / 8, width / 8, 4), `timesteps` (n,) int32, `condition` as in
+    Examples and `prior` (n,) float32, 1 for a class image. All images of a step have one size. n is the batch
+    size, or twice that with prior preservation. Each epoch contains every photo of the subject at least once,
+    and as often as its folder name says.
     """
 
     def __init__(
@@ -118,7 +124,10 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         }
 
     def _epoch(self, epoch: int) -> list[tuple[Size, list[int]]]:
-        """The batches of an epoch in order; a bucket's last batch is filled up with photos of its own."""
+        """The batches of an epoch in order.
+
+        A bucket's last batch is filled up with repeated photos of that bucket.
+        """
         rng = np.random.default_rng((self.seed, 2, epoch))
         batches = []
         for size, numbers in self.by_size.items():
@@ -128,7 +137,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def _classes(self, number: int) -> list[int]:
-        """Class pictures of a step: all of them in turn, in a new order each time."""
+        """The class images of a step, by number. Each pass over all of them is in a new random order."""
         assert self.classes is not None
         count = len(self.classes.photos)
         places = range(number * self.batch_size, (number + 1) * self.batch_size)
@@ -139,7 +148,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
 
 
 def _draw(moments: Array, rng: np.random.Generator) -> Array:
-    """Scaled latents from the encoder's posterior, mean + deviation * noise."""
+    """Scaled latents sampled from the encoder's posterior: mean + standard deviation * noise."""
     mean, log_variance = moments[..., :LATENT_CHANNELS], moments[..., LATENT_CHANNELS:]
     deviation = np.exp(np.clip(log_variance, -30, 20) / 2)
     latents = mean + deviation * rng.standard_normal(mean.shape, dtype="float32")

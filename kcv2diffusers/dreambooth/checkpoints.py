@@ -1,9 +1,10 @@
-"""What a run leaves behind, and going on from it.
+"""Save the checkpoints of a run, and resume from them.
 
-`checkpoints/step-000100/` holds weights as KerasCV names them, for `convert`; `resume/step-000100.h5` what
-going on needs: trained variables as they are (not averaged, not merged) and the optimizer's. Both appear
-whole by a rename, and older ones go only after that. A thread writes them while training goes on, from a
-snapshot in host memory; where there is no room for one, training waits until they are written.
+`checkpoints/step-000100/` holds weights under KerasCV's names, for `convert`. `resume/step-000100.h5` holds
+the state needed to resume: the trained variables (not averaged, not merged) and the optimizer's variables.
+Both are written under a temporary name and renamed when complete; older ones are removed only after that. A
+thread writes them during training from a snapshot in host memory. If the snapshot does not fit, training
+waits until they are written.
 """
 
 from __future__ import annotations
@@ -45,30 +46,30 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps with a whole checkpoint and state to go on from, of the run in `folder`, ascending."""
+    """The steps of the run in `folder` with a complete checkpoint and resume state, in ascending order."""
     numbers = [path.stem.removeprefix("step-") for path in (folder / "resume").glob("step-*.h5")]
     return sorted(int(n) for n in numbers if n.isdecimal() and checkpoint_path(folder, int(n)).is_dir())
 
 
 def least_bytes(config: Config, parts: Mapping[str, tuple[Match, Any]]) -> int:
-    """What the checkpoints of a run take on disk at least: those that are kept, and the next one."""
+    """A lower bound in bytes of a run's checkpoints on disk: those that are kept and the next one."""
     trained = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
     weights = sum(4 * math.prod(t.shape) for part in trained for _, t in parts[part][0].slots())
     state = 0.0 if config.lora_rank else weights * (1 + STATES[config.optimizer] + bool(config.ema))
     written = math.ceil(config.steps / config.checkpoint_every) if config.checkpoint_every else 1
     if config.checkpoint_minutes:
-        written = config.steps  # at most
+        written = config.steps  # upper bound
     return int((weights + state) * min(written, config.keep_checkpoints + 1))
 
 
 class Checkpoints:
     """The checkpoints of the run in `folder`.
 
-    `parts` are the models that are trained, by part name; `trainer` the compiled model that trains them.
-    `files` are the base's, by part; frozen weights are taken from them as they are. `stated` is the content
-    of the kcv2diffusers.json that a model of unusual widths needs, `names` what diffusers calls each variable
-    (both as in Base). `format` is "weights.h5" or "h5"; `keep` how many stay. `note` is called with a
-    sentence for the user.
+    `parts` maps part names to the models that are trained. `trainer` is the compiled model that trains them.
+    `files` are the base's files, by part; frozen weights are copied from them unchanged. `stated` is the
+    content of the kcv2diffusers.json that a model of unusual widths needs. `names` maps the `id` of a
+    variable to its diffusers name (both as in Base). `format` is "weights.h5" or "h5". `keep` is the number
+    of checkpoints to keep. `note` is called with a sentence for the user.
     """
 
     def __init__(
@@ -93,15 +94,15 @@ class Checkpoints:
 
     @property
     def writing(self) -> bool:
-        """Whether a checkpoint is being written beside the steps."""
+        """Whether a checkpoint is being written in the background."""
         return self._thread is not None and self._thread.is_alive()
 
     def save(self, step: int, *, last: bool = False) -> None:
-        """Write a checkpoint and the state to go on from; remove those beyond `keep`.
+        """Write a checkpoint and its resume state, then remove those beyond `keep`.
 
-        A thread does it, unless this is the `last` of the run or there is no room for a snapshot: then all is
-        there on return. An earlier one that is being written is waited for. Raises Error, also for what a
-        thread could not write.
+        A thread writes them, unless this is the `last` save of the run or a snapshot does not fit in memory;
+        then the files are complete on return. Waits first for an earlier checkpoint that is still being
+        written. Raises Error, including for a failed write of an earlier thread.
         """
         self.wait()
         if keras.backend.backend() == "jax":
@@ -110,19 +111,19 @@ class Checkpoints:
             self._write(step, lambda: current)
             return self.check()
         taken = self.snapshots.take()
-        # A daemon, because a second signal ends the process at once.
+        # A daemon thread, because a second signal ends the process at once.
         self._thread = Thread(target=self._write, args=(step, taken), name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until no checkpoint is being written. Raises as `check`."""
+        """Wait until no checkpoint is being written. Raises the errors of `check`."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raise Error if a checkpoint could not be written."""
+        """Raise Error if writing a checkpoint failed."""
         error, self._error = self._error, None
         if isinstance(error, OSError):
             raise _refusal(self.folder, error) from error
@@ -131,7 +132,10 @@ class Checkpoints:
 
     @contextmanager
     def finished(self) -> Iterator[None]:
-        """After this block no checkpoint is being written, unless the process is to end at once."""
+        """On exit of this block, wait for a checkpoint that is being written.
+
+        There is no wait if the process is to end at once (KeyboardInterrupt, SystemExit).
+        """
         try:
             yield
         except Exception:
@@ -141,7 +145,7 @@ class Checkpoints:
         self.wait()
 
     def tidy(self) -> None:
-        """Remove what a killed process left half written."""
+        """Remove incomplete files that a killed process has left."""
         whole = saved_steps(self.folder)
         left = [*self.folder.glob("resume/.step-*.part"), *self.folder.glob("checkpoints/.step-*.part")]
         for path in self.folder.glob("resume/step-*.h5"):
@@ -152,7 +156,7 @@ class Checkpoints:
             _remove(path)
 
     def _room(self) -> bool:
-        """Whether there is memory for a snapshot; if not, the user is told, once."""
+        """Whether a snapshot fits in memory. If not, the user is notified, once."""
         if self.snapshots.fits():
             return True
         self.note(
@@ -163,7 +167,7 @@ class Checkpoints:
         return False
 
     def _write(self, step: int, taken: Callable[[], Values]) -> None:
-        """What goes wrong is left for `check`."""
+        """Write the checkpoint of `step`. An exception is stored, and `check` raises it."""
         try:
             value = taken()
             self._write_state(self.folder / "resume" / f"step-{step:06}.h5", value)
@@ -203,7 +207,7 @@ class Checkpoints:
                 write_json(folder / CONFIG_FILE, self.stated)
 
     def _weights(self, part: str, model: keras.Model, value: Values) -> Iterator[Array]:
-        """The weights of a trained part in the order of its file, low-rank updates merged in float32."""
+        """The weights of a trained part in the order of its file, with low-rank updates merged in float32."""
         variables = {self.names[id(v)]: v for v in model.weights if id(v) in self.names}
         trained = {id(variable) for variable in self.trainer.trainable_variables}
         updated = {id(layer._kernel): layer for layer in attention_projections(model) if layer.lora_enabled}
@@ -219,7 +223,10 @@ class Checkpoints:
             yield frozen
 
     def restore(self, step: int) -> None:
-        """Give the trained and the optimizer's variables the values they had after `step` steps."""
+        """Assign to the trained variables and the optimizer's variables their values after `step` steps.
+
+        Raises Error if the file is damaged or does not match the options of this run.
+        """
         path = self.folder / "resume" / f"step-{step:06}.h5"
         try:
             with h5py.File(path) as file:
@@ -228,7 +235,7 @@ class Checkpoints:
                         raise KeyError(group)
                     for number, variable in enumerate(variables):
                         values = np.asarray(file[f"{group}/{number}"])
-                        if values.dtype.kind == "V":  # HDF5 has no bfloat16: h5py writes the bare words
+                        if values.dtype.kind == "V":  # HDF5 has no bfloat16: h5py writes raw bytes
                             values = values.view(ml_dtypes.bfloat16)
                         variable.assign(values.reshape(variable.shape))
         except (OSError, KeyError, ValueError) as error:
@@ -241,7 +248,7 @@ class Checkpoints:
         return self.trainer.trainable_variables, self.trainer.optimizer.variables
 
     def _averages(self) -> list[tuple[keras.Variable, keras.Variable]]:
-        """The trained variables with their moving averages, if there are any."""
+        """The trained variables, each with its exponential moving average; empty without EMA."""
         optimizer = self.trainer.optimizer
         optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         if not optimizer.use_ema:
@@ -251,7 +258,7 @@ class Checkpoints:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The moving averages in the place of the weights, if there are any."""
+        """Within this block, the moving averages replace the weights, if there are any."""
         pairs = self._averages()
         held = [np.copy(current(variable)) for variable, _ in pairs]
         for variable, average in pairs:
@@ -264,9 +271,9 @@ class Checkpoints:
 
 
 def _fill(path: Path, offsets: Sequence[int], arrays: Iterable[Array]) -> None:
-    """Write `arrays` where a file has room for them, and wait until the disk has them.
+    """Write each of `arrays` at its offset in a file, and flush the file to disk.
 
-    The system writes; h5py would keep other threads waiting meanwhile.
+    It uses system calls because h5py would block other threads during the write.
     """
     with path.open("r+b") as file:
         for offset, array in zip(offsets, arrays, strict=True):
@@ -278,7 +285,7 @@ def _fill(path: Path, offsets: Sequence[int], arrays: Iterable[Array]) -> None:
 
 
 def _refusal(folder: Path, error: OSError) -> Error:
-    """What the system said about a checkpoint, for the user."""
+    """Turn an OSError about a checkpoint into an Error for the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Error(
             f"{folder}: no space left to write a checkpoint; what was written before it is kept.\n"
@@ -292,7 +299,7 @@ def _refusal(folder: Path, error: OSError) -> Error:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A path beside `target` that takes its place when the block ends without an error."""
+    """A temporary path beside `target`. It is renamed to `target` if the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
     _remove(part)

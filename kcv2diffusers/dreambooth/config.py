@@ -1,4 +1,4 @@
-"""Every option of a run, once: the command line, the TOML file and the record of a run follow from it."""
+"""Every option of a run, defined once for the command line, the TOML file and the record of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _option(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A DreamBooth run. Sizes are in pixels."""
+    """The options of a DreamBooth run. Sizes are in pixels."""
 
     instance_images: str = _option("", "Folder with photos of the subject.", metavar="DIR")
     instance_prompt: str = _option(
@@ -159,12 +159,13 @@ class Config:
 
     @property
     def prior_preservation(self) -> bool:
-        """Whether class pictures are part of each step."""
+        """Whether each step contains class images."""
         return bool(self.class_prompt)
 
     def toml(self, *, public: bool = False) -> str:
-        """The options that are not at their defaults, as a file for `--config`; with `public` only those that
-        tell nothing of the machine.
+        """The options that differ from their defaults, as a TOML file for `--config`.
+
+        With `public`, only the options in `PUBLIC`, which reveal nothing about this machine.
         """
         lines = [
             f"{f.name} = {_literal(getattr(self, f.name))}"
@@ -188,14 +189,17 @@ _OWN = (
     "tensorboard",
     "wandb",
 )
-# Older names, which files of earlier runs may have.
+# Former option names, which the files of earlier runs may contain.
 _RENAMED = {"gelu": "unet_gelu"}
 _PRECISIONS = {"fp32": "float32", "bf16": "mixed_bfloat16", "fp16": "mixed_float16"}
 PUBLIC = {f.name for f in fields(Config)} - set(_OWN)
 
 
 def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
-    """The options `given`, over those of a TOML `file`, over the defaults. Raises Error for what is wrong."""
+    """A Config from the options `given`, which override those of a TOML `file`, which override the defaults.
+
+    Raises Error for invalid options.
+    """
     values = read_options(file) | dict(given) if file is not None else dict(given)
     if "precision" in values:
         values["precision"] = _PRECISIONS.get(values["precision"], values["precision"])
@@ -226,7 +230,7 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
 
 
 def read_options(file: Path) -> dict[str, Any]:
-    """The options of a TOML file, of the right types. Raises Error for what is wrong."""
+    """Read the options of a TOML file and check their types. Raises Error for an invalid file."""
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -273,6 +277,6 @@ def _literal(value: Any) -> str:
         return "[" + ", ".join(map(_literal, value)) + "]"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str):  # TOML's basic strings escape as JSON does
+    if isinstance(value, str):  # TOML basic strings use the escapes of JSON
         return json.dumps(value, ensure_ascii=False)
     return repr(value)

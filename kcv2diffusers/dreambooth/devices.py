@@ -1,4 +1,4 @@
-"""What a run computes on: its precision, and several devices of one host."""
+"""Precision and devices of a run: the dtype policy, TF32, and data parallelism on one host."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from kcv2diffusers.errors import Error
 
 
 def best_precision() -> str:
-    """The dtype policy for the device that Keras computes on: "mixed_bfloat16" on a GPU that has bfloat16,
-    "mixed_float16" on another, "float32" on a CPU.
+    """The dtype policy for the device that Keras computes on.
+
+    It is "mixed_bfloat16" on a GPU with bfloat16 or a TPU, "mixed_float16" on another GPU, and "float32" on a
+    CPU.
     """
     backend = keras.backend.backend()
     if backend == "torch":
@@ -37,7 +39,7 @@ def best_precision() -> str:
 
 
 def allow_tf32() -> None:
-    """Let PyTorch multiply what stays float32 on a GPU with TF32, as JAX and TensorFlow do unasked."""
+    """Let PyTorch use TF32 for float32 matrix products on a GPU, as JAX and TensorFlow do by default."""
     if keras.backend.backend() == "torch":
         import torch
 
@@ -46,9 +48,9 @@ def allow_tf32() -> None:
 
 @contextmanager
 def attention_noted(notes: list[str]) -> Iterator[None]:
-    """After this block, on JAX and a GPU or TPU, `notes` has a sentence on how attention was computed in it.
+    """After this block, on JAX with a GPU or TPU, append to `notes` how attention was computed in it.
 
-    That depends on lengths, widths and precision, and does not show but in time and memory.
+    The method depends on lengths, widths and precision. It is otherwise visible only in time and memory.
     """
     if keras.backend.backend() != "jax":
         yield
@@ -62,17 +64,19 @@ def attention_noted(notes: list[str]) -> Iterator[None]:
 
 
 def _half(capability: Any) -> str:
-    """The policy for a CUDA compute capability, such as "8.0" or (8, 0); none of a CPU."""
+    """The dtype policy for a CUDA compute capability, such as "8.0" or (8, 0); a false value means a CPU."""
     if not capability:
         return "float32"
     major = int(capability.split(".")[0] if isinstance(capability, str) else capability[0])
-    return "mixed_bfloat16" if major >= 8 else "mixed_float16"  # since Ampere
+    return "mixed_bfloat16" if major >= 8 else "mixed_float16"  # bfloat16 since Ampere
 
 
 @contextmanager
 def spread(config: Config) -> Iterator[None]:
-    """Variables made and steps run in this block are on `config.devices` devices: weights on each, pictures
-    divided among them. Raises Error where that cannot be.
+    """Run the steps of this block data-parallel on `config.devices` devices.
+
+    Variables created in the block are replicated on each device, and the images of a batch are split among
+    them. Raises Error if the backend, the number of devices or the batch size does not allow it.
     """
     count = config.devices
     if count == 1:
@@ -97,7 +101,7 @@ def spread(config: Config) -> Iterator[None]:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Within `spread`: a block in which batches are whole, as those of drawings, which may be one picture."""
+    """Within `spread`: a block whose batches are not split, as for sample images, which may be one image."""
     distribution = keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:

@@ -1,4 +1,4 @@
-"""Pictures of the run as it goes on."""
+"""Sample images of a run during training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from kcv2diffusers.pictures import grid
 
 @dataclass
 class Drawings:
-    """Drawings of the prompts that are asked for, from the same noise each time.
+    """Sample images of the configured prompts, from the same noise each time.
 
-    Without `sampler.text_encoder`, which may have left the device, `context` is what it made of the prompts.
+    `context` is the text encoder's output for the prompts. It is required once `sampler.text_encoder` has
+    been removed to free memory.
     """
 
     config: Config
@@ -27,12 +28,12 @@ class Drawings:
     context: np.ndarray[Any, Any] | None = None
 
     def encode(self) -> np.ndarray[Any, Any]:
-        """What `context` is to be; needs the text encoder."""
+        """Compute the value for `context`; needs the text encoder."""
         prompts = self.config.sample_prompt
         return self.sampler.encode_prompts([*[""] * len(prompts), *prompts])
 
     def draw(self, step: int) -> None:
-        """Leave a grid of the prompts in the run's folder, if there are any."""
+        """Save a grid of sample images in the run's folder, if there are prompts."""
         prompts = self.config.sample_prompt
         if not prompts:
             return
@@ -57,5 +58,5 @@ class Drawings:
 
 
 def samples(out: Path, step: int) -> Path:
-    """The picture of the drawings after `step` steps of the run in `out`."""
+    """The path of the sample images after `step` steps of the run in `out`."""
     return out / "samples" / f"step-{step:06}.png"

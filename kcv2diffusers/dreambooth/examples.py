@@ -1,5 +1,6 @@
-"""From folders of photos to what steps are made of: class pictures drawn where they are missing, latents
-encoded once.
+"""From folders of photos to the examples of a run.
+
+Missing class images are generated, and latents are encoded once.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from kcv2diffusers.models.sampler import PROMPT_LENGTH, initial_noise
 from kcv2diffusers.progress import StageProgress
 from kcv2diffusers.system.output import whole_file
 
-"""Told what is being done, how much of how much, and a few words on it."""
-
 
 def usable_photos(folder: Path, notes: list[str]) -> list[Photo]:
-    """The pictures of `folder`; what is none is named in `notes`. Raises Error if there is no picture."""
+    """The photos in `folder`; files that are not images are named in `notes`.
+
+    Raises Error if there is no image.
+    """
     photos = find_photos(folder)
     repeated = Counter((photo.path.parent.name, photo.repeats) for photo in photos.found if photo.repeats > 1)
     for (name, times), n in repeated.items():
@@ -41,7 +43,7 @@ def usable_photos(folder: Path, notes: list[str]) -> list[Photo]:
 
 
 def class_photos(config: Config, base: Base, notes: list[str], progress: StageProgress) -> list[Photo]:
-    """Pictures of the class: those of the folder, and generated ones up to the number that is asked for."""
+    """The class images: those in the folder, plus generated ones up to the configured number."""
     folder = Path(config.class_images or Path(config.out) / "class")
     folder.mkdir(parents=True, exist_ok=True)
     missing = config.num_class_images - len(find_photos(folder).found)
@@ -74,7 +76,7 @@ def _class_path(folder: Path, number: int) -> Path:
 def make_examples(
     config: Config, base: Base, photos: Sequence[Photo], classes: Sequence[Photo] | None
 ) -> tuple[Examples, Examples | None]:
-    """Photos of the subject and, with prior preservation, of the class, each with its prompt."""
+    """Examples of the subject and, with prior preservation, of the class, each with its prompt."""
     encoder = base.image_encoder
 
     def condition(prompt: str) -> np.ndarray[Any, Any]:
@@ -95,7 +97,7 @@ def make_examples(
 
 
 def encode(instance: Examples, prior: Examples | None, progress: StageProgress) -> None:
-    """All that steps will ask for: each photo at its size, class pictures at every size of the photos."""
+    """Encode all that the steps need: each photo at its size, class images at every size of the photos."""
     sizes = [bucket_of(photo.size, instance.resolution) for photo in instance.photos]
     instance.fill(list(enumerate(sizes)), lambda done, total: progress("Encoding photos", done, total, ""))
     if prior is not None:

@@ -1,4 +1,4 @@
-"""DreamBooth from Python: what `kcv2diffusers dreambooth` does up to the exported pipeline."""
+"""DreamBooth from Python: the `kcv2diffusers dreambooth` command up to the exported pipeline."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def fine_tune(*, progress: StageProgress = silent_stages, **options: Any) -> Res
     """Fine-tune on photos of a subject, and export the result.
 
     `options` are those of the command, with underscores instead of dashes. `instance_images`,
-    `instance_prompt`, `base` and `out` are required; docs/reference/dreambooth-options.md
-    lists all. `progress` is called with a stage, what of it is done, the whole, and words. Raises Error with
-    a message for the user; what was saved before stays.
+    `instance_prompt`, `base` and `out` are required; docs/reference/dreambooth-options.md lists all.
+    `progress` is called with the stage, the number of items done, the total and a short text. Raises Error
+    with a message for the user; files saved before the error are kept.
     """
     given = {name: fspath(v) if isinstance(v, PathLike) else v for name, v in options.items()}
     if isinstance(given.get("base"), str):
@@ -31,9 +31,9 @@ def fine_tune(*, progress: StageProgress = silent_stages, **options: Any) -> Res
 
 
 def trainer(config: Config, say: Callable[[str], None] = lambda line: None) -> Callable[..., Result]:
-    """The function that trains, on the backend that `config` asks for. `say` is that of `choose_backend`.
+    """The training function, on the backend that `config` asks for.
 
-    Raises Error if that backend or Keras is not installed.
+    `say` is passed to `choose_backend`. Raises Error if that backend or Keras is not installed.
     """
     choose_backend(say, config.backend)
     try:

@@ -1,4 +1,4 @@
-"""What happens beside the steps: log, progress, checkpoints, drawings, and the reasons to stop."""
+"""Work done between steps: log, progress, checkpoints, sample images, and conditions for stopping."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SECONDS_BETWEEN_READINGS = 1.0
 
 
 class Follow(keras.callbacks.Callback):  # type: ignore[misc]
-    """Follows the steps: log, progress, checkpoints, drawings, and the reasons to stop."""
+    """The callback of a run: log, progress, checkpoints, sample images, and conditions for stopping."""
 
     def __init__(
         self,
@@ -42,25 +42,25 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         self.log = Path(config.out) / LOG
         self.rows = [row for row in read_log(self.log) if row[0] <= start]
         self.started = self.read_at = self.saved_at = time.monotonic()
-        self.waiting: list[tuple[int, Any, float]] = []  # steps whose losses have not been read
+        self.waiting: list[tuple[int, Any, float]] = []  # steps with losses still on the device
 
     def stop(self, signal: int) -> None:
-        """Save after this step and end."""
+        """Save a checkpoint after this step, then end training."""
         self.stopped_by = signal
 
     def draw(self) -> None:
-        """Draw with the weights that a checkpoint would have now."""
+        """Draw sample images with the weights that a checkpoint would hold now."""
         if keras.backend.backend() == "jax":
             self.checkpoints.trainer.jax_state_sync()
         with self.checkpoints.averaged(), together():
             self.drawings.draw(self.step)
 
     def losses(self) -> list[float]:
-        """The loss of each step, also of those before the run was taken up again."""
+        """The loss of each step, including the steps before the run was resumed."""
         return [loss for _, loss, _ in self.rows]
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """`logs` has the step's loss, which may still be computed."""
+        """`logs` holds the step's loss, which the device may still be computing."""
         self.step += 1
         self.waiting.append((self.step, (logs or {})["step_loss"], time.monotonic() - self.started))
         self.checkpoints.check()
@@ -76,7 +76,7 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
             self.model.stop_training = True
             return
         if saves:
-            _write_log(self.log, self.rows)  # first: whoever resumes at a checkpoint needs the rows up to it
+            _write_log(self.log, self.rows)  # before the save: a resume needs these rows
             self.saved_at = time.monotonic()
             self.checkpoints.save(self.step, last=ends)
         if draws:
@@ -116,8 +116,10 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
 
 
 class Unread(keras.callbacks.CallbackList):  # type: ignore[misc]
-    """Callbacks that get a step's losses as they are on the device; Keras reads them first, which waits for
-    the step, so that the device would wait for the next.
+    """A callback list that passes a step's losses on as device tensors.
+
+    Keras reads them first. That waits for the step to finish, and the device would then idle before the next
+    step.
     """
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -126,7 +128,7 @@ class Unread(keras.callbacks.CallbackList):  # type: ignore[misc]
 
 
 def read_log(path: Path) -> list[tuple[int, float, float]]:
-    """The steps of a log with their losses and seconds, none if it is not there. Raises Error."""
+    """The rows of a log: step, loss, seconds. Empty if there is no file. Raises Error for a damaged log."""
     if not path.exists():
         return []
     try:

@@ -1,4 +1,4 @@
-"""Where else the loss of each step goes: TensorBoard, Weights & Biases."""
+"""Further loggers for the loss of each step: TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.errors import Error
 
 Log = Callable[[int, dict[str, float]], None]
-"""Told the step and the values by name."""
+"""Called with the step and the values by name."""
 
 
 def open_loggers(config: Config) -> list[Log]:
-    """The loggers that `config` asks for. Raises Error if one is not installed."""
+    """Open the loggers that `config` asks for. Raises Error if a required package is not installed."""
     found = []
     if config.tensorboard:
         found.append(_tensorboard(Path(config.out) / "tensorboard"))
@@ -25,7 +25,7 @@ def open_loggers(config: Config) -> list[Log]:
 
 
 def _tensorboard(folder: Path) -> Log:
-    """By PyTorch's writer or TensorFlow's, whichever is there."""
+    """A TensorBoard logger by PyTorch's writer or, if that is not installed, TensorFlow's."""
     try:
         from torch.utils.tensorboard import SummaryWriter
 

@@ -1,4 +1,4 @@
-"""Low-rank updates of attention layers by Keras' `enable_lora`, and the file of them for diffusers."""
+"""LoRA on attention layers by Keras' `enable_lora`, and the LoRA file for diffusers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from kcv2diffusers.models.layers import Conv2D
 
 
 def add_lora(model: keras.Model, rank: int, alpha: float, seed: int = 0) -> None:
-    """Freeze `model` and give the attention projections of its transformer blocks low-rank updates of `rank`,
-    scaled by alpha / rank (Hu et al. 2021, arXiv:2106.09685).
+    """Freeze `model` and add LoRA to the attention projections of its transformer blocks.
+
+    The updates have rank `rank` and are scaled by alpha / rank (Hu et al. 2021, arXiv:2106.09685).
     """
     model.trainable = False
     for number, layer in enumerate(attention_projections(model)):
@@ -26,16 +27,16 @@ def add_lora(model: keras.Model, rank: int, alpha: float, seed: int = 0) -> None
         layer._kernel.trainable = False
         if layer.bias is not None:
             layer.bias.trainable = False
-    model.predict_function = None  # one that was compiled before would not have the updates
+    model.predict_function = None  # a function compiled before would lack the updates
 
 
 def store_frozen_as_computed(model: keras.Model) -> None:
-    """Keep the frozen weights of `model` in the dtype that its layers compute in, which may have 16 bits.
+    """Store the frozen weights of `model` in the compute dtype of its layers, which may have 16 bits.
 
-    Keras casts them to it in every step: what is computed stays the same bit for bit. Those of norms, which
-    it does not cast, stay float32. On PyTorch and a GPU, kernels of convolutions lie as that takes them.
-
-    Variables of TensorFlow cannot change their dtype; there nothing is done.
+    Keras casts them to that dtype in every step, so results stay bit-identical. Weights of normalisation
+    layers, which Keras does not cast, stay float32. On PyTorch with a GPU, convolution kernels are also
+    stored in the memory order that the GPU uses. TensorFlow's variables cannot change their dtype; nothing is
+    done there.
     """
     backend = keras.backend.backend()
     if backend == "tensorflow":
@@ -48,7 +49,7 @@ def store_frozen_as_computed(model: keras.Model) -> None:
             casts = variable._autocast and keras.backend.is_float_dtype(variable._dtype)
             if variable.trainable or not casts or variable._dtype == dtype:
                 continue
-            if backend == "torch":  # in place: the layer as PyTorch's module has the same parameter
+            if backend == "torch":  # in place: the PyTorch module of the layer holds the same parameter
                 variable._value.data = keras.ops.cast(variable._value.data, dtype)
             else:
                 variable._value = keras.ops.cast(variable._value, dtype)
@@ -63,7 +64,7 @@ def _turn_round(kernel: keras.Variable) -> None:
 
 
 def attention_projections(model: keras.Model) -> list[keras.layers.Dense]:
-    """The query, key, value and output layers of all attention in the UNet or text encoder."""
+    """The query, key, value and output projections of every attention layer in the UNet or text encoder."""
     names = ("to_q", "to_k", "to_v", "out_proj", "q_proj", "k_proj", "v_proj")
     return [
         getattr(layer, name)
@@ -75,18 +76,19 @@ def attention_projections(model: keras.Model) -> list[keras.layers.Dense]:
 
 
 def factors(layer: keras.layers.Dense, value: Values) -> tuple[Array, Array]:
-    """The two factors of a layer's update, (inputs, rank) and (rank, outputs) float32, the scale alpha / rank
-    multiplied into the second; `value` reads their variables.
+    """The two LoRA factors of a layer: (inputs, rank) and (rank, outputs), float32.
+
+    The scale alpha / rank is multiplied into the second. `value` reads their variables.
     """
     first, second = (np.asarray(value(v), "float32") for v in (layer.lora_kernel_a, layer.lora_kernel_b))
     return first, second * np.float32(layer.lora_alpha / layer.lora_rank)
 
 
 def write_lora(path: Path, parts: Mapping[str, keras.Model], names: Mapping[int, str], value: Values) -> None:
-    """Write the updates of `parts` (unet, text_encoder) for diffusers' `load_lora_weights`.
+    """Write the LoRA updates of `parts` (unet, text_encoder) for diffusers' `load_lora_weights`.
 
-    `names` are what diffusers calls the kernels, by `id`. The scale is part of a factor, so that every loader
-    applies the same.
+    `names` maps the `id` of a kernel to its diffusers name. The scale is multiplied into a factor, so every
+    loader applies the same one.
     """
     tensors = {}
     for part, model in parts.items():

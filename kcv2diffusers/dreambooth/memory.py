@@ -1,4 +1,4 @@
-"""What a run takes of the device's memory, and which options take less: said when there is too little."""
+"""Device memory of a run, and the options that reduce it; reported in out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.models.layers import rematerialise
 from kcv2diffusers.sources.recognise import Match
 
-# Bytes of the optimizer's state for a byte of float32 weights; what is shared or factored counts as none.
+# Bytes of optimizer state per byte of float32 weights; shared or factored state counts as none.
 STATES = {"adamw": 2.0, "adam_mini": 0.5, "adafactor": 0.0, "lion": 1.0}
-_LORA_RANK = 4  # of the advice
-# What diffusers calls the projections that low-rank updates are of.
+_LORA_RANK = 4  # the rank that the advice suggests
+# diffusers' names of the projections that LoRA updates.
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
 
 Matches = Mapping[str, Match]
@@ -27,8 +27,9 @@ Matches = Mapping[str, Match]
 
 @contextmanager
 def memory_errors(advice: Callable[[], str]) -> Iterator[None]:
-    """Within it, an error of any backend for lack of memory is an Error of two lines; `advice` makes the
-    second, of what helps.
+    """Within this block, turn any backend's out-of-memory error into an Error of two lines.
+
+    `advice` is called for the second line, which says what helps.
     """
     try:
         yield
@@ -50,14 +51,15 @@ def memory_errors(advice: Callable[[], str]) -> Iterator[None]:
 def training_advice(
     config: Config, files: Matches, model: Any = None, batch: Callable[[], Any] | None = None
 ) -> str:
-    """The options with which training takes less, and how much less, the best first.
+    """The options that reduce training memory, each with its saving, largest first.
 
-    What weights, gradients and the optimizer take follows from the sizes of the base and the options; what
-    the pictures of a step take is computed on PyTorch, from the compiled `model` and what `batch` makes.
+    The memory of weights, gradients and the optimizer is computed from the sizes of the base and the options.
+    The memory of a step's activations is estimated on PyTorch only, with the compiled `model` and the batch
+    that `batch` returns.
     """
     options = savings(config, files)
     if model is not None and batch is not None and keras.backend.backend() == "torch":
-        with suppress(Exception):  # better fewer figures than another error
+        with suppress(Exception):  # fewer figures are better than a second error
             options |= _of_pictures(config, files, model, batch())
     named = _named(options)
     first = f"Less is taken with {named}. " if named else ""
@@ -65,7 +67,7 @@ def training_advice(
 
 
 def drawing_advice(at_once: int) -> str:
-    """What to do where pictures cannot be drawn."""
+    """Advice for running out of memory while images are generated."""
     if at_once > 1:
         return f"Draw fewer pictures at a time than {at_once}: --sample-batch-size 1."
     return (
@@ -74,7 +76,7 @@ def drawing_advice(at_once: int) -> str:
 
 
 def savings(config: Config, files: Matches) -> dict[str, float]:
-    """Options with the bytes that each saves of what weights, gradients and the optimizer take."""
+    """Options, each with the bytes it saves in weights, gradients and optimizer state."""
     parts = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
     taken = sum(training_bytes(config, files[part]) for part in parts)
     options = {
@@ -92,8 +94,10 @@ def savings(config: Config, files: Matches) -> dict[str, float]:
 
 
 def training_bytes(config: Config, match: Match) -> float:
-    """What training a part takes beside its weights in float32: gradients, the optimizer's state, averages,
-    sums, and low-rank updates, less what frozen weights save in 16 bits.
+    """The bytes that training a part takes in addition to its float32 weights.
+
+    These are gradients, optimizer state, moving averages, accumulated gradients and LoRA updates, less what
+    frozen weights save when stored in 16 bits.
     """
     kept = 1 + STATES[config.optimizer] + bool(config.ema) + (config.accumulate > 1)
     if not config.lora_rank:
@@ -112,7 +116,7 @@ def _count(match: Match) -> int:
 
 
 def _of_pictures(config: Config, files: Matches, model: Any, batch: Any) -> dict[str, float]:
-    """Options with what each saves of what forward and backward pass hold."""
+    """Options, each with the bytes it saves in the forward and backward pass."""
     from kcv2diffusers.dreambooth.torch_memory import step_bytes
 
     found, taken = {}, step_bytes(model, batch)
@@ -124,7 +128,7 @@ def _of_pictures(config: Config, files: Matches, model: Any, batch: Any) -> dict
         for part in trained:
             rematerialise(part, False)
     if config.batch_size > 1:
-        # The first of the subject's and of the class pictures.
+        # The first image of the subject and the first of the class.
         one = {name: array[:: config.batch_size] for name, array in batch.items()}
         less, many = taken - step_bytes(model, one), config.batch_size * config.accumulate
         other = replace(config, accumulate=many)
@@ -135,7 +139,7 @@ def _of_pictures(config: Config, files: Matches, model: Any, batch: Any) -> dict
 
 
 def _named(options: Mapping[str, float]) -> str:
-    """Those that save something, the best first, each with what it saves."""
+    """The options that save something, largest saving first, each with its saving."""
     best = sorted((item for item in options.items() if item[1] >= 1e5), key=lambda item: -item[1])
     return ", ".join(f"{name} ({_size(saved)} less)" for name, saved in best)
 

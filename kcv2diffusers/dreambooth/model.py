@@ -1,4 +1,4 @@
-"""The network that DreamBooth trains and its loss; `fit` does the rest."""
+"""The network that DreamBooth trains, and its loss; `fit` runs the training loop."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from kcv2diffusers.models.layers import Tensor
 
 
 def _free_after_compiling() -> None:
-    """On JAX, give back what XLA's compiler took before the program runs: a gigabyte for a full-size UNet."""
+    """On JAX, return the memory of XLA's compiler to the system after each compilation.
+
+    This is a gigabyte for a full-size UNet, freed before the program runs.
+    """
     from jax import monitoring
 
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
     if trim is None:
         return
 
@@ -33,15 +36,14 @@ if keras.backend.backend() == "jax":
 
 
 class DreamBooth(keras.Model):  # type: ignore[misc]
-    """A UNet that learns to predict the noise in latents of the subject and, with prior preservation, of its
-    class (Ruiz et al. 2023).
+    """A UNet trained to denoise latents of the subject and, with prior preservation, of its class.
 
-    `fit` takes the dictionaries of `Batches`. With `text_encoder` that is trained too, and `condition` are
-    tokens; otherwise they are its outputs. `prediction_type` is "epsilon" or "v_prediction"; `snr_gamma`
-    weighs timesteps by min-SNR (Hang et al. 2023, arXiv:2303.09556), 0 all alike. A timestep's weight is that
-    of the picture it belongs to, of the subject or of the class. `schedule` is the noise that the UNet was
-    trained with. `record_steps` is for PyTorch on a GPU: the step of each batch shape is recorded once and
-    then replayed.
+    See Ruiz et al. 2023. `fit` takes the dictionaries of `Batches`. If `text_encoder` is given it is trained
+    too, and `condition` holds tokens; otherwise it holds the text encoder's output. `prediction_type` is
+    "epsilon" or "v_prediction". `snr_gamma` weights timesteps by min-SNR (Hang et al. 2023,
+    arXiv:2303.09556); 0 weights all equally. The weight of a timestep applies to its own image, of the
+    subject or of the class. `schedule` is the noise schedule that the UNet was trained with. `record_steps`
+    is for PyTorch on a GPU: the step of each batch shape is recorded once as a CUDA graph and then replayed.
     """
 
     def __init__(
@@ -79,7 +81,7 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         return ops.cast(self.unet(given, training=training), "float32")
 
     def train_step(self, *given: Any) -> Any:
-        """As Keras', but on PyTorch by `TorchStep`."""
+        """Keras' own step; on PyTorch, `TorchStep`."""
         if keras.backend.backend() != "torch":
             return super().train_step(*given)
         if self._torch_step is None:
@@ -97,8 +99,9 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         sample_weight: Tensor = None,
         training: bool = True,
     ) -> Tensor:
-        """Mean over the subject's pictures of their weighted squared errors, plus `prior_weight` times the
-        same of the class pictures.
+        """The mean weighted squared error of the subject's images, plus the prior-preservation loss.
+
+        The latter is `prior_weight` times the same mean over the class images.
         """
         assert x is not None
         loss = self.loss_of(x, y_pred)
@@ -106,7 +109,7 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         return loss
 
     def loss_of(self, x: dict[str, Tensor], y_pred: Tensor) -> Tensor:
-        """`compute_loss`, of which nothing is kept."""
+        """`compute_loss` without updating the metric."""
         signal = self._signal(x["timesteps"])
         target = x["noise"]
         if self.prediction_type == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
@@ -116,7 +119,7 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         return ops.sum(weight * error) / ops.sum(1 - x["prior"])
 
     def _table(self, name: str, values: Array) -> keras.Variable:
-        """A number for each timestep, on the device from the start."""
+        """A float32 variable with one value per timestep, on the device from the start."""
         return self.add_weight(
             shape=values.shape,
             initializer=lambda *_, **__: ops.convert_to_tensor(values),
@@ -130,7 +133,7 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
 
 
 class Last(keras.metrics.Metric):  # type: ignore[misc]
-    """The last value, where Keras' own metrics average over an epoch."""
+    """A metric that is the last value; Keras' own metrics average over an epoch."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -144,7 +147,10 @@ class Last(keras.metrics.Metric):  # type: ignore[misc]
 
 
 def embed(timesteps: Tensor, width: int) -> Tensor:
-    """Sinusoids of (n,) timesteps, cosines first, (n, width): `timestep_embedding` on the device."""
+    """Sinusoidal embedding of (n,) timesteps, cosines first: (n, width) float32.
+
+    It is `timestep_embedding` computed on the device.
+    """
     half = width // 2
     frequencies = ops.exp(-math.log(10000) * ops.arange(half, dtype="float32") / half)
     angles = ops.cast(timesteps, "float32")[:, None] * frequencies

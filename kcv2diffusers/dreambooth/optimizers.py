@@ -1,4 +1,4 @@
-"""Keras' optimizers with the course of the learning rate, and a rate of its own for the text encoder."""
+"""Keras' optimizers with a learning-rate schedule and a separate learning rate for the text encoder."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from keras import ops
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.models.layers import Tensor
 
-_TOGETHER = 8  # variables updated at a time: on PyTorch, Keras makes several copies of all that it updates
+_TOGETHER = 8  # variables per update: on PyTorch, Keras makes several copies of all that it updates
 
 
 class AdamMini(keras.optimizers.Optimizer):  # type: ignore[misc]
-    """Adam with 2 bytes of state for each weight in place of 8: the weights of an output channel or embedded
-    token share a second moment (Adam-mini, Zhang et al. 2024, arXiv:2406.16793), first moments are bfloat16.
+    """Adam with 2 instead of 8 bytes of state per weight (Adam-mini, Zhang et al. 2024, arXiv:2406.16793).
+
+    The weights of an output channel or of an embedded token share one second moment. First moments are
+    bfloat16.
     """
 
     def __init__(
@@ -33,7 +35,8 @@ class AdamMini(keras.optimizers.Optimizer):  # type: ignore[misc]
         super().build(variables)
         self.first, self.second, self.shared = [], [], []
         for variable in variables:
-            # A token's embedding has a gradient only from prompts with that token: tokens may not share.
+            # Only prompts with a token give gradients to its embedding, so tokens must not share a second
+            # moment.
             own = 0 if variable.name == "embeddings" else len(variable.shape) - 1
             shape = [n if axis == own else 1 for axis, n in enumerate(variable.shape)]
             self.shared.append([axis for axis in range(len(shape)) if axis != own])
@@ -66,8 +69,10 @@ _CLASSES = {
 
 
 class Course(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """A learning rate that rises to `peak` over `warmup` steps and then stays, or falls to 0 at `steps`
-    linearly or along half a cosine. Steps are training steps, also where several make one update.
+    """Learning-rate schedule: linear warm-up to `peak` over `warmup` steps, then one of three kinds.
+
+    The rate stays constant, or decays to 0 at `steps` linearly or along a half cosine. Steps are training
+    steps, also with gradient accumulation.
     """
 
     def __init__(self, kind: str, peak: float, warmup: int, steps: int) -> None:
@@ -77,7 +82,7 @@ class Course(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[m
         return self.at(ops.cast(step, "float32"), ops)
 
     def at(self, step: Any, numeric: Any = np) -> Any:
-        """The rate of a step, by NumPy or by `keras.ops`."""
+        """The learning rate of a step, computed by NumPy or by `keras.ops`."""
         rise = numeric.minimum(1.0, (step + 1) / (self.warmup + 1))
         left = 1 - numeric.clip((step - self.warmup) / max(1, self.steps - self.warmup), 0.0, 1.0)
         fall = {
@@ -92,25 +97,29 @@ class Course(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[m
 
 
 def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.optimizers.Optimizer:
-    """The optimizer that `config` asks for; the variables `slower` have the text encoder's rate and end."""
+    """The optimizer that `config` asks for.
+
+    The variables in `slower` have the text encoder's learning rate and are frozen after its last step.
+    """
     peak = config.learning_rate
     factor = (config.text_encoder_learning_rate or peak) / peak if peak else 1.0
     end = math.ceil((config.text_encoder_steps or config.steps) / config.accumulate)
     ids = {id(variable) for variable in slower}
 
-    kind: Any = type(_CLASSES[config.optimizer]())  # on PyTorch, Keras makes one of a quicker class
+    kind: Any = type(_CLASSES[config.optimizer]())  # on PyTorch, Keras returns an instance of a faster class
     on_torch = keras.backend.backend() == "torch"
     course = Course(config.lr_schedule, peak, config.warmup_steps, config.steps)
 
     class TwoRates(kind):  # type: ignore[misc]
         """Updates the text encoder's variables at `factor` times the rate, and not after its last step.
 
-        Weight decay is decoupled (Loshchilov and Hutter 2019) and follows each rate; Keras' knows only one.
+        Weight decay is decoupled (Loshchilov and Hutter 2019) and follows each rate; Keras' own uses only one
+        rate.
         """
 
         kernel = _kernel(config.optimizer)
-        divisor: Tensor | None = None  # on PyTorch: of the gradients that the fused kernel gets
-        counted: int | None = None  # on PyTorch: training steps so far, as the host knows them
+        divisor: Tensor | None = None  # on PyTorch: divisor of the gradients in the fused kernel
+        counted: int | None = None  # on PyTorch: training steps so far, counted on the host
 
         def count(self) -> int:
             """Training steps so far. Only the first call waits for the device."""
@@ -160,7 +169,7 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
 
 
 def _kernel(name: str) -> Any:
-    """An update of all weights with their decay, where the backend has one that is quicker than Keras'."""
+    """An update of all weights including weight decay, where the backend has a faster one than Keras'."""
     backend = keras.backend.backend()
     if backend == "torch":
         from kcv2diffusers.dreambooth import torch_updates
@@ -175,7 +184,7 @@ def _kernel(name: str) -> Any:
 
 
 def _decay(pairs: list[tuple[Tensor, keras.Variable]], factor: Any) -> None:
-    """Take the part `factor` away from the weights."""
+    """Weight decay: multiply the weights by 1 - `factor`."""
     if keras.backend.backend() == "torch":
         from kcv2diffusers.dreambooth import torch_updates
 
@@ -187,8 +196,10 @@ def _decay(pairs: list[tuple[Tensor, keras.Variable]], factor: Any) -> None:
 def _fused_on_tensorflow(
     optimizer: Any, pairs: list[tuple[Tensor, keras.Variable]], rate: Tensor, weight_decay: float
 ) -> None:
-    """Keras' Adam by TensorFlow's kernel, a weight at a time in place; Keras' own operations run when they
-    can, many weights' at once, and keep copies of them meanwhile.
+    """Keras' Adam by TensorFlow's fused kernel, in place, one weight at a time.
+
+    Keras' own operations run as soon as their inputs are ready, for many weights at once, and hold copies of
+    them meanwhile.
     """
     import tensorflow as tf
 
@@ -196,7 +207,7 @@ def _fused_on_tensorflow(
     for gradient, variable in pairs:
         place = optimizer._get_variable_index(variable)
         if weight_decay:
-            with tf.control_dependencies([gradient]):  # not before, or all weights would be there twice
+            with tf.control_dependencies([gradient]):  # not earlier, or all weights would be in memory twice
                 variable.assign(variable * (1 - rate * weight_decay))
         tf.raw_ops.ResourceApplyAdam(
             var=variable.value.handle,

@@ -1,4 +1,4 @@
-"""Folders of photos, as people have them, to pictures of bucket sizes."""
+"""Read folders of photos in common formats as images of bucket sizes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from kcv2diffusers.errors import Error, plain, reading
 Size = tuple[int, int]
 """Height and width in pixels."""
 
-_GRAIN = 64  # sides are multiples of it
-_LONGEST = 2  # a bucket's long side is at most so many times the resolution
-_MOST_PIXELS = 300_000_000  # phones take up to 200 million; a small file that claims more is a bomb
-_SPARE = 2  # a large photo is read at no less than so many times the size that is wanted
+_GRAIN = 64  # bucket sides are multiples of this
+_LONGEST = 2  # a bucket's longer side is at most this many times the resolution
+_MOST_PIXELS = 300_000_000  # phones reach 200 million; a small file that claims more is a decompression bomb
+_SPARE = 2  # a large photo is decoded at no less than this many times the required size
 
-_REPEATED = re.compile(r"(\d{1,3})_.+")  # kohya's folders, "10_sks dog"
-_ORIENTATION = 0x0112  # EXIF's tag
+_REPEATED = re.compile(r"(\d{1,3})_.+")  # kohya's folder names, "10_sks dog"
+_ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,11 +35,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_SWAPS = (5, 6, 7, 8)  # the orientations that make a height of a width
+_SWAPS = (5, 6, 7, 8)  # orientations that swap height and width
 _REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr")
-_WHITES = (255, 65535, 2**31 - 1)  # of numbers that are not bytes: 8, 16 and 32 bits
+_WHITES = (255, 65535, 2**31 - 1)  # white in 8, 16 and 32 bits, for values that are not bytes
 
-# How pictures begin that Pillow does not open, and what to say of them. HEIC is read if its opener is there.
+# First bytes of formats that Pillow does not open, with messages. HEIC is read if its opener is installed.
 _HEIC = rb".{4}ftyp(hei[cxms]|hev[cxms]|mif1|msf1)"
 _UNREAD = (
     (_HEIC, "HEIC; pip install 'kcv2diffusers[heic]' to use it"),
@@ -54,8 +54,10 @@ _UNREAD = (
 
 @dataclass(frozen=True)
 class Photo:
-    """A file that opens as a picture, its size as it is seen (EXIF orientation applied), and how many times
-    an epoch takes it.
+    """An image file that opens.
+
+    `size` is the displayed size (EXIF orientation applied). `repeats` is how often an epoch contains the
+    photo.
     """
 
     path: Path
@@ -65,15 +67,17 @@ class Photo:
 
 @dataclass(frozen=True)
 class Photos:
-    """The pictures of a folder by name, and what is none or not looked at, by name with reasons."""
+    """The photos of a folder in order of name, and the skipped files and folders by name with reasons."""
 
     found: list[Photo]
     skipped: list[str]
 
 
 def find_photos(folder: Path) -> Photos:
-    """Open every file of `folder`, and of folders in it that are named as kohya's scripts want them: an epoch
-    takes the photos of "10_sks dog" 10 times. Raises Error if it is no folder.
+    """Open every file of `folder` and of the folders in it that are named as in kohya's scripts.
+
+    An epoch contains the photos of a folder named "10_sks dog" 10 times. Raises Error if `folder` is not a
+    folder.
     """
     photos = Photos([], [])
     with reading(folder):
@@ -93,24 +97,27 @@ def find_photos(folder: Path) -> Photos:
 
 
 def _find(folder: Path, place: str, repeats: int, photos: Photos) -> list[Path]:
-    """Add the files of one folder, with `place` before their names. Returns the folders in it."""
+    """Add the files of one folder to `photos`, and return its subfolders.
+
+    `place` is put before the names of skipped files.
+    """
     folders = []
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            if not path.name.startswith("."):  # thumbnails and the like
+            if not path.name.startswith("."):  # hidden folders hold thumbnails and the like
                 folders.append(path)
             continue
         try:
-            if not path.is_file():  # opening a pipe would wait
+            if not path.is_file():  # opening a pipe would block
                 raise ValueError("not a file")
             photos.found.append(Photo(path, _load(path, 1)[1], repeats))
-        except Exception as error:  # decoders raise whatever they meet; the run goes on without the photo
+        except Exception as error:  # decoders raise any exception type; the run continues without the photo
             photos.skipped.append(f"{plain(place + path.name)} ({_reason(path, error)})")
     return folders
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """Why a file is not used, in a few words."""
+    """A short reason why a file is not used."""
     if isinstance(error, UnidentifiedImageError):
         with suppress(OSError):
             head = _head(path)
@@ -129,20 +136,21 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def buckets(resolution: int) -> list[Size]:
-    """The sizes pictures are trained at: multiples of 64 of at most the square of `resolution` pixels, up to
-    about 4:1; photos keep their proportions but for what is cropped to the nearest.
+    """The sizes at which images are trained: multiples of 64, at most `resolution` squared pixels.
+
+    Proportions go up to about 4:1. Photos keep their proportions, except for the crop to the nearest bucket.
     """
     longest = _LONGEST * resolution
     sizes = {}
     for height in range(_GRAIN, longest + 1, _GRAIN):
         width = min(longest, resolution**2 // height // _GRAIN * _GRAIN)
         if width:
-            sizes[width] = height  # of two heights for one width the larger
+            sizes[width] = height  # keeps the largest height for each width
     return sorted((height, width) for width, height in sizes.items())
 
 
 def bucket_of(size: Size, resolution: int) -> Size:
-    """The bucket whose proportions are nearest to those of `size`."""
+    """The bucket whose aspect ratio is nearest to that of `size`."""
     wanted = math.log(size[0] / size[1])
     return min(buckets(resolution), key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - wanted))
 
@@ -150,14 +158,15 @@ def bucket_of(size: Size, resolution: int) -> Size:
 def read_photo(
     photo: Photo, size: Size, *, place: tuple[float, float] = (0.5, 0.5), flip: bool = False
 ) -> Array:
-    """The picture at `size`, (height, width, 3) float32 in -1..1.
+    """The photo at `size`, as (height, width, 3) float32 in -1..1.
 
-    It is scaled to cover `size`; `place` says where what is left over is cut, 0..1 down and across.
+    It is scaled to cover `size` and cropped. `place` is the position of the crop, 0..1 down and across.
+    Raises Error if the file cannot be read any more.
     """
     height, width = size
     try:
         image, _ = _load(photo.path, max(size))
-    except Exception as error:  # whatever a decoder raises
+    except Exception as error:  # decoders raise any exception type
         raise Error(
             f"{plain(photo.path)}: could be read before, and cannot now: {_reason(photo.path, error)}.\n"
             "Leave the photos of a run in their place until it ends; --resume goes on."
@@ -168,17 +177,17 @@ def read_photo(
 
 
 def _load(path: Path, side: int) -> tuple[Image.Image, Size]:
-    """A file as RGB, upright, on white where it is transparent, and its size as it is seen.
+    """A file as an upright RGB image, transparency composited on white, and its displayed size.
 
-    A large picture comes smaller, with both sides at least `_SPARE` times `side`. Raises what Pillow does.
+    A large image is reduced; both sides stay at least `_SPARE` times `side`. Raises Pillow's exceptions.
     """
     with _opened(path) as image:
         width, height = image.size
         least = _SPARE * side
-        drafted = image.draft(None, (least, least))  # of a JPEG, whose decoder makes it smaller
+        drafted = image.draft(None, (least, least))  # JPEG decoders can reduce the size themselves
         image.load()
         if not drafted:
-            width, height = image.size  # a TIFF is upright now
+            width, height = image.size  # Pillow has applied a TIFF's orientation by now
         if not width * height:
             raise ValueError("no pixels")
         turn = _orientation(image)
@@ -194,7 +203,7 @@ def _load(path: Path, side: int) -> tuple[Image.Image, Size]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """A picture with Pillow's limit of pixels at ours, and without its warnings: what matters is an error."""
+    """Open an image with our pixel limit in place of Pillow's, and without Pillow's warnings."""
     before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -204,7 +213,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
                 register_heif_opener()
         try:
-            Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2  # twice that is an error
+            Image.MAX_IMAGE_PIXELS = _MOST_PIXELS // 2  # Pillow raises above twice the limit
             with Image.open(path) as image:
                 yield image
         finally:
@@ -217,17 +226,19 @@ def _head(path: Path) -> bytes:
 
 
 def _orientation(image: Image.Image) -> int:
-    """That of the EXIF data; 1, upright, where there is none or it cannot be read."""
+    """The EXIF orientation; 1 (upright) if there is none or it cannot be read."""
     try:
         found = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # it raises what it meets in the other tags
+    except Exception:  # a broken tag elsewhere raises any exception type
         return 1
     return found if isinstance(found, int) else 1
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The picture with a byte for each value. Numbers up to 1 are taken as shares of white, if they are not
-    whole; larger ones as 8, 16 or 32 bits, 16 where the file says so. Raises ValueError for NaN and infinity.
+    """The image with 8 bits per value.
+
+    Floats up to 1 are fractions of white. Larger values are taken as 8, 16 or 32 bits, whichever fits; as 16
+    bits where the file says so. Raises ValueError for NaN and infinity.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image

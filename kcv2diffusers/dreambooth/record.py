@@ -1,5 +1,6 @@
-"""What a run leaves written of itself: `config.toml`, which repeats the whole of it from its start, and
-`legs.json`, a list of how often it was started and taken up again.
+"""The records in the folder of a run.
+
+`config.toml` repeats the whole run from its start. `legs.json` lists each start and resume of the run.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ _PACKAGES = ("kcv2diffusers", "keras", "torch", "jax", "tensorflow", "numpy", "p
 
 
 def keep_record(config: Config, start: int) -> None:
-    """Record in the folder of a run that it begins, or goes on, at step `start` with these options.
+    """Record in the run's folder that the run starts or resumes at step `start` with these options.
 
-    `config.toml` keeps the options that the run began with, but for the number of steps, which is the newest.
-    An entry of `legs.json` has `start`, `date`, `backend`, `versions`, and as `changed` the options that are
-    not as `config.toml` had them.
+    `config.toml` keeps the options that the run began with, except the number of steps, which is updated. An
+    entry of `legs.json` has `start`, `date`, `backend`, `versions`, and in `changed` the options that differ
+    from those in `config.toml`.
     """
     out = Path(config.out)
     given = replace(config, resume=False)
@@ -46,7 +47,7 @@ def keep_record(config: Config, start: int) -> None:
 
 
 def _begun(path: Path) -> Config | None:
-    """The options in a `config.toml`, None where there is none that can be read."""
+    """The options in a `config.toml`; None if there is no readable one."""
     with suppress(Error):
         return replace(Config(**read_options(path)), resume=False)
     return None

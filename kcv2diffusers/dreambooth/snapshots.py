@@ -1,4 +1,4 @@
-"""Copies of a run's variables in host memory, which are written to disk while training goes on."""
+"""Copies of a run's variables in host memory, which are written to disk during training."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def current(variable: keras.Variable) -> Array:
-    """The value of a variable now."""
+    """The current value of a variable."""
     return np.asarray(keras.ops.convert_to_numpy(variable))
 
 
 class Snapshots:
-    """Snapshots of `variables`, one at a time: a later one may overwrite the earlier.
+    """Snapshots of `variables`, one at a time: a new one may overwrite the previous one.
 
-    `bytes` is the host memory that one takes.
+    `bytes` is the host memory that a snapshot takes.
     """
 
     def __init__(self, variables: Sequence[keras.Variable]) -> None:
         self.variables = list(variables)
         self.bytes = sum(_bytes(variable) for variable in self.variables)
-        self._memory: Any = None  # on PyTorch: kept from one to the next, because pages of it are locked
+        self._memory: Any = None  # on PyTorch: reused, because its pages are locked
 
     def fits(self) -> bool:
-        """Whether at most half of the free memory is needed."""
+        """Whether a snapshot takes at most half of the free memory."""
         return self._memory is not None or 2 * self.bytes <= free_memory()
 
     def take(self) -> Callable[[], Values]:
-        """Copy all variables. To be called between steps; what it returns waits until the copies are
-        complete, in any thread. The device may go on with the next step at once.
+        """Copy all variables. Must be called between steps.
+
+        The device may start the next step at once. The returned function waits until the copies are complete;
+        any thread may call it.
         """
         if keras.backend.backend() == "torch":
             return self._take_from_torch()
         if keras.backend.backend() == "jax":
             for variable in self.variables:
                 variable.value.copy_to_host_async()
-        # A copy in any case: on a CPU, arrays of JAX are views of what the next step overwrites.
+        # Always copy: on a CPU, JAX arrays are views of memory that the next step overwrites.
         copies = {id(variable): np.array(current(variable)) for variable in self.variables}
         return lambda: lambda variable: copies[id(variable)]
 
@@ -59,13 +61,14 @@ class Snapshots:
         if self._memory is None:
             self._memory = torch.empty(self.bytes, dtype=torch.uint8)
             if device.type == "cuda":
-                # Locked pages: the device copies into them by itself, and the host does not wait. Where the
-                # system allows no more of them, it waits. PyTorch's own would be rounded up to a power of 2.
+                # Page-locked memory: the device copies into it asynchronously, and the host does not wait. If
+                # the system allows no more locked pages, the host waits. PyTorch's pinned allocations would
+                # be rounded up to a power of 2.
                 cuda: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
                 cuda.cudaHostRegister(self._memory.data_ptr(), self.bytes, 0)
         copies, start = {}, 0
         with torch.no_grad():
-            # 8-byte numbers first, so that each begins at a multiple of its size.
+            # 8-byte dtypes first, so that each copy is aligned to its item size.
             for variable in sorted(self.variables, key=lambda v: -v.value.element_size()):
                 value, size = variable.value, _bytes(variable)
                 copy = self._memory[start : start + size].view(value.dtype).view(value.shape)
@@ -85,8 +88,10 @@ class Snapshots:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this process may still take: of the machine, or of the control group (container,
-    batch job) that it is in. 0 where the system does not say.
+    """Bytes of memory still available to this process.
+
+    The limit is that of the machine or of the control group (container, batch job) of the process. Returns 0
+    if the system does not report it.
     """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -95,7 +100,7 @@ def free_memory() -> int:
     except (OSError, StopIteration):
         return 0
     for _, controllers, path in groups:
-        if controllers == "":  # version 2
+        if controllers == "":  # cgroup version 2
             root, names = _CGROUPS, ("memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
             root = _CGROUPS / "memory"
@@ -116,7 +121,7 @@ def _left_in(folder: Path, limit: str, used: str, cache: str) -> float:
         if most == "max":
             return math.inf
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        # The file cache counts as used, and is given back when memory is short.
+        # The page cache counts as used, but is reclaimed when memory is short.
         return int(most) - int((folder / used).read_text()) + int(stat.get(cache, 0))
     except (OSError, ValueError):
         return math.inf
@@ -134,7 +139,7 @@ def dtype_of(variable: keras.Variable) -> np.dtype[Any]:
 
 
 def _as_array(tensor: Any) -> Array:
-    """A tensor in host memory as an array of the same memory; NumPy itself has no bfloat16."""
+    """A host tensor as an array that shares its memory; NumPy itself has no bfloat16."""
     import torch
 
     if tensor.dtype != torch.bfloat16:

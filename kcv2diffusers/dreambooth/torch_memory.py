@@ -1,4 +1,4 @@
-"""How much memory a computation on PyTorch would take, without taking it: on tensors that have no values."""
+"""Peak memory of a computation on PyTorch, estimated on fake tensors without allocating it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ Batch = Mapping[str, np.ndarray[Any, Any]]
 
 
 def step_bytes(model: Any, batch: Batch) -> int:
-    """The largest number of bytes that forward and backward pass of a DreamBooth `model` on `batch` take at a
-    time, beside its weights and beside the gradients that stay.
+    """Peak bytes of the forward and backward pass of a DreamBooth `model` on `batch`.
+
+    Weights and the gradients that are kept are not counted.
     """
 
     values = [variable.value for variable in model.trainable_variables]
@@ -35,12 +36,15 @@ def step_bytes(model: Any, batch: Batch) -> int:
 
 
 def _small(gradient: Tensor) -> Tensor:
-    """A gradient that takes no memory: in a step it goes to where it stays as soon as it is there."""
+    """A gradient without storage.
+
+    In a step, each gradient moves to its permanent buffer as soon as it is computed.
+    """
     return gradient.new_empty(()).expand(gradient.shape)
 
 
 def _peak(run: Callable[[dict[str, Tensor]], object], batch: Batch, device: torch.device) -> int:
-    """The most that `run` holds of what it makes, in bytes."""
+    """The peak bytes of tensors that `run` creates."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         given = {name: torch.from_numpy(array).to(device) for name, array in batch.items()}
         with _Live() as live:
@@ -49,7 +53,7 @@ def _peak(run: Callable[[dict[str, Tensor]], object], batch: Batch, device: torc
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all that is made within it, as long as it lives."""
+    """Counts the bytes of all live tensors that are created within it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
-"""A training step on PyTorch: recorded once for each batch shape on a GPU, and then replayed as a whole.
+"""A training step on PyTorch: on a GPU recorded once per batch shape as a CUDA graph, then replayed.
 
-Keras decides in each call anew what to compute. On a GPU that takes longer than the computing: on an H200 a
-step of SD1's UNet at 512 pixels took 278 ms, and 47 ms as a CUDA graph, which starts the same kernels by one
-call (benchmarks/gpu.py).
+Keras dispatches each operation anew in every call. On a GPU that takes longer than the computation. On an
+H200 a step of SD1's UNet at 512 pixels took 278 ms, and 47 ms as a CUDA graph, which launches the same
+kernels by one call (benchmarks/gpu.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Batch = dict[str, Tensor]
 class TorchStep:
     """Training steps of a compiled `DreamBooth`.
 
-    Nothing in a step waits for the device or copies to it, but for the batch.
+    Nothing in a step waits for the device or copies to it, except for the batch.
     """
 
     def __init__(self, model: Any) -> None:
@@ -31,8 +31,8 @@ class TorchStep:
         self.variables = model.trainable_variables
         self.device = self.variables[0].value.device
         self.recorded: dict[Any, _Recorded] = {}
-        self.pool: Any = None  # the memory that all recordings use in turn
-        self.gradients: list[Tensor] = []  # what they write
+        self.pool: Any = None  # the memory pool that all recordings share
+        self.gradients: list[Tensor] = []  # the buffers that all recordings write to
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """Train on `batch`, named arrays or tensors on the host; returns its loss, a scalar on the device."""
@@ -50,11 +50,11 @@ class TorchStep:
         scaled = self.model.optimizer.scale_loss(loss)
         values = [variable.value for variable in self.variables]
         gradients = torch.autograd.grad(scaled, values, materialize_grads=True)
-        # The fused kernel of AdamW reads gradients as if they were contiguous.
+        # PyTorch's fused AdamW kernel assumes contiguous gradients.
         return loss.detach(), [gradient.contiguous() for gradient in gradients]
 
     def _recording(self, batch: Batch) -> _Recorded | None:
-        """The recorded step for a batch of these shapes; None where steps are not recorded."""
+        """The recorded step for a batch of these shapes; None if steps are not recorded."""
         if self.device.type != "cuda" or not self.model.record_steps:
             return None
         key = tuple((name, tuple(value.shape)) for name, value in batch.items())
@@ -74,8 +74,9 @@ class TorchStep:
         return self.recorded.get(key)
 
     def into_gradients(self, batch: Batch) -> Tensor:
-        """`_compute`, with gradients written to where they stay. Each is moved as soon as it is there, so
-        that there are never all of them twice.
+        """`_compute`, but with gradients written to their permanent buffers.
+
+        Each is moved as soon as it is computed, so there are never two copies of all gradients.
         """
         with _moved([variable.value for variable in self.variables], self.gradients):
             loss = self.model.loss_of(batch, self.model(batch, training=True))
@@ -85,12 +86,12 @@ class TorchStep:
 
 
 class _Recorded:
-    """Forward and backward pass for one batch shape as a CUDA graph."""
+    """The forward and backward pass for one batch shape as a CUDA graph."""
 
     def __init__(self, step: TorchStep, batch: Batch) -> None:
         self.batch = {name: value.to(step.device) for name, value in batch.items()}
-        # Outside a recording first, on a stream of its own as PyTorch asks for: libraries choose their
-        # kernels, and load them.
+        # Warm up outside the recording first, so that libraries select and load their kernels. PyTorch
+        # requires a separate stream for this.
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
@@ -107,7 +108,7 @@ class _Recorded:
 
     def __call__(self, batch: Batch) -> Tensor:
         for name, value in batch.items():
-            # Pinned: a copy from other memory waits until the device has done all that it was given.
+            # Pinned, because a copy from pageable memory waits for all work queued on the device.
             self.batch[name].copy_(value.pin_memory(), non_blocking=True)
         self.graph.replay()
         return self.loss.clone()
@@ -115,7 +116,7 @@ class _Recorded:
 
 @contextmanager
 def _moved(parameters: list[Tensor], targets: list[Tensor]) -> Iterator[None]:
-    """Within it, a gradient of `parameters` goes to its target in the moment when it is computed."""
+    """Within this block, move each gradient of `parameters` to its target as soon as it is computed."""
 
     def move(target: Tensor) -> Any:
         def moved(parameter: Tensor) -> None:

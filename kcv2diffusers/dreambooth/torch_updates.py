@@ -1,6 +1,6 @@
-"""Updates of weights on PyTorch: one operation over all of them where Keras has one for each.
+"""Weight updates on PyTorch: one multi-tensor operation where Keras has one operation per weight.
 
-What depends on the number of a step is decided on the host, so that nothing waits for the device.
+Decisions that depend on the step number are made on the host, so nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 
 Tensor = torch.Tensor
 Pairs = list[tuple[Tensor, keras.Variable]]
-"""Gradients and what they are of."""
+"""Gradients with their variables."""
 
 
-# Bytes of weights that are updated at a time where copies of them are made meanwhile.
+# Bytes of weights per update, for updates that make temporary copies.
 _CHUNK = 1 << 28
 
 
 @torch.no_grad()
 def update(optimizer: Any, gradients: list[Tensor], variables: list[keras.Variable]) -> None:
-    """Apply the gradients of the scaled loss by the optimizer of a compiled model; they may be overwritten.
+    """Apply the gradients of the scaled loss with the optimizer of a compiled model.
 
-    Of float16 there is one wait for the device, to know whether all gradients are numbers; PyTorch's
-    GradScaler has it too.
+    The gradients may be overwritten. With float16 the host waits for the device once, to check that all
+    gradients are finite; PyTorch's GradScaler also does.
     """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         _apply_scaled(optimizer, gradients, variables)
@@ -35,14 +35,16 @@ def update(optimizer: Any, gradients: list[Tensor], variables: list[keras.Variab
 
 
 def _apply_scaled(scaling: Any, gradients: list[Tensor], variables: list[keras.Variable]) -> None:
-    """Keras' `LossScaleOptimizer.apply`: the scale doubles after a number of good steps, and is halved in one
-    whose gradients are not finite, which then changes nothing else.
+    """Keras' `LossScaleOptimizer.apply`.
+
+    The scale doubles after a number of good steps. A step with non-finite gradients halves the scale and
+    changes nothing else.
     """
     if not scaling.built:
         scaling.build(variables)
     counter, scale = scaling.step_counter.value, scaling.dynamic_scale.value
     good = getattr(scaling, "good_steps", None)
-    if good is None:  # as the host knows it, after the first step
+    if good is None:  # known on the host after the first step
         good = int(counter)
     finite = bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite())
     if finite:
@@ -58,7 +60,7 @@ def _apply_scaled(scaling: Any, gradients: list[Tensor], variables: list[keras.V
 
 @torch.no_grad()
 def apply(optimizer: Any, gradients: list[Tensor], variables: list[keras.Variable]) -> None:
-    """Keras' `Optimizer.apply` for what `make_optimizer` makes; the gradients may be overwritten."""
+    """Keras' `Optimizer.apply` for the optimizers of `make_optimizer`; the gradients may be overwritten."""
     step, every = optimizer.count(), optimizer.gradient_accumulation_steps or 1
     places = [optimizer._get_variable_index(variable) for variable in variables]
     if every > 1:
@@ -85,8 +87,9 @@ def apply(optimizer: Any, gradients: list[Tensor], variables: list[keras.Variabl
 
 
 def excess(gradients: list[Tensor], limit: float) -> Tensor:
-    """What gradients are to be divided by so that their global norm is at most `limit`: a scalar on the
-    device, not a number if one gradient is none.
+    """The divisor that limits the global norm of the gradients to `limit`: a scalar on the device.
+
+    It is NaN if a gradient is not finite.
     """
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     divisor: Tensor = torch.clamp(norm / limit, min=1.0) + (norm - norm)
@@ -94,7 +97,7 @@ def excess(gradients: list[Tensor], limit: float) -> Tensor:
 
 
 def fused_adamw(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) -> None:
-    """Keras' Adam in one pass of PyTorch's kernel over all weights; Keras' own makes a dozen, and copies."""
+    """Keras' Adam in one pass of PyTorch's fused kernel; Keras' own makes a dozen passes, and copies."""
     from torch.optim.adamw import adamw
 
     places = [optimizer._get_variable_index(variable) for _, variable in pairs]
@@ -114,13 +117,13 @@ def fused_adamw(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) 
         beta2=optimizer.beta_2,
         lr=rate,
         weight_decay=weight_decay,
-        # Keras adds epsilon before the second moment's bias is corrected, PyTorch after.
+        # Keras adds epsilon before the bias correction of the second moment, PyTorch after it.
         eps=optimizer.epsilon / math.sqrt(1 - optimizer.beta_2 ** (done + 1)),
     )
 
 
 def adam_mini(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) -> None:
-    """`AdamMini.update_step`, of many weights at a time."""
+    """`AdamMini.update_step` on many weights at a time."""
     done = optimizer.count() // (optimizer.gradient_accumulation_steps or 1) + 1
     for chunk in _chunks(pairs):
         places = [optimizer._get_variable_index(variable) for _, variable in chunk]
@@ -132,7 +135,7 @@ def adam_mini(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) ->
         torch._foreach_copy_(means, first)
         torch._foreach_lerp_(means, gradients, 1 - optimizer.beta_1)
         torch._foreach_copy_(first, means)
-        # The mean of squares along the shared axes: of one operation each, which makes no copy of a weight.
+        # Mean squares along the shared axes, each by one operation that makes no copy of the weight.
         norms = [
             torch.linalg.vector_norm(gradient, dim=axes, keepdim=True) if axes else gradient
             for gradient, axes in zip(gradients, shared, strict=True)
@@ -150,7 +153,7 @@ def adam_mini(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) ->
 
 
 def lion(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) -> None:
-    """Keras' Lion, of many weights at a time."""
+    """Keras' Lion on many weights at a time."""
     for chunk in _chunks(pairs):
         gradients = [gradient for gradient, _ in chunk]
         momentums = [optimizer._momentums[optimizer._get_variable_index(v)].value for _, v in chunk]
@@ -161,7 +164,7 @@ def lion(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) -> None
 
 
 def decay(pairs: Pairs, factor: float) -> None:
-    """Take the part `factor` away from the weights."""
+    """Weight decay: multiply the weights by 1 - `factor`."""
     torch._foreach_mul_([variable.value for _, variable in pairs], 1 - factor)
 
 
@@ -171,7 +174,7 @@ def _move(pairs: Pairs, steps: list[Tensor], rate: float, factor: float) -> None
 
 
 def _chunks(pairs: Pairs) -> Iterator[Pairs]:
-    """Parts of `pairs` of about `_CHUNK` bytes."""
+    """Chunks of `pairs` of about `_CHUNK` bytes."""
     chunk: Pairs = []
     size = 0
     for pair in pairs:

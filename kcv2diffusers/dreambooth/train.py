@@ -1,4 +1,4 @@
-"""A DreamBooth run from a folder of photos to checkpoints, pictures and a pipeline."""
+"""A DreamBooth run, from a folder of photos to checkpoints, sample images and a pipeline."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ from kcv2diffusers.system.output import check_folder, check_target
 
 @dataclass
 class Result:
-    """What a run left: its last checkpoint, the pipeline if asked for, and whether it ran to its end; if not,
-    the number of the signal that stopped it.
+    """The result of a run: its last checkpoint and the exported pipeline, if any.
+
+    `finished` says whether the run reached its last step. Otherwise `stopped_by` is the number of the signal
+    that stopped it.
     """
 
     out: Path
@@ -58,7 +60,7 @@ class Result:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
     def text(self) -> str:
-        """A few lines for a person."""
+        """A summary of a few lines for the user."""
         lines = [*self.notes, f"Step {self.step}: {self.checkpoint}"]
         if not self.finished:
             lines.append("Stopped before the end; --resume goes on.")
@@ -68,7 +70,10 @@ class Result:
 
 
 def train(config: Config, progress: StageProgress = silent_stages) -> Result:
-    """Train as `config` says. Raises Error with a message for the user; what was saved before stays."""
+    """Run the training that `config` describes.
+
+    Raises Error with a message for the user; files saved before the error are kept.
+    """
     out = Path(config.out)
     notes: list[str] = []
     _check_folders(config)
@@ -138,7 +143,7 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
 
 
 def _check_folders(config: Config) -> None:
-    """Raise Error if something would be in the way at the end."""
+    """Raise Error early if an output folder could not be used at the end."""
     out = Path(config.out)
     if (out / "checkpoints").exists() and not config.resume:
         raise Error(f"{out}: holds a run already.\nUse --resume to go on with it, or another --out.")
@@ -151,7 +156,7 @@ def _check_folders(config: Config) -> None:
 
 
 def _base_files(config: Config) -> BaseFiles:
-    """The base, unless it, the prompts or the disk do not fit the run. Raises Error."""
+    """Open the base. Raises Error if it, the prompts or the disk space do not fit the run."""
     gelu: Gelu = "exact" if config.unet_gelu == "exact" else "tanh"
     files = open_base(*config.base, tokenizer=config.tokenizer or None, gelu=gelu)
     if config.prediction_type != "auto":
@@ -164,7 +169,10 @@ def _base_files(config: Config) -> BaseFiles:
 
 
 def _finished_before(config: Config, prediction_type: str) -> Result | None:
-    """The result of a run that is resumed though it has ended; only an export that is not there is made."""
+    """The result of a resumed run that had already ended; None for any other run.
+
+    Nothing is trained. Only a missing export is made.
+    """
     out = Path(config.out)
     last = max(saved_steps(out), default=0) if config.resume else 0
     if last < config.steps or (config.sample_prompt and not samples(out, last).exists()):
@@ -179,7 +187,7 @@ def _finished_before(config: Config, prediction_type: str) -> Result | None:
 
 
 def _export(config: Config, step: int, prediction_type: str) -> Path:
-    """The checkpoint after `step` steps as a pipeline, with the record of the run and the drawings."""
+    """Convert the checkpoint after `step` steps to a pipeline; add the run's record and sample images."""
     out, export = Path(config.out), Path(config.export)
     checkpoint = checkpoint_path(out, step)
     convert(
@@ -199,7 +207,7 @@ def _export(config: Config, step: int, prediction_type: str) -> Path:
 
 
 def _resolved(config: Config) -> Config:
-    """The options with what "auto" stands for, as far as a run depends on it."""
+    """The options with "auto" replaced by its value, where the run depends on it."""
     running = keras.backend.backend()
     if config.backend not in ("auto", running):
         raise Error(f"--backend {config.backend}: Keras runs on {running} already.\nStart a new process.")
@@ -210,7 +218,7 @@ def _resolved(config: Config) -> Config:
 
 
 def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
-    """Make trainable what is to be trained; returns those parts."""
+    """Set which variables are trainable, and return the trained parts."""
     base.image_encoder.trainable = base.decoder.trainable = False
     base.text_encoder.trainable = config.train_text_encoder
     trained = {"unet": base.unet} | ({"text_encoder": base.text_encoder} if config.train_text_encoder else {})
@@ -224,7 +232,7 @@ def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
 
 
 def _trainer(config: Config, base: Base) -> DreamBooth:
-    """The compiled model."""
+    """The compiled DreamBooth model."""
     with dtype_policy(config.precision):
         model = DreamBooth(
             base.unet,
@@ -235,7 +243,7 @@ def _trainer(config: Config, base: Base) -> DreamBooth:
             schedule=base.schedule,
         )
     slower = base.text_encoder.trainable_variables if config.train_text_encoder else []
-    # XLA's convolutions on a CPU are slower than TensorFlow's own; JAX has no others.
+    # On a CPU, XLA's convolutions are slower than TensorFlow's own; JAX has no alternative.
     model.compile(make_optimizer(config, slower), jit_compile=keras.backend.backend() == "jax")
     model.optimizer.build(model.trainable_variables)
     return model
@@ -244,7 +252,7 @@ def _trainer(config: Config, base: Base) -> DreamBooth:
 def _release(
     config: Config, base: Base, drawings: Drawings, instance: Examples, prior: Examples | None
 ) -> None:
-    """Let go of the models that have seen everything: their memory is the trainer's now."""
+    """Delete the models that are no longer needed, to free their memory for training."""
     if config.cache:
         instance.encode = None
         if prior is not None:
@@ -257,7 +265,7 @@ def _release(
 
 
 def _start(config: Config, checkpoints: Checkpoints) -> int:
-    """The step to go on from: 0 for a new run."""
+    """Restore the newest checkpoint and return its step; 0 for a new run."""
     checkpoints.tidy()
     steps = saved_steps(checkpoints.folder) if config.resume else []
     if not steps:
@@ -267,7 +275,7 @@ def _start(config: Config, checkpoints: Checkpoints) -> int:
 
 
 def _dataset(batches: Batches) -> Any:
-    """What `fit` takes; TensorFlow has to be told that sizes differ from step to step."""
+    """The dataset for `fit`; TensorFlow needs a signature if sizes differ between steps."""
     if keras.backend.backend() != "tensorflow" or len(batches.by_size) == 1:
         return batches
     import tensorflow as tf
@@ -283,8 +291,8 @@ def _dataset(batches: Batches) -> Any:
 
 @contextmanager
 def _signals(stop: Callable[[int], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM call `stop` with their number; a second one does what it would have done."""
-    before: dict[int, Any] = {}  # handlers
+    """Call `stop` with the signal number on SIGINT or SIGTERM; a second signal gets the previous handler."""
+    before: dict[int, Any] = {}  # previous handlers
 
     def handle(number: int, _: FrameType | None) -> None:
         stop(number)
