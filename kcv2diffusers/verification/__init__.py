@@ -1,9 +1,8 @@
-"""Whether a pipeline is what its KerasCV checkpoints say, on three levels: `kcv2diffusers verify`.
+"""Compare a pipeline with the KerasCV checkpoints it was made of, on three levels: `kcv2diffusers verify`.
 
-`request` is what is to be verified, `sides` what is compared with what, `bars` where a difference is too
-large.
-`weights` and `settings` compare files. For `modules` and `images` each side runs in a process of its own
-(`keras_side`, with `kerascv` for KerasCV's classes, then `diffusers_side`; `exchange` starts them), from
-`inputs` and into arrays that are compared here. `result` is what was found, `report` a page that shows it,
-`run` all of it in order.
+`request` defines what is verified, `sides` pairs each part with its source, and `tolerances` holds the PSNR
+limits. `weights` and `settings` compare files. For `modules` and `images`, each side runs in its own process:
+`keras_side` (with `kerascv` for KerasCV's classes), then `diffusers_side`; `exchange` starts them. Both sides
+read `inputs` and write arrays, which are compared here. `result` holds the outcome, `report` writes it as an
+HTML page, and `run` calls all of it in order.
 """

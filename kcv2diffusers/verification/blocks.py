@@ -1,4 +1,4 @@
-"""The blocks of a part: rows of its table, each a Keras layer on one side, a torch module on the other."""
+"""The blocks of a part: each row of its table pairs a Keras layer with a torch module."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kcv2diffusers.sources.recognise import Match
 
 @dataclass(frozen=True)
 class Module:
-    """A row for one layer: the diffusers module, the Keras layer, and the row as it stands in its table."""
+    """The table row of one layer: the diffusers module, the Keras layer, and the text of the row."""
 
     name: str
     layer: str

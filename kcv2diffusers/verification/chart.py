@@ -1,4 +1,4 @@
-"""Lines over steps on a logarithmic scale, as coordinates for an inline SVG."""
+"""A line chart over steps on a logarithmic scale, as coordinates for an inline SVG."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 640, 300
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36  # margins
-_LEAST = 1e-8  # of the scale: below it float32 latents are equal
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36  # margins in pixels
+_LEAST = 1e-8  # lower end of the scale: below it float32 latents are equal
 _MOST = 1e2
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Points "x,y x,y" by name of the line, and ticks as pairs of a coordinate and a label."""
+    """The points "x,y x,y" of each line by name, and ticks as pairs of a coordinate and a label."""
 
     lines: dict[str, str]
     x_ticks: list[tuple[float, str]]
@@ -28,7 +28,7 @@ class Chart:
 
 
 def log_chart(lines: Mapping[str, Sequence[float]]) -> Chart:
-    """A chart of `lines`, each a value for every step; the scale has whole powers of ten."""
+    """A chart of `lines`, each with one value per step; the scale spans whole powers of ten."""
     values = [min(max(v, _LEAST), _MOST) for line in lines.values() for v in line]
     low = math.floor(math.log10(min(values)))
     high = max(low + 1, math.ceil(math.log10(max(values))))

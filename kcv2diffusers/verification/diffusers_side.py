@@ -2,8 +2,8 @@
 
     python -m kcv2diffusers.verification.diffusers_side FOLDER
 
-It runs after the Keras side. A block is given that side's output of the blocks before it, so that the error
-of each is its own: what is wrong is named, and what merely follows from it is not.
+It runs after the Keras side. Each block receives the Keras side's output of the preceding blocks as input, so
+its error is its own. A wrong block is reported; errors that it propagates are not.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from kcv2diffusers.verification.torch_arrays import first, last
 
 @contextmanager
 def numerics(model: Any, kind: str) -> Iterator[None]:
-    """Within the block `model` computes as KerasCV in what `kind` names: "gelu", "epsilon", both, or in
-    nothing: "stock".
+    """Within this block, `model` computes with the KerasCV numerics that `kind` names.
+
+    `kind` contains "gelu", "epsilon" or both; "stock" changes nothing.
     """
     with ExitStack() as stack:
         if "gelu" in kind:
@@ -48,7 +49,7 @@ def numerics(model: Any, kind: str) -> Iterator[None]:
 
 
 def run(folder: Path, request: Request, progress: StageProgress) -> None:
-    """Write into FOLDER/diffusers what this side computes, and how far blocks are from FOLDER/keras."""
+    """Write this side's outputs into FOLDER/diffusers, with the error of each block against FOLDER/keras."""
     diffusers.utils.logging.disable_progress_bar()
     sides = open_sides(request)
     told = json.loads((folder / "plan.json").read_text())
@@ -74,7 +75,7 @@ def run(folder: Path, request: Request, progress: StageProgress) -> None:
 
 
 def _variant(sides: dict[str, Side]) -> str | None:
-    """The variant in the names of the weight files, such as fp16."""
+    """The variant in the names of the weight files, such as fp16; None if there is none."""
     for side in sides.values():
         if side.own is not None:
             stem = side.source.spec.table.weights.rsplit(".", 1)[0]
@@ -85,7 +86,7 @@ def _variant(sides: dict[str, Side]) -> str | None:
 
 
 def _load(side: Side) -> Any:
-    """One component alone."""
+    """Load a single component."""
     table = side.source.spec.table
     library, name = table.diffusers.split(".")
     cls: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], name)
@@ -101,7 +102,10 @@ def _load(side: Side) -> Any:
 def modules(
     folder: Path, side: Side, request: Request, model: Any, given: Inputs, *, crop: bool
 ) -> dict[str, float]:
-    """Write the part's outputs, measured in each way; returns the error of each block, given right inputs."""
+    """Write the part's outputs for each kind of numerics.
+
+    Returns the relative error of each block when it receives the Keras side's output as input.
+    """
     outputs = Arrays(folder / "diffusers")
     adapted = known(side.part)
     kinds = adapted.kinds(side, request)
@@ -121,7 +125,7 @@ def _blocks(side: Side, model: Any, given: Inputs, expected: Arrays) -> dict[str
 
     def compare(name: str) -> Callable[[Any, Any, Any], Any]:
         def hook(_: Any, __: Any, output: Any) -> Any:
-            """Measures the block's output and puts that of the Keras side in its place."""
+            """Measure the block's error, then replace its output with that of the Keras side."""
             got = output if isinstance(output, torch.Tensor) else output[0]
             wanted = expected.load(side.part, "block", name)
             errors[name] = relative_error(last(got), wanted)[1]

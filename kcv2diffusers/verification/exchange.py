@@ -1,7 +1,8 @@
-"""The two sides in processes of their own: starting them, their progress, and the arrays between them.
+"""Run the two sides in separate processes: start, progress, and the arrays between them.
 
-They work one after the other in a folder that holds the request, so that one framework with one set of models
-is in memory at a time. A side prints its progress; what else goes wrong in it is an error here.
+They run one after the other in a folder that holds the request, so only one framework with one set of models
+is in memory at a time. A side prints its progress as marked lines. Any failure of a side raises an error
+here.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from kcv2diffusers.progress import StageProgress
 from kcv2diffusers.system.processes import start_module
 from kcv2diffusers.verification.request import Request
 
-_MARK = "\x1e"  # before a line of ours; libraries print as they like
-_LOG = 2000  # characters of a crashed side's messages that are shown
+_MARK = "\x1e"  # prefix of our own lines; libraries print other lines
+_LOG = 2000  # characters of a crashed side's stderr that are shown
 
 
 class Arrays:
-    """Named arrays in a folder, each written when it is there and read when it is needed."""
+    """Named arrays in a folder, each a .npy file that is read on demand."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,11 +39,11 @@ class Arrays:
         return self.folder / ("__".join(map(str, name)) + ".npy")
 
     def save(self, values: Any, *name: str | int) -> None:
-        """Write an array under a name of several words."""
+        """Write an array; the words of `name` form the file name."""
         np.save(self._path(*name), np.asarray(values))
 
     def load(self, *name: str | int) -> Array:
-        """Read the array of that name. Nothing pickled is opened."""
+        """Read the array of that name. Pickled data is never loaded."""
         values: Array = np.load(self._path(*name), allow_pickle=False)
         return values
 
@@ -51,15 +52,15 @@ class Arrays:
 
 
 def run_side(name: str, title: str, folder: Path, progress: StageProgress, backend: str = "torch") -> None:
-    """Run module `name` of this package on `folder` until it ends. `backend` is Keras', where KERAS_BACKEND
-    does not say another.
+    """Run module `name` of this package on `folder` and wait for it.
 
-    Raises Error as the side does, or if the system killed it; RuntimeError with its messages for a crash.
+    `backend` is the Keras backend unless KERAS_BACKEND is set. Raises the side's Error, Error if the system
+    killed the process, and RuntimeError with its stderr if it crashed.
     """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
     environment.setdefault("KERAS_BACKEND", backend)
-    # On the CPU: a GPU's float32 convolutions are rounded to 10 bits (TF32), ten times the tolerance, and its
-    # memory may still be held by what trained.
+    # On the CPU: a GPU rounds the inputs of float32 convolutions to 10 mantissa bits (TF32), ten times the
+    # tolerance, and a training process may still hold its memory.
     environment |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "KERAS_TORCH_DEVICE": "cpu"}
     log = folder / f"{name}.log"
     with log.open("wb") as errors:
@@ -89,7 +90,7 @@ def run_side(name: str, title: str, folder: Path, progress: StageProgress, backe
             child.wait()
     if refusal is not None:
         raise Error(refusal)
-    if code == -9:  # SIGKILL, which Windows does not know
+    if code == -9:  # SIGKILL, which Windows does not have
         raise Error(
             f"The process of the {title} was killed, most likely for lack of memory.\n"
             "Free some memory, or give a smaller --image-size."
@@ -99,7 +100,7 @@ def run_side(name: str, title: str, folder: Path, progress: StageProgress, backe
 
 
 def side_main(run: Callable[[Path, Request, StageProgress], None]) -> NoReturn:
-    """What the module of a side does when it is started: `run` on the folder it is given."""
+    """The entry point of a side's process: call `run` on the folder in its arguments."""
     folder = Path(sys.argv[1])
 
     def tell(**data: Any) -> None:
@@ -111,13 +112,13 @@ def side_main(run: Callable[[Path, Request, StageProgress], None]) -> NoReturn:
         tell(error=str(MissingExtra(str(error.name), "verify")))
     except Error as error:
         tell(error=str(error))
-    except BrokenPipeError:  # nobody waits any more
+    except BrokenPipeError:  # the parent process has ended
         os._exit(1)
     sys.exit(0)
 
 
 def require(*packages: str) -> None:
-    """Raise MissingExtra for a package that is not installed, before anything takes long."""
+    """Raise MissingExtra for a package that is not installed, before any long work starts."""
     for package in packages:
         if find_spec(package) is None:
             raise MissingExtra(package, "verify")

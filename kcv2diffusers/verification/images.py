@@ -1,4 +1,4 @@
-"""The third level: pictures of both sides from the same noise, and the way there."""
+"""The third level: images of both sides from the same noise, and their latents after each step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ SIDES = ("stock", "attributed")
 
 @dataclass(frozen=True)
 class Likeness:
-    """How alike a picture is to the Keras side's: PSNR in dB (infinite if equal), SSIM, the largest
-    difference of a colour (0 to 255), and after each step the latents' largest error / largest value.
+    """The similarity of an image to that of the Keras side.
+
+    `psnr` is in dB (infinite if equal). `largest` is the largest difference of a colour value (0 to 255).
+    `steps` holds, for the latents after each step, largest absolute error / largest absolute value.
     """
 
     psnr: float
@@ -33,7 +35,7 @@ class Likeness:
 
 @dataclass
 class Run:
-    """One prompt and seed; `stock` is diffusers as it is, `attributed` with KerasCV's GELU and epsilon."""
+    """One prompt and seed; `stock` is unchanged diffusers, `attributed` has KerasCV's GELU and epsilon."""
 
     prompt: str
     seed: int
@@ -43,7 +45,7 @@ class Run:
 
 @dataclass
 class Images:
-    """All runs, the limits, and what else differs (`problems`)."""
+    """All runs, the PSNR limits in dB, and other differences (`problems`)."""
 
     runs: list[Run]
     bar: float
@@ -51,11 +53,11 @@ class Images:
     problems: list[str] = field(default_factory=list)
 
     def worst(self, side: str) -> Run:
-        """The run whose pictures are least alike."""
+        """The run whose images are least similar."""
         return min(self.runs, key=lambda run: getattr(run, side).psnr)
 
     def failures(self) -> list[str]:
-        """What is beyond a bar, at the worst run."""
+        """The PSNR values below their limit, each at the worst run, and other problems."""
         found = list(self.problems)
         if not self.runs:
             return found
@@ -72,7 +74,7 @@ class Images:
 
 
 def measure(folder: Path, request: Request, *, exact: bool) -> Images:
-    """The figures from what both sides left in `folder`; `exact` says that both have the same GELU."""
+    """Compare the arrays that both sides wrote to `folder`. `exact` says that both have the same GELU."""
     keras, torch = Arrays(folder / "keras"), Arrays(folder / "diffusers")
     runs = []
     for number in range(len(request.prompts) * request.seeds):
@@ -102,7 +104,7 @@ def _likeness(keras: Arrays, torch: Arrays, side: str, number: int) -> Likeness:
 
 
 def _tokens(wanted: Array, got: Array, prompts: Sequence[str]) -> list[str]:
-    """Prompts whose ids differ."""
+    """The first prompt whose token ids differ, as a list of at most one problem."""
     problems = []
     for prompt, one, other in zip(prompts, wanted, got, strict=True):
         if len(one) != len(other):

@@ -1,4 +1,4 @@
-"""What both sides are given: the same numbers, drawn by NumPy, whatever the frameworks."""
+"""Inputs of both sides: the same numbers, drawn by NumPy independently of the frameworks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from kcv2diffusers.verification.parts import Inputs, adapter
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.sides import Side
 
-# Pixels of the pass in which blocks are compared, whose arrays are kept. It is also the least for parts:
-# where a feature map shrinks to one pixel, norm groups of two channels blow up every rounding error.
+# Image size in pixels for comparing blocks, whose arrays are all kept. It is also the minimum for parts: if a
+# feature map shrinks to one pixel, norm groups of two channels amplify every rounding error.
 BLOCK_SIZE = 128
-_BATCH = 256  # the side in pixels of what a batch may have together
+_BATCH = 256  # side in pixels of the area that one batch may cover
 
 
 def module_inputs(sides: Mapping[str, Side], size: int) -> dict[str, Inputs]:
-    """Inputs of each part that has a source and an adapter; channels last, float32 or int32, `size` in
-    pixels, at least 128.
+    """Inputs of each part that has a source and an adapter.
+
+    Arrays are channels-last, float32 or int32. `size` is in pixels and is raised to at least 128.
     """
     rng = np.random.default_rng(7)
     size = max(size, BLOCK_SIZE)
@@ -36,7 +37,7 @@ def module_inputs(sides: Mapping[str, Side], size: int) -> dict[str, Inputs]:
 
 
 def block_inputs(given: Inputs, *, crop: bool) -> Inputs:
-    """The first of a part's inputs; its upper left corner where that is larger than blocks need."""
+    """The first of a part's inputs; with `crop`, its upper left corner if it is larger than blocks need."""
     first = {name: values[:1] for name, values in given.items()}
     if crop:
         for name, limit in (("latent", BLOCK_SIZE // PIXELS_PER_LATENT), ("image", BLOCK_SIZE)):
@@ -46,7 +47,7 @@ def block_inputs(given: Inputs, *, crop: bool) -> Inputs:
 
 
 def batches(request: Request, size: int) -> list[list[tuple[int, str, int]]]:
-    """The pictures to draw as (number, prompt, seed), in batches: small ones are drawn together."""
+    """The images to generate as (number, prompt, seed), in batches; small images share a batch."""
     runs = list(product(request.prompts, range(request.seeds)))
     count = 1 if request.reference == "keras-cv" else max(1, (_BATCH // size) ** 2)
     numbered = [(number, prompt, seed) for number, (prompt, seed) in enumerate(runs)]

@@ -1,4 +1,4 @@
-"""The Keras side: our models or KerasCV's on the inputs of each level, every array kept for the comparison.
+"""The Keras side: our models or KerasCV's on the inputs of each level; every array is kept for comparison.
 
 python -m kcv2diffusers.verification.keras_side FOLDER
 """
@@ -29,11 +29,14 @@ from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.sides import Side, noise_of, open_sides
 
 Draw = Callable[[Sequence[str], Array, Callable[[Array], None]], Array]
-"""Prompts and noise to pictures (prompts, height, width, 3) uint8; told the latents after each step."""
+"""Prompts and noise to images (prompts, height, width, 3) uint8.
+
+The third argument is called with the latents after each step.
+"""
 
 
 def run(folder: Path, request: Request, progress: StageProgress) -> None:
-    """Write into FOLDER/keras what the Keras side computes from FOLDER/inputs."""
+    """Compute the Keras side from FOLDER/inputs and write the results into FOLDER/keras."""
     inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "keras")
     sides = open_sides(request)
     told = json.loads((folder / "plan.json").read_text())
@@ -63,7 +66,7 @@ def run(folder: Path, request: Request, progress: StageProgress) -> None:
 
 
 def _build(side: Side, request: Request, size: int) -> keras.Model:
-    """The part's model with its source's weights, rounded as the pipeline stores them."""
+    """The part's Keras model with its source's weights, rounded to the dtype that the pipeline stores."""
     source = side.source
     with zeros():
         if request.reference == "keras-cv":
@@ -82,7 +85,7 @@ def _build(side: Side, request: Request, size: int) -> keras.Model:
 
 
 def _forward(side: Side, model: keras.Model, given: Inputs) -> Any:
-    """One forward pass of one set of inputs."""
+    """One forward pass on one set of inputs."""
     return model.predict_on_batch(known(side.part).keras_inputs(side, given))
 
 

@@ -33,7 +33,7 @@ def _get(module: str, name: str) -> Any:
 
 
 def build(side: Side, size: int) -> Any:
-    """KerasCV's model of a part with random weights, for pictures of `size` pixels."""
+    """KerasCV's model of a part with random weights, for images of `size` pixels."""
     name = side.source.spec.keras_class
     return known(side.part).kerascv_model(_get(_FILES[name], name), side, size)
 
@@ -41,8 +41,11 @@ def build(side: Side, size: int) -> Any:
 def drawing(
     sampler: TextToImage, version: str, size: int, steps: int, guidance: float
 ) -> Callable[[Sequence[str], Array, Callable[[Array], None]], Array]:
-    """Pictures by `generate_image` of KerasCV's StableDiffusion with the models and vocabulary of `sampler`:
-    one prompt and noise (1, size / 8, size / 8, 4) to (1, size, size, 3) uint8, told the latents each step.
+    """A function that generates images by `generate_image` of KerasCV's StableDiffusion.
+
+    It uses the models and the vocabulary of `sampler`. One prompt and noise (1, size / 8, size / 8, 4) give
+    an image (1, size, size, 3) uint8. The third argument of the function is called with the latents after
+    each step.
     """
     name = "StableDiffusionV2" if version == "sd2" else "StableDiffusion"
     stable = _get("stable_diffusion", name)(size, size, jit_compile=False)
@@ -66,7 +69,10 @@ def drawing(
 
 
 class _Watched:
-    """The UNet in KerasCV's loop, called twice a step; the latents it is given are the last step's."""
+    """The UNet in KerasCV's loop, called twice per step.
+
+    Its input latents are the result of the previous step.
+    """
 
     def __init__(self, model: Any, observe: Callable[[Array], None]) -> None:
         self.model, self.observe, self.calls = model, observe, 0
@@ -79,7 +85,7 @@ class _Watched:
 
 
 class _Before:
-    """The decoder, which is given what the last step made."""
+    """The decoder, whose input latents are the result of the last step."""
 
     def __init__(self, model: Any, observe: Callable[[Array], None]) -> None:
         self.model, self.observe = model, observe

@@ -1,4 +1,4 @@
-"""How far one array is from another."""
+"""Error metrics between two arrays."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from kcv2diffusers.diffusion import Array
 
 
 def relative_error(got: Array, expected: Array) -> tuple[float, float]:
-    """The largest absolute difference, and that over the largest absolute value of `expected`.
+    """The largest absolute difference, and its ratio to the largest absolute value of `expected`.
 
-    Both are infinite where shapes differ or a value is not finite.
+    Both are infinite if sizes differ or a value is not finite.
     """
     if got.size != expected.size or not (np.isfinite(got).all() and np.isfinite(expected).all()):
         return math.inf, math.inf

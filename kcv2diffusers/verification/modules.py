@@ -1,4 +1,4 @@
-"""The second level: the same inputs through each part on both sides, and through each block."""
+"""The second level: the same inputs through each part and each block on both sides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kcv2diffusers.verification.metrics import relative_error
 from kcv2diffusers.verification.parts import known
 from kcv2diffusers.verification.sides import Side
 
-# The ways of `diffusers_side.kinds_of` in words.
+# Labels of the numerics that `Adapter.kinds` returns.
 KINDS = {
     "stock": "stock diffusers",
     "epsilon": "KerasCV's epsilon",
@@ -25,7 +25,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Deviation:
-    """Largest absolute difference, and that over the largest absolute value of the Keras side."""
+    """The largest absolute difference, and its ratio to the largest absolute value of the Keras side."""
 
     largest: float
     relative: float
@@ -33,7 +33,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Block:
-    """A block's own error, given the right inputs, and whether it departs."""
+    """A block's own error on correct inputs, and whether it exceeds the tolerance (`departs`)."""
 
     module: Module
     error: float
@@ -42,7 +42,11 @@ class Block:
 
 @dataclass
 class Part:
-    """A part: errors by way of measuring, one for each of `inputs`, the limits, and its blocks in order."""
+    """The result of a part.
+
+    `errors` maps each kind of numerics to one deviation per entry of `inputs`. `bar` and `bar_attributed` are
+    the tolerances. `blocks` are in the order of the layers.
+    """
 
     part: str
     name: str
@@ -54,21 +58,21 @@ class Part:
 
     @property
     def stock(self) -> float:
-        """The worst error of diffusers as it is."""
+        """The largest relative error of unchanged diffusers."""
         return max(error.relative for error in self.errors["stock"])
 
     @property
     def attributed(self) -> float:
-        """The worst error with all of KerasCV's numerics in the torch side."""
+        """The largest relative error with all of KerasCV's numerics in the torch model."""
         return max(error.relative for error in list(self.errors.values())[-1])
 
     @property
     def departing(self) -> list[Block]:
-        """The blocks that compute something else."""
+        """The blocks whose error exceeds the tolerance."""
         return [block for block in self.blocks if block.departs]
 
     def failures(self) -> list[str]:
-        """What is beyond a bar, with the first block that departs."""
+        """The errors that exceed a tolerance, with the first departing block."""
         beyond = []
         if not self.stock <= self.bar:
             beyond.append(f"{self.stock:.1e} (limit {self.bar:.0e})")
@@ -88,7 +92,7 @@ class Part:
 
 
 def measure(folder: Path, sides: Mapping[str, Side], wanted: Mapping[str, list[str]]) -> list[Part]:
-    """The figures of each part from what both sides left in `folder`."""
+    """Compare the arrays of each part that both sides wrote to `folder`."""
     keras, torch = Arrays(folder / "keras"), Arrays(folder / "diffusers")
     told = json.loads((folder / "diffusers" / "results.json").read_text())
     measured = []
@@ -104,7 +108,7 @@ def measure(folder: Path, sides: Mapping[str, Side], wanted: Mapping[str, list[s
             for kind in KINDS
             if (part, kind, 0) in torch
         }
-        # Where both sides have the exact GELU there is nothing to allow for.
+        # If both sides use the exact GELU, the looser tolerance is not needed.
         loose = known(part).LOOSE in (None, *errors)
         blocks = [
             Block(module, error, not error <= tolerances["block"])

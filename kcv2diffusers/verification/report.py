@@ -1,4 +1,4 @@
-"""The report: one HTML page with everything in it, and the same figures as JSON."""
+"""The report: one self-contained HTML page, and the same figures as JSON."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from kcv2diffusers.verification.images import SIDES, Images
 from kcv2diffusers.verification.modules import KINDS
 from kcv2diffusers.verification.result import Verified
 
-_SHOWN = 12  # runs whose pictures are shown, the least alike ones
+_SHOWN = 12  # runs whose images are shown, least similar first
 # Colours of the heat map from no difference to the largest: black, violet, orange, yellow.
 _HEAT = np.array([[0, 0, 4], [107, 24, 110], [237, 105, 37], [252, 255, 164]], dtype="float64")
 
 
 def write(folder: Path, arrays: Path | None, result: Verified) -> None:
-    """Write report.html, and report.json with whole paths, into `folder`; pictures are taken from `arrays`,
-    where both sides left them.
+    """Write report.html, and report.json with full paths, into `folder`.
+
+    Images are read from `arrays`, the folder where both sides wrote them.
     """
     environment = Environment(
         loader=PackageLoader("kcv2diffusers.verification", "."),
@@ -62,8 +63,10 @@ def write(folder: Path, arrays: Path | None, result: Verified) -> None:
 
 
 def _without_places(page: str, result: Verified) -> str:
-    """The page with files named by their last two names: it is for showing, and other folders tell of the
-    machine and who works on it. Those from the Hub are named by their address.
+    """The page with each file path shortened to its last two components.
+
+    The page is meant to be shared, and full paths reveal the machine and its user. Files from the Hub are
+    shown by their address.
     """
     request = result.request
     given = [request.pipeline, *request.sources, *request.named.values(), *request.base]
@@ -80,7 +83,10 @@ def _last_names(path: Path) -> str:
 
 
 def _pictures(folder: Path, images: Images) -> list[dict[str, Any]]:
-    """A run's pictures as data URIs: Keras, diffusers, and where they differ; the least alike runs first."""
+    """The images of each run as data URIs: Keras, diffusers and their difference.
+
+    At most `_SHOWN` runs are shown, least similar first.
+    """
     numbers = sorted(range(len(images.runs)), key=lambda number: images.runs[number].stock.psnr)[:_SHOWN]
     shown = []
     for number in numbers:
@@ -98,7 +104,7 @@ def _pictures(folder: Path, images: Images) -> list[dict[str, Any]]:
 
 
 def _heat(one: Array, other: Array) -> Array:
-    """The largest difference of each pixel's colours as a colour, scaled to the picture's own largest."""
+    """A heat map of the largest channel difference per pixel, scaled to the largest in the image."""
     apart = np.abs(one.astype("float64") - other).max(-1)
     scaled = apart / max(1.0, apart.max()) * (len(_HEAT) - 1)
     channels = [np.interp(scaled, np.arange(len(_HEAT)), _HEAT[:, channel]) for channel in range(3)]
@@ -112,7 +118,7 @@ def _data_uri(picture: Array) -> str:
 
 
 def _chart(images: Images) -> Any:
-    """The worst run's error at each step, by side."""
+    """A chart of the largest error over all runs at each step, by side."""
     lines = {}
     for side in SIDES:
         runs = [getattr(run, side).steps for run in images.runs]

@@ -1,4 +1,4 @@
-"""What is to be verified, and how: the options of `verify`, written into a file for the two sides to read."""
+"""The options of `verify`, saved to a file for the two sides to read."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ REFERENCES = ("builtin", "keras-cv")
 GELUS = ("exact", "tanh")
 Gelu = Literal["exact", "tanh"]
 PROMPTS = ("a red car on a street",)
-MULTIPLE = {"builtin": 64, "keras-cv": 128}  # pixels; KerasCV rounds sizes to its own
+MULTIPLE = {"builtin": 64, "keras-cv": 128}  # pixels; KerasCV rounds sizes to multiples of 128
 _FILE = "request.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A verification. `sources` and `named` (by part) are the checkpoints that `pipeline` was made of,
-    `base` what the conversion took the other parts from. `gelu` is the activation of an SD2 text encoder
-    (None: as the conversion finds it), `unet_gelu` that of the Keras UNet, as in training; `prediction_type`
-    what it predicts (None: as in `sides.scheduler`). `size` is in pixels; None is the pipeline's own.
+    """The options of a verification.
+
+    `sources` and `named` (by part) are the checkpoints that `pipeline` was made of. `base` is where the
+    conversion took the other parts from. `gelu` is the activation of an SD2 text encoder (None: as the
+    conversion infers it). `unet_gelu` is the GELU that the Keras UNet was trained with. `prediction_type` is
+    what the UNet predicts (None: as in `sides.scheduler`). `size` is in pixels; None means the pipeline's
+    own.
     """
 
     pipeline: str
@@ -44,7 +47,7 @@ class Request:
     size: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises Error for an option that is out of range."""
+        """Raise Error for an option that is out of range."""
         for option, value, choices in (
             ("level", self.level, LEVELS),
             ("reference", self.reference, REFERENCES),
@@ -65,7 +68,7 @@ class Request:
             raise Error("Give at least one prompt.")
 
     def reaches(self, level: str) -> bool:
-        """Whether `level` is checked: the one asked for and those below it."""
+        """Whether `level` is checked: the requested level and those below it are."""
         return LEVELS.index(self.level) >= LEVELS.index(level)
 
     def save(self, folder: Path) -> None:
@@ -74,11 +77,11 @@ class Request:
 
     @classmethod
     def load(cls, folder: Path) -> Request:
-        """Read what `save` wrote."""
+        """Read what `save` has written."""
         return cls(**json.loads((folder / _FILE).read_text(encoding="utf-8")))
 
     def command(self) -> str:
-        """The command line that asks for this."""
+        """The command line of this request."""
         words = ["kcv2diffusers", "verify", self.pipeline, *self.sources]
         for part, source in self.named.items():
             words += ["--" + part.replace("_", "-"), source]

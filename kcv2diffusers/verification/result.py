@@ -1,4 +1,4 @@
-"""What a verification found: figures, verdict and its reasons."""
+"""The result of a verification: figures, verdict and reasons."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kcv2diffusers.verification.weights import Weights
 
 @dataclass
 class Input:
-    """A file that was read: its size in bytes and, where a report is written, its SHA-256."""
+    """A file that was read: its size in bytes and, if a report is written, its SHA-256."""
 
     path: Path
     bytes: int
@@ -25,7 +25,7 @@ class Input:
 
 @dataclass
 class Verified:
-    """The figures of each level that was reached; levels that were not are None."""
+    """The figures of each level that was checked; None for levels that were not."""
 
     request: Request
     sources: dict[str, str]
@@ -40,7 +40,7 @@ class Verified:
     report: Path | None = None
 
     def failures(self) -> dict[str, list[str]]:
-        """What is beyond a tolerance, by level; empty lists where nothing is."""
+        """What exceeds a tolerance, by level; an empty list for a level that passed."""
         found = {"weights": self.weights.failures() + self.settings}
         if self.modules is not None:
             found["modules"] = [failure for part in self.modules for failure in part.failures()]
@@ -55,7 +55,7 @@ class Verified:
 
     @property
     def reason(self) -> str:
-        """The verdict in one line: the first failure of each level, and how many more there are."""
+        """The verdict in one line: the first failure of each level, and the number of further failures."""
         said = []
         for level, failures in self.failures().items():
             if failures:
@@ -65,7 +65,7 @@ class Verified:
         return "not verified: " + "; ".join(said) if said else f"verified: {', '.join(levels)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it; an infinite number is the text "infinite"."""
+        """All fields for JSON; an infinite number becomes the text "infinite"."""
         data = {
             "passed": self.passed,
             "reason": self.reason,
@@ -79,7 +79,7 @@ class Verified:
         return result
 
     def text(self) -> str:
-        """A few lines for a person."""
+        """A summary of a few lines for the user."""
         lines = []
         for part, count in self.weights.tensors.items():
             differ = len(self.weights.problems[part])
@@ -105,7 +105,7 @@ class Verified:
 
 
 def _plain(value: Any) -> Any:
-    """Nested data with nothing in it that JSON lacks."""
+    """Nested data converted to types that JSON supports."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""`kcv2diffusers verify`: the levels in order, and the verdict."""
+"""`kcv2diffusers verify`: run the levels in order, and give the verdict."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from kcv2diffusers.verification.settings import check_settings
 from kcv2diffusers.verification.sides import Side, noise_of, open_sides, scheduler, source_paths
 from kcv2diffusers.verification.tolerances import PSNR, PSNR_ATTRIBUTED
 
-_MOST_LATENTS = 256  # a side of what a pipeline may state as its size
-_STATED = (".json", ".txt", ".safetensors")  # files of a pipeline that the report lists
+_MOST_LATENTS = 256  # upper limit of the sample_size that a pipeline may state, in latents
+_STATED = (".json", ".txt", ".safetensors")  # file types of a pipeline that the report lists
 
 
 def verify(
@@ -59,19 +59,21 @@ def verify(
 ) -> Verified:
     """Compare a pipeline with the checkpoints it was made of.
 
-    `pipeline` is a folder or hf://user/repo, `sources` are the checkpoints, `parts` name a part's source,
-    such as `unet`, `base` is what the conversion took the other parts from. `variant` is preferred among the
-    pipeline's weight files. `level` is the last of the levels to check: weights, modules, images.
-    `reference` is the Keras side: our models, or KerasCV's own. Pictures are drawn of each of `prompts` with
-    `seeds` seeds in `steps` steps at `guidance`, `size` pixels high and wide (default: the pipeline's own).
-    `gelu` is the activation of an SD2 text encoder (default: as the conversion finds it), `unet_gelu` that of
-    the Keras UNet, `prediction_type` what it predicts (default: as its source says).
+    `pipeline` is a folder or hf://user/repo. `sources` are the checkpoints. `parts` give the source of a
+    single part, such as `unet`. `base` is where the conversion took the other parts from. `variant` is the
+    preferred variant of the pipeline's weight files. `level` is the last level to check: weights, modules or
+    images. `reference` is the Keras side: our models, or KerasCV's own classes. Images are generated for each
+    of `prompts` with `seeds` seeds, in `steps` steps at the guidance scale `guidance`, `size` pixels high and
+    wide (default: the pipeline's own). `gelu` is the activation of an SD2 text encoder (default: as the
+    conversion infers it). `unet_gelu` is the GELU of the Keras UNet. `prediction_type` is what the UNet
+    predicts (default: as its source states).
 
     A level above weights runs the Keras side, on the backend of KERAS_BACKEND (default: torch), then the
-    diffusers side, each in a process of its own. Parts whose tensors are not those of a model are left out.
-    `report` is a folder for report.html and report.json.
+    diffusers side, each in its own process. Parts with missing or wrong tensors are left out. `report` is a
+    folder for report.html and report.json.
+
     Raises Error with a message for the user if there is nothing to compare, a source cannot be read, or a
-    package is missing. A pipeline that is wrong is a result.
+    package is missing. A wrong pipeline is a result, not an error.
     """
     if unknown := parts.keys() - all_parts().keys():
         raise TypeError(f"verify() got an unexpected keyword argument {min(unknown)!r}")
@@ -121,7 +123,7 @@ def verify(
 
 
 def require_packages(request: Request, report: SourcePath | None) -> None:
-    """Raise Error if what a verification needs is not installed, or the report would replace a file."""
+    """Raise Error if a required package is not installed, or if the report would replace a file."""
     if request.reaches("modules"):
         require("keras", "torch", "diffusers", "transformers")
     if request.reaches("images"):
@@ -162,7 +164,7 @@ def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
 def _run_sides(
     folder: Path, request: Request, sides: Mapping[str, Side], result: Verified, progress: StageProgress
 ) -> None:
-    """The levels above weights, in `folder`."""
+    """Run the levels above weights, in `folder`."""
     from kcv2diffusers.verification import modules
 
     size = _size(request, sides)
@@ -187,7 +189,7 @@ def _run_sides(
     result.modules = []
     if not wanted and not draw:
         return
-    # PyTorch is there, for the other side.
+    # The diffusers side needs PyTorch, so it is installed.
     backend = "tensorflow" if request.reference == "keras-cv" else "torch"
     for side in ("keras", "diffusers"):
         Arrays(folder / side)
@@ -212,7 +214,10 @@ def _run_sides(
 
 
 def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> bool:
-    """Whether there is a whole pipeline that takes KerasCV's timesteps; says why not as a failure."""
+    """Whether the pipeline can generate images with KerasCV's timesteps.
+
+    If it cannot, the reason is recorded as a failure. Raises Error if images cannot be compared at all.
+    """
     from kcv2diffusers.verification.images import Images
 
     folder = Path(request.pipeline)
@@ -233,7 +238,7 @@ def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> 
 
 
 def _size(request: Request, sides: Mapping[str, Side]) -> int:
-    """Height and width in pixels: what is asked for, else the pipeline's own."""
+    """Height and width in pixels: the requested size, else the pipeline's own."""
     if request.size is not None:
         return request.size
     unet = sides.get("unet")
@@ -276,7 +281,7 @@ def _write_report(
 
 
 def _hashes(paths: Sequence[Path], progress: StageProgress) -> list[Input]:
-    """Size and SHA-256 of files; of a folder (a SavedModel) those of its files."""
+    """Size and SHA-256 of each file; for a folder (a SavedModel), of each file in it."""
     files: list[Path] = []
     for path in paths:
         if path.is_file():
@@ -286,7 +291,7 @@ def _hashes(paths: Sequence[Path], progress: StageProgress) -> list[Input]:
         else:  # the prefix of a TensorFlow checkpoint
             files += sorted(path.parent.glob(path.name + ".*"))
     found = []
-    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         for done, (path, digest) in enumerate(zip(files, pool.map(_sha256, files), strict=True), 1):
             progress("Hashing files", done, len(files), "")
             found.append(Input(path, path.stat().st_size, digest))

@@ -1,4 +1,4 @@
-"""What stands around the weights: config entries that the tables determine, the scheduler, the tokenizer."""
+"""Check what accompanies the weights: config entries that the tables determine, scheduler, tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from kcv2diffusers.pipeline_files import MODEL_INDEX, SCHEDULER_FILE, TOKENIZER
 from kcv2diffusers.sources.diffusers_pipeline import read_json
 from kcv2diffusers.verification.sides import Side
 
-# Entries that do not change what a UNet is given or computes: choices, and what only training reads.
+# Entries that do not change a model's inputs or its computation: free choices, and entries used in training
+# only.
 _FREE = {
     "architectures",
     "attention_dropout",
@@ -30,9 +31,10 @@ _FREE = {
     "torch_dtype",
 }
 _TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-# The offset counts only where nobody gives timesteps, the others only for classes derived from this one.
+# steps_offset has an effect only if no timesteps are passed. The others have one only in other scheduler
+# classes that are created from this config.
 _FREE_SCHEDULER = {"clip_sample", "set_alpha_to_one", "skip_prk_steps", "steps_offset"}
-# What diffusers takes where an entry is missing, as far as it is what a conversion writes.
+# diffusers' defaults for missing entries, as far as they equal what a conversion writes.
 _SCHEDULER_DEFAULTS = {
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
@@ -45,14 +47,16 @@ _SCHEDULER_DEFAULTS = {
 def check_settings(
     pipeline: Path, sides: Mapping[str, Side], sources: Sequence[Path], scheduler: Mapping[str, Any]
 ) -> list[str]:
-    """Everything that is not as the conversion writes it, one line each. `sources` are checkpoints, beside
-    which a tokenizer may lie; `scheduler` is the config that a conversion writes, empty for none.
+    """Everything that differs from what the conversion writes, one line each.
+
+    `sources` are checkpoints, which may have a tokenizer beside them. `scheduler` is the config that a
+    conversion writes; empty for none.
     """
     problems = []
     for side in sides.values():
         if side.given:
             problems += _config(side)
-    problems = list(dict.fromkeys(problems))  # the halves of a VAE share a config
+    problems = list(dict.fromkeys(problems))  # the two halves of a VAE share a config
     if (pipeline / MODEL_INDEX).is_file():
         problems += _index(pipeline / MODEL_INDEX, sides, scheduler.get("_class_name"))
         if scheduler:
@@ -63,7 +67,7 @@ def check_settings(
 
 
 def _config(side: Side) -> list[str]:
-    """Entries that are there and different; a library's default is in place of one that is not."""
+    """Entries that are present and differ; a missing entry takes the library's default."""
     actual, where = side.component.config, f"{side.component.path.name}/config.json"
     return [
         f"{where}: {name} is {json.dumps(actual[name])}, not {json.dumps(value)}"
@@ -73,7 +77,7 @@ def _config(side: Side) -> list[str]:
 
 
 def _index(path: Path, sides: Mapping[str, Side], scheduler: str | None) -> list[str]:
-    """Components of another class. diffusers imports whatever library an entry names."""
+    """Components of a different class; diffusers imports whatever library an entry names."""
     wanted = model_index(family_of(sides), scheduler)
     try:
         actual = read_json(path)
@@ -94,7 +98,7 @@ def _scheduler(path: Path, wanted: Mapping[str, Any]) -> list[str]:
     except SourceError:
         return ["scheduler/scheduler_config.json: not a JSON object"]
     wrong = {name: value for name, value in wanted.items() if actual.get(name) != value}
-    if "_class_name" in wrong:  # another class has other entries
+    if "_class_name" in wrong:  # the entries of another class are not comparable
         wrong = {"_class_name": wrong["_class_name"]}
     return [
         f"scheduler/scheduler_config.json: {name} is {json.dumps(actual.get(name))}, not {json.dumps(value)}"
@@ -132,7 +136,11 @@ def _tokenizer(folder: Path, sides: Mapping[str, Side], sources: Sequence[Path])
 
 
 def _vocabulary(files: TokenizerFiles, sides: Mapping[str, Side], sources: Sequence[Path]) -> list[str]:
-    """As many tokens as embeddings, and those of the tokenizer beside a source, where there is one."""
+    """Problems of the vocabulary.
+
+    It must have as many tokens as the text encoder has embeddings, and equal that of a tokenizer beside a
+    source.
+    """
     problems = []
     if (text := sides.get("text_encoder")) is not None:
         tokens, rows = len(files.vocab) + len(files.placeholder_tokens), text.source.dims["vocabulary"]

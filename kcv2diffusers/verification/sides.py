@@ -1,4 +1,4 @@
-"""What is compared with what: each part of the pipeline and the source it was made of."""
+"""Pair each part of the pipeline with the source it was made of."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from kcv2diffusers.verification.request import Gelu, Request
 
 @dataclass(frozen=True)
 class Side:
-    """A part: `source` is what it was made of, or, where nothing was `given` for it, the pipeline's own.
+    """A part of the pipeline with its source.
 
+    `source` is the checkpoint that the part was made of, or the pipeline's own tensors if none was `given`.
     `config` is the component's config.json as the conversion writes it.
     """
 
@@ -49,28 +50,28 @@ class Side:
 
     @property
     def name(self) -> str:
-        """What messages call the part."""
+        """The part's label in messages."""
         return self.source.label
 
     @property
     def own(self) -> Match | None:
-        """The pipeline's tensors of this part, None if it has none."""
+        """The pipeline's tensors of this part; None if it has none."""
         return self.component.parts.get(self.part)
 
     @property
     def stored(self) -> np.dtype[Any]:
-        """The dtype in which the pipeline has most of this part."""
+        """The most frequent dtype of this part's tensors in the pipeline."""
         assert self.own is not None
         dtypes = [tensor.dtype for tensor in self.own.found.values()]
         return max(set(dtypes), key=dtypes.count)
 
     def unet_gelu(self, request: Request) -> Gelu:
-        """The GELU of the Keras UNet: KerasCV's, or for weights from a pipeline diffusers'."""
+        """The GELU of the Keras UNet: as in `request` for KerasCV weights, exact for a pipeline's."""
         return request.unet_gelu if self.source.keras else "exact"
 
 
 def open_sides(request: Request) -> dict[str, Side]:
-    """The parts of the pipeline by name, those of `request`'s sources and those only the pipeline has.
+    """The parts of the pipeline by name: those with a source in `request` and those only the pipeline has.
 
     Raises Error if a source is incomplete, or if it holds a part that the pipeline lacks.
     """
@@ -108,7 +109,7 @@ def open_sides(request: Request) -> dict[str, Side]:
 
 
 def _stating(component: Component) -> Base:
-    """What the pipeline alone may know of a model of unusual widths: its heads and norm groups."""
+    """Config entries that only the pipeline states for a model of unusual widths: heads and norm groups."""
     table = next(iter(component.parts.values())).spec.table
     names = {*table.entries.untold - table.entries.choices, table.entries.heads}
     config = {name: value for name, value in component.config.items() if name in names}
@@ -116,16 +117,17 @@ def _stating(component: Component) -> Base:
 
 
 def source_paths(request: Request) -> list[Path]:
-    """Where the sources lie, as far as they were given."""
+    """The paths of the sources that were given."""
     bases = [path for base in request.base if base != "none" for path in locate_all(base, pipelines=True)]
     given = [*request.sources, *request.named.values()]
     return [path for source in given for path in locate_all(source)] + bases
 
 
 def scheduler(request: Request, sides: Mapping[str, Side]) -> dict[str, Any]:
-    """The scheduler's config as the conversion writes it: what a part, for Stable Diffusion the UNet, was
-    trained with, predicting what `request` says. A part that is not among the sources has the pipeline's.
-    Empty for a family without a scheduler.
+    """The scheduler's config as the conversion writes it; empty for a family without a scheduler.
+
+    It is the noise schedule that a part, for Stable Diffusion the UNet, was trained with, and the prediction
+    type of `request`, if any. For a part that is not among the sources it is the pipeline's config.
     """
     part = family_of(sides).scheduler_part
     if part is None:

@@ -1,7 +1,7 @@
-"""The diffusers side of a comparison: the stock pipeline, started where KerasCV's sampler starts.
+"""The stock diffusers pipeline, started from the same latents as KerasCV's sampler.
 
-Given the same noise and KerasCV's integer timesteps, the pipeline's `EulerDiscreteScheduler` makes the steps
-of KerasCV's sampler, so that pictures differ only by what the models compute.
+With the same noise and KerasCV's integer timesteps, the pipeline's `EulerDiscreteScheduler` takes the same
+steps as KerasCV's sampler. Images then differ only by what the models compute.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kcv2diffusers.errors import MissingExtra
 from kcv2diffusers.pipeline.scheduler import SCHEDULER, schedule_of
 from kcv2diffusers.progress import Progress
 
-KERASCV_EPSILON = 1e-5  # of every group normalisation; diffusers has 1e-6 in transformer blocks and the VAE
+KERASCV_EPSILON = 1e-5  # in every group normalisation; diffusers: 1e-6 in transformer blocks and the VAE
 
 
 def replay(
@@ -34,11 +34,11 @@ def replay(
     guidance_scale: float = 7.5,
     progress: Progress | None = None,
 ) -> Array:
-    """Pictures (prompts, height, width, 3) uint8 by `StableDiffusionPipeline` from folder `pipeline`.
+    """Images (prompts, height, width, 3) uint8 by `StableDiffusionPipeline` from folder `pipeline`.
 
-    `noise` is (prompts, height / 8, width / 8, 4) float32. `tanh_gelu` gives the UNet KerasCV's approximation
-    of the GELU in place of the exact one. `progress` is called after each step with its number and the number
-    of steps. Raises MissingExtra if diffusers is not installed.
+    `noise` is (prompts, height / 8, width / 8, 4) float32. With `tanh_gelu` the UNet uses KerasCV's tanh
+    approximation of GELU instead of the exact one. `progress` is called after each step with its number and
+    the number of steps. Raises MissingExtra if diffusers is not installed.
     """
     pipe = load(pipeline)
     with kerascv_gelu(pipe.unet) if tanh_gelu else nullcontext():
@@ -54,8 +54,9 @@ def replay(
 
 
 def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
-    """The `StableDiffusionPipeline` of a folder in float32, without its safety checker. Nothing pickled is
-    opened. Raises MissingExtra if diffusers is not installed.
+    """The `StableDiffusionPipeline` of a folder in float32, without its safety checker.
+
+    Pickled files are never loaded. Raises MissingExtra if diffusers is not installed.
     """
     try:
         import torch  # noqa: F401  (without it diffusers has only a dummy)
@@ -76,14 +77,17 @@ def load(pipeline: str | PathLike[str], variant: str | None = None) -> Any:
     pipe.set_progress_bar_config(disable=True)
     for model in (pipe.unet, pipe.vae, pipe.text_encoder):
         in_float32(model)
-    if type(pipe.scheduler) is not EulerDiscreteScheduler:  # no other visits given timesteps as KerasCV does
+    if type(pipe.scheduler) is not EulerDiscreteScheduler:  # only Euler visits timesteps as KerasCV does
         scheduler: Any = EulerDiscreteScheduler
         pipe.scheduler = scheduler.from_config(pipe.scheduler.config, timestep_spacing="leading")
     return pipe
 
 
 def in_float32(model: Any) -> Any:
-    """A loaded torch model in float32, which diffusers loads in and transformers where its config says so."""
+    """A loaded torch model in float32.
+
+    diffusers loads in float32. transformers loads in the dtype of the model's config.
+    """
     import torch
 
     return model if model.dtype == torch.float32 else model.to(torch.float32)
@@ -100,10 +104,11 @@ def draw(
     progress: Progress | None = None,
     observe: Callable[[Array], None] | None = None,
 ) -> Array:
-    """Pictures (prompts, height, width, 3) uint8 by a loaded pipeline from `noise`, as in `replay`.
+    """Images (prompts, height, width, 3) uint8 by a loaded pipeline from `noise`, as in `replay`.
 
-    Fractions of colours are cut off, as KerasCV does. `progress` is told the steps done and in total,
-    `observe` is given the latents after each step, (prompts, height / 8, width / 8, 4), as KerasCV has them.
+    Colour values are truncated, as in KerasCV. `progress` is called with the number of steps done and in
+    total. `observe` is called with the latents after each step, (prompts, height / 8, width / 8, 4), in
+    KerasCV's scale.
     """
     import torch
 
@@ -111,7 +116,7 @@ def draw(
         if progress is not None:
             progress(step + 1, steps)
         if observe is not None:
-            # Euler's latents are noise added to the picture; KerasCV's are of about unit variance.
+            # Euler's latents are image + sigma * noise; KerasCV's have about unit variance.
             sigma = float(pipe.scheduler.sigmas[step + 1])
             observe((values["latents"] / (sigma**2 + 1) ** 0.5).permute(0, 2, 3, 1).numpy())
         return values
@@ -119,7 +124,8 @@ def draw(
     schedule = schedule_of(pipe.scheduler.config, Path(SCHEDULER["_class_name"]))
     timesteps = schedule.timesteps(steps)[::-1].tolist()
     pipe.scheduler.set_timesteps(timesteps=timesteps)
-    # KerasCV starts from variance 1. Euler starts from that of noise and picture, or, by spacing, of noise.
+    # In Euler's scale, KerasCV's initial noise of variance 1 is multiplied by sqrt(sigma^2 + 1). The pipeline
+    # multiplies by init_noise_sigma, which is this factor or, depending on timestep_spacing, sigma.
     unit = (pipe.scheduler.sigmas.max() ** 2 + 1) ** 0.5 / pipe.scheduler.init_noise_sigma
     images = pipe(
         prompt=list(prompts),
@@ -135,9 +141,7 @@ def draw(
 
 @contextmanager
 def kerascv_gelu(model: Any) -> Iterator[None]:
-    """Within the block the gated feed-forward layers of a torch model have KerasCV's GELU, the tanh
-    approximation, in place of the exact one.
-    """
+    """Within this block, the GEGLU layers of a torch model use KerasCV's tanh approximation of GELU."""
     from diffusers.models.activations import GEGLU
     from torch.nn.functional import gelu
 
@@ -148,12 +152,12 @@ def kerascv_gelu(model: Any) -> Iterator[None]:
         yield
     finally:
         for module in gated:
-            del module.gelu  # the method of its class is there again
+            del module.gelu  # restores the method of the class
 
 
 @contextmanager
 def kerascv_epsilon(model: Any) -> Iterator[None]:
-    """Within the block the group normalisations of a torch model have KerasCV's epsilon."""
+    """Within this block, the group normalisations of a torch model use KerasCV's epsilon."""
     from torch.nn import GroupNorm
 
     before = {module: module.eps for module in model.modules() if isinstance(module, GroupNorm)}

@@ -1,7 +1,7 @@
 """The first level: every tensor of the pipeline equals its source, bit for bit.
 
-The jobs are those of the conversion. In place of writing, a worker reads what lies where the conversion would
-write it, and compares. No framework is imported.
+The jobs are those of the conversion. Instead of writing, a worker reads the bytes at the place where the
+conversion would write, and compares them. No framework is imported.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from kcv2diffusers.targets.transfer import Finding, Job, Worker
 from kcv2diffusers.verification.sides import Side
 
 Advance = Callable[[int, int], None]
-_PIECE = 128 << 10  # bytes compared at a time, which stay in the L2 cache
+_PIECE = 128 << 10  # bytes compared at a time; they stay in the L2 cache
 
 
 @dataclass(frozen=True)
 class Difference(Finding):
-    """A tensor that is not its source's: how many of its `size` values differ, and by how much at most."""
+    """A tensor that differs from its source: `count` of its `size` values differ, by at most `largest`."""
 
     count: int
     size: int
@@ -35,8 +35,12 @@ class Difference(Finding):
 
 @dataclass
 class Weights:
-    """What was compared, by part. `dtypes` are the pipeline's; `problems` name a tensor of it, `differences`
-    hold figures besides, and `broken` are parts whose tensors are not those of a model.
+    """The result of the comparison, by part.
+
+    `tensors` and `values` are counts. `dtypes` are the pipeline's. `problems` are messages that start with a
+    tensor's name, and `differences` hold the figures of differing tensors. `broken` are parts with tensors
+    that are missing, surplus, or of a wrong shape or dtype. `bytes` is the size of the compared source
+    tensors.
     """
 
     tensors: dict[str, int] = field(default_factory=dict)
@@ -48,13 +52,14 @@ class Weights:
     bytes: int = 0
 
     def failures(self) -> list[str]:
-        """Every problem in words, tensors that lack or do not belong first."""
+        """Every problem as a message, by part; missing and surplus tensors come first."""
         return [problem for problems in self.problems.values() for problem in problems]
 
 
 def compare(sides: Mapping[str, Side], progress: Advance) -> Weights:
-    """Compare the tensors of the parts that have a source. `progress` is told the source bytes done and in
-    total.
+    """Compare the tensors of the parts that have a source.
+
+    `progress` is called with the number of source bytes done and in total.
     """
     result, jobs = Weights(), dict[str, list[Job]]()
     for part, side in sides.items():
@@ -84,7 +89,7 @@ def compare(sides: Mapping[str, Side], progress: Advance) -> Weights:
 
 
 def _jobs(side: Side, sides: Mapping[str, Side], problems: list[str]) -> list[Job]:
-    """A job for each tensor that both have in one shape; the rest goes to `problems`."""
+    """A job for each tensor that both have in the same shape; other tensors are added to `problems`."""
     folder = side.source.spec.table.folder
     rename = side.source.spec.table.rename
     stored: dict[str, Tensor] = {}
@@ -116,18 +121,18 @@ def _jobs(side: Side, sides: Mapping[str, Side], problems: list[str]) -> list[Jo
     problems += [
         f"{folder}: {plain(tensor.name)}: has no source"
         for tensor in extra
-        if tensor.name not in stray or side is first  # strays of a file are told once
+        if tensor.name not in stray or side is first  # report the stray tensors of a file once
     ]
     return jobs
 
 
 class Comparer(Worker):
-    """Compares what a conversion would write with what is there."""
+    """Compares the bytes that a conversion would write with those in the file."""
 
     access = os.O_RDONLY
 
     def do(self, job: Job) -> Finding | None:
-        """How the job's tensor differs or is not finite; None if it is as it should be."""
+        """How the job's tensor differs, or that it is not finite; None if it is correct."""
         self.count, self.largest = 0, 0.0
         infinite = super().do(job)
         if not self.count:
@@ -139,7 +144,7 @@ class Comparer(Worker):
         return Difference(job.name, problem, self.count, size, self.largest)
 
     def write(self, job: Job, values: np.ndarray, start: int) -> None:
-        """Compare contiguous target values from element `start` on."""
+        """Compare contiguous target values from element `start` on with the file."""
         flat, fd = values.reshape(-1), self.files.write[job.target]
         step = _PIECE // flat.itemsize
         bits = np.dtype(f"u{flat.itemsize}")
@@ -155,5 +160,5 @@ class Comparer(Worker):
                 self.count += int(np.count_nonzero(differ))
                 with np.errstate(all="ignore"):
                     apart = np.abs(wanted.astype(np.float64) - stored.astype(np.float64))[differ]
-                # NaN and infinity on one side only differ by more than any number.
+                # A NaN or infinity on one side only counts as an infinite difference.
                 self.largest = max(self.largest, float(np.where(np.isnan(apart), np.inf, apart).max()))

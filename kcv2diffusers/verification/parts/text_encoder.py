@@ -31,7 +31,10 @@ def build(side: Side, request: Request) -> Any:
 
 
 def kerascv_model(cls: Any, side: Side, size: int) -> Any:
-    """An SD2 text encoder whose config says "gelu" has the activation it had up to keras-cv 0.6.0."""
+    """KerasCV's text encoder; see `Adapter.kerascv_model`.
+
+    An SD2 text encoder whose config states "gelu" gets the exact GELU, as up to keras-cv 0.6.0.
+    """
     dims = side.source.dims
     model = cls(dims["length"], dims["vocabulary"], download_weights=False)
     if side.source.version == "sd2" and side.config.get("hidden_act", "gelu") == "gelu":

@@ -1,4 +1,4 @@
-"""The half of the autoencoder that makes pictures of latents."""
+"""The VAE decoder: latents to images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The half of the autoencoder that makes latents of pictures."""
+"""The VAE encoder: images to latents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SQUARE = 16  # pixels
 
 
 def inputs(side: Side, size: int, rng: np.random.Generator) -> Inputs:
-    """A picture in -1..1: coarse squares and noise."""
+    """An image in -1..1 of coarse squares plus noise; see `Adapter.inputs`."""
     coarse = rng.uniform(-0.5, 0.5, (1, size // _SQUARE, size // _SQUARE, 3))
     squares = coarse.repeat(_SQUARE, 1).repeat(_SQUARE, 2)
     return {"image": squares + rng.uniform(-0.5, 0.5, squares.shape)}
