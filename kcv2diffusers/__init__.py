@@ -1,10 +1,11 @@
 """Convert KerasCV Stable Diffusion checkpoints to diffusers pipelines, and back.
 
-The subpackages are rooms of one house; each imports only from those before it:
-`system` (files, processes, signals), `maps` (the weight maps), `hub` (reads the Hugging Face Hub), `sources`
-(readers, and what a checkpoint holds), `pipeline` (configs, scheduler, tokenizer), `targets` (writers),
-`conversion` (both directions), `models` (the networks in Keras 3), `dreambooth` (the trainer), `verification`
-(both sides compared), `publish` (to the Hub), `cli` (the commands).
+The subpackages are layers. Each imports only from those before it in this list:
+`system` (files, processes, signals), `maps` (weight maps), `hub` (downloads from the Hugging Face Hub),
+`sources` (readers, and detection of what a checkpoint contains), `pipeline` (configs, scheduler, tokenizer),
+`targets` (writers), `conversion` (both directions), `models` (the networks in Keras 3), `dreambooth` (the
+trainer), `verification` (comparison of Keras and diffusers), `publish` (upload to the Hub), `cli` (the
+commands).
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, so that `kcv2diffusers --help` does not wait for NumPy and h5py.
+    # Lazy imports: `kcv2diffusers --help` must not wait for NumPy and h5py.
     if name == "__version__":
         from kcv2diffusers.environment import own_version
 

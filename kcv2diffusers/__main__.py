@@ -1,4 +1,4 @@
-"""What `kcv2diffusers` and `python -m kcv2diffusers` start."""
+"""Entry point of `kcv2diffusers` and `python -m kcv2diffusers`."""
 
 import sys
 
@@ -17,7 +17,7 @@ def start() -> None:
     with interruptible():
         try:
             from kcv2diffusers.cli import main
-        except Error as error:  # a weight map of the user's
+        except Error as error:  # a weight map that the user supplied is invalid
             sys.exit(f"kcv2diffusers: {error}")
         main()
 

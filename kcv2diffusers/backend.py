@@ -1,4 +1,4 @@
-"""Keras' backend: the one that is asked for, else the best one that is installed."""
+"""Choice of the Keras backend: the requested one, else the best installed one."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from kcv2diffusers.json_text import parse_object
 
 VARIABLE = "KERAS_BACKEND"
 BACKENDS = ("torch", "jax", "tensorflow")
-"""Best first, by docs/benchmarks.md: PyTorch trains fastest on a CPU and compiles nothing."""
+"""Best first, as measured in docs/benchmarks.md: PyTorch trains fastest on a CPU and needs no compilation."""
 _WRITTEN = "tensorflow"
-"""What Keras writes into its config file where nobody chose."""
+"""The backend that Keras writes into a new config file by default; it is not a choice of the user."""
 
 
 def choose_backend(say: Callable[[str], None] = lambda line: None, asked: str = "auto") -> None:
-    """Set KERAS_BACKEND, before Keras is imported, to a backend that is installed.
+    """Set KERAS_BACKEND to an installed backend, before Keras is imported.
 
-    The one that is `asked` for is taken, then one that the user has set, then one in Keras' own config file,
-    then the first of `BACKENDS`; `say` is given a line where nobody has set one, or somebody another. Raises
-    Error if none is there, or not the one that is set.
+    The order of precedence is: `asked` (unless "auto"), the KERAS_BACKEND of the user, the backend in Keras'
+    config file, the first installed one of `BACKENDS`. `say` is called with one line if the backend was
+    chosen without the user, or if `asked` overrides KERAS_BACKEND. Raises Error if no backend is installed,
+    or if the requested one is not.
     """
     if "keras" in sys.modules or not _installed("keras"):
         return
@@ -46,12 +47,12 @@ def choose_backend(say: Callable[[str], None] = lambda line: None, asked: str = 
 
 
 def installed() -> list[str]:
-    """The backends that are installed, best first."""
+    """Return the installed backends, best first."""
     return [name for name in BACKENDS if _installed(name)]
 
 
 def taken(found: list[str]) -> str | None:
-    """Which of the installed ones is taken where the environment names none."""
+    """Return the backend to use, out of `found`, if KERAS_BACKEND is unset. None if `found` is empty."""
     configured = _configured()
     if configured in found and configured != _WRITTEN:
         return configured
@@ -70,7 +71,7 @@ def _check(name: str, found: list[str], setting: str = f"{VARIABLE}=") -> None:
 
 
 def _configured() -> str | None:
-    """What Keras' config file names."""
+    """Return the backend named in Keras' config file, None if there is none."""
     home = os.environ.get("KERAS_HOME") or "~/.keras"
     with suppress(OSError, RuntimeError):
         name = (parse_object((Path(home).expanduser() / "keras.json").read_bytes()) or {}).get("backend")

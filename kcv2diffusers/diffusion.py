@@ -1,5 +1,5 @@
-"""Latent diffusion in numbers: sizes of latents, the noise schedule that a UNet was trained with, and the
-timesteps at which it is sampled. NumPy only.
+"""Constants and schedules of latent diffusion: latent sizes, the noise schedule that a UNet was trained with,
+and the timesteps at which it is sampled. NumPy only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 LATENT_CHANNELS = 4
 LATENT_SCALE = 0.18215
-"""Latents are the VAE's means times this number, which gives them about unit variance."""
+"""Latents are the VAE's means multiplied by this factor, which gives them approximately unit variance."""
 PIXELS_PER_LATENT = 8
 TRAIN_STEPS = 1000
 SPACINGS = ("leading", "linspace", "trailing")
@@ -33,7 +33,7 @@ def _scaled_linear(start: float, end: float, count: int) -> Array:
 
 
 def _cosine(start: float, end: float, count: int) -> Array:
-    """Nichol and Dhariwal 2021, arXiv:2102.09672, as diffusers has it; start and end play no role."""
+    """Nichol and Dhariwal 2021, arXiv:2102.09672, as implemented in diffusers. Ignores start and end."""
     left = np.square(np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * math.pi / 2))
     return np.minimum(1 - left[1:] / left[:-1], 0.999)
 
@@ -47,10 +47,11 @@ BETAS: Mapping[str, Callable[[float, float, int], Array]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """How much noise a timestep means, in the words of diffusers' scheduler configs.
+    """A noise schedule. The fields have the names of the entries of diffusers' scheduler configs.
 
-    The defaults are Stable Diffusion's own, which KerasCV has too. `timestep_spacing` and `steps_offset` only
-    say at which timesteps diffusers samples. Raises ValueError for what no schedule can be.
+    The defaults are those of Stable Diffusion and KerasCV. `timestep_spacing` and `steps_offset` do not
+    change the noise; they only select the timesteps at which diffusers samples. Raises ValueError for invalid
+    values.
     """
 
     beta_start: float = 0.00085
@@ -80,9 +81,10 @@ class Schedule:
 
     @property
     def alphas_cumprod(self) -> Array:
-        """How much of a picture's variance is left at each timestep, descending, float32.
+        """Share of the image's variance that remains at each timestep, descending.
 
-        The last one is 0 where `rescale_betas_zero_snr` (Lin et al. 2023, arXiv:2305.08891).
+        Shape (num_train_timesteps,), float32.
+        The last value is 0 if `rescale_betas_zero_snr` is set (Lin et al. 2023, arXiv:2305.08891).
         """
         if self.trained_betas is None:
             betas = BETAS[self.beta_schedule](self.beta_start, self.beta_end, self.num_train_timesteps)
@@ -95,10 +97,11 @@ class Schedule:
         return signal.astype("float32")
 
     def timesteps(self, steps: int) -> Array:
-        """The timesteps of a run of `steps` steps, ascending.
+        """Return the timesteps of a sampling run of `steps` steps: (steps,) int64, ascending.
 
-        They are KerasCV's, from the first to the last as KerasCV rounds them; diffusers' where the spacing is
-        "trailing", from which few-step models are trained.
+        They are KerasCV's timesteps, evenly spaced from the first to the last and rounded as in KerasCV. For
+        the spacing "trailing", with which few-step models are trained, they are those of diffusers. Raises
+        Error if `steps` is less than 1.
         """
         count = self.num_train_timesteps
         if steps < 1:
@@ -109,7 +112,10 @@ class Schedule:
         return (np.arange(steps) * ratio).round().astype("int64")
 
     def check(self, prediction_type: str) -> None:
-        """Raise Error for a UNet that cannot be sampled: noise says nothing where there is nothing else."""
+        """Raise Error for a UNet that cannot be sampled.
+
+        At zero SNR the input is pure noise, and the predicted noise (epsilon) says nothing about the image.
+        """
         if self.rescale_betas_zero_snr and prediction_type == "epsilon":
             raise Error(
                 "The base predicts noise (epsilon), and its noise schedule (rescale_betas_zero_snr) ends in "
@@ -119,17 +125,18 @@ class Schedule:
 
 
 SD = Schedule()
-"""Stable Diffusion's own."""
+"""The noise schedule of Stable Diffusion."""
 
 
 def alphas_cumprod() -> Array:
-    """`Schedule.alphas_cumprod` of Stable Diffusion: 1000 of them from 0.9991 down to 0.0047."""
+    """Return `Schedule.alphas_cumprod` of Stable Diffusion: 1000 values from 0.9991 down to 0.0047."""
     return SD.alphas_cumprod
 
 
 def min_snr_weights(signal: Array, gamma: float, prediction_type: str) -> Array:
-    """Weights of the loss at each timestep by min-SNR (Hang et al. 2023, arXiv:2303.09556), float32 of the
-    shape of `signal`, the `alphas_cumprod`; ones for a `gamma` of 0.
+    """Return the min-SNR loss weight of each timestep (Hang et al. 2023, arXiv:2303.09556).
+
+    `signal` are the `alphas_cumprod`. The result is float32 of the same shape. A `gamma` of 0 gives ones.
     """
     if not gamma:
         return np.ones_like(signal)
@@ -139,12 +146,12 @@ def min_snr_weights(signal: Array, gamma: float, prediction_type: str) -> Array:
 
 
 def sampling_timesteps(steps: int) -> Array:
-    """`Schedule.timesteps` of Stable Diffusion, from 0 to 999: KerasCV's own."""
+    """Return `Schedule.timesteps` of Stable Diffusion, from 0 to 999, as in KerasCV."""
     return SD.timesteps(steps)
 
 
 def timestep_embedding(timesteps: Array, width: int) -> Array:
-    """Sinusoids of (batch,) timesteps, cosines first: (batch, width) float32."""
+    """Return sinusoidal embeddings of (batch,) timesteps, cosines first: (batch, width) float32."""
     half = width // 2
     frequencies = np.exp(-math.log(10000) * np.arange(half, dtype="float32") / half)
     angles = np.asarray(timesteps, dtype="float32")[:, None] * frequencies

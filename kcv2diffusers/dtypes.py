@@ -1,4 +1,4 @@
-"""The dtypes of weights, by the names of the command line and of `.safetensors` headers."""
+"""Dtypes of weights, by their names on the command line and in `.safetensors` headers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""What people call them, and what they name the files of one."""
+"""Short names of the dtypes, as used in variant file names."""
 SAFETENSORS = {
     "F64": np.dtype("<f8"),
     "F32": DTYPES["float32"],
@@ -23,5 +23,5 @@ SAFETENSORS = {
 
 
 def full_name(name: str) -> str:
-    """What a dtype is called here, for a name that people have for it; any other name as it is."""
+    """Return the full name of a dtype for a short name, any other name unchanged."""
     return ALIASES.get(name, name)

@@ -1,4 +1,4 @@
-"""What a bug report needs to know of a machine: versions, Keras' backends, devices. No path, no token."""
+"""Environment information for bug reports: versions, Keras backends, devices. No paths and no tokens."""
 
 from __future__ import annotations
 
@@ -44,8 +44,10 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Environment:
-    """`backends` are those of Keras that are installed, `backend` the one that a command would take, None if
-    there is none or an unknown one is set; `devices` are those that PyTorch and JAX see.
+    """Versions, Keras backends and devices.
+
+    `backends` are the installed Keras backends. `backend` is the one that a command would use, None if none
+    is installed or KERAS_BACKEND is not an installed one. `devices` are those that PyTorch and JAX report.
     """
 
     kcv2diffusers: str
@@ -58,11 +60,11 @@ class Environment:
     devices: dict[str, list[str]]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
     def text(self) -> str:
-        """A few lines for a person."""
+        """Return a few human-readable lines."""
         rows = {
             "kcv2diffusers": self.kcv2diffusers,
             "Python": self.python,
@@ -77,7 +79,10 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Of this process. The packages are not imported, but for PyTorch and JAX, which know the devices."""
+    """Return the environment of this process.
+
+    Of the packages, only PyTorch and JAX are imported, because only they can list the devices.
+    """
     backends = installed()
     named = os.environ.get(VARIABLE)
     backend = (named if named in backends else None) if named else taken(backends)
@@ -94,12 +99,12 @@ def environment() -> Environment:
 
 
 def own_version() -> str:
-    """The version of this package, as it is installed."""
+    """Return the installed version of this package."""
     return version("kcv2diffusers")
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Those of the packages that are installed."""
+    """Return the versions of `packages`, without those that are not installed."""
     found = {}
     for package in packages:
         with suppress(PackageNotFoundError):
@@ -126,5 +131,5 @@ _ASK: dict[str, Callable[[], list[str]]] = {"torch": _of_torch, "jax": _of_jax}
 def _devices(ask: Callable[[], list[str]]) -> list[str]:
     try:
         return ask()
-    except Exception as error:  # whatever a broken installation raises; its text may hold paths
+    except Exception as error:  # a broken installation may raise anything, and the text may contain paths
         return [f"cannot be asked ({type(error).__name__})"]

@@ -1,7 +1,7 @@
-"""What can go wrong, and the one or two lines a user reads when it does.
+"""Exceptions, with messages of one or two lines for the user.
 
-Every refusal in the package is an `Error`; the command line prints its text and exits with code 1.
-Anything else that reaches the command line, what the system says about files excepted, is a bug and keeps
+Every expected failure in the package is an `Error`. The command line prints its text and exits with code 1.
+An OSError is reported in the same way. Any other exception that reaches the command line is a bug and keeps
 its traceback.
 """
 
@@ -13,29 +13,30 @@ from pathlib import Path
 
 
 def plain(text: object, keep: str = "") -> str:
-    """The text as one that cannot control a terminal, or look like another line: whatever is not printable is
-    spelled out, but for the characters of `keep`. For names, which others may have chosen.
+    """Return the text with every non-printable character escaped, except the characters of `keep`.
+
+    Names from files and servers are untrusted: they must not control the terminal or fake another line.
     """
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 
 
 def is_unicode(text: str) -> bool:
-    """Whether all of a text is; Python keeps bytes that are not UTF-8 as surrogates."""
+    """Return whether a text is valid Unicode. Python represents bytes that are not UTF-8 as surrogates."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 class Error(Exception):
-    """A refusal with a message for the user: what is wrong and what to do about it."""
+    """An expected failure. The message tells the user what is wrong and what to do about it."""
 
 
 def no_choice(option: str, given: object, choices: Iterable[str]) -> Error:
-    """The refusal of a value that is none of the choices."""
+    """Return the Error for a value that is not one of the choices."""
     known = list(choices)
     return Error(f"{option} {given}: choose one of {', '.join(known)}.{meant(given, known)}")
 
 
 def meant(given: object, choices: Iterable[str]) -> str:
-    """A question for the end of a line: the choice that may be meant, if one is near."""
+    """Return " Did you mean X?" for the choice closest to `given`, "" if none is close."""
     from difflib import get_close_matches
 
     near = get_close_matches(str(given).lower(), list(choices), 1)
@@ -43,25 +44,25 @@ def meant(given: object, choices: Iterable[str]) -> str:
 
 
 class SourceError(Error):
-    """A file that cannot be read as a checkpoint: damaged, hostile, or of a kind nobody writes."""
+    """A file that cannot be read as a checkpoint: damaged, malicious or of an unknown format."""
 
     def __init__(self, path: str | Path, problem: str, remedy: str = "Copy or download it again.") -> None:
         super().__init__(f"{plain(path)}: {plain(problem)}\n{plain(remedy)}")
         self.path, self.problem, self.remedy = path, problem, remedy
 
     def __reduce__(self) -> tuple[type[SourceError], tuple[str | Path, str, str]]:
-        return type(self), (self.path, self.problem, self.remedy)  # it crosses from process to process
+        return type(self), (self.path, self.problem, self.remedy)  # workers send it to the parent process
 
 
 def pipeline_given(source: str | Path) -> SourceError:
-    """The refusal of a diffusers pipeline where Keras checkpoints are expected."""
+    """Return the error for a diffusers pipeline where Keras checkpoints are expected."""
     problem = "a diffusers pipeline, not a Keras checkpoint."
     return SourceError(source, problem, "Give it with --base, or to to-keras.")
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system says about `path`, or about a file below it, as a SourceError."""
+    """Turn an OSError about `path`, or about a file below it, into a SourceError."""
     try:
         yield
     except OSError as error:
@@ -70,19 +71,19 @@ def reading(path: Path) -> Iterator[None]:
 
 
 class PlanError(Error):
-    """A checkpoint whose tensors do not fit its table; the text is the grouped report."""
+    """A checkpoint whose tensors do not match its weight map. The text is the grouped report."""
 
 
 class TargetError(Error):
-    """The output cannot be written: it exists, the disk is full, permission is missing."""
+    """The output cannot be written: it exists already, the disk is full, or permission is denied."""
 
 
 _DISTRIBUTIONS = {"PIL": "pillow", "skimage": "scikit-image", "keras_cv": "keras-cv"}
-"""What pip calls packages that are imported by another name."""
+"""Distribution names of packages whose import name differs."""
 
 
 class MissingExtra(Error):
-    """A package is not installed that one of our extras, or Keras' backend, needs."""
+    """A package that one of our extras or the Keras backend needs is not installed."""
 
     def __init__(self, package: str, extra: str) -> None:
         if package in ("tensorflow", "jax", "torch"):

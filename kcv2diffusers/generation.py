@@ -1,4 +1,4 @@
-"""Pictures from prompts, written as PNG files: `kcv2diffusers generate`."""
+"""Image generation from prompts, written as PNG files: `kcv2diffusers generate`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def generate(
     tokenizer: str | PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Write pictures of each of `prompts` into folder `out`, and return their paths in that order.
+    """Generate images for each of `prompts`, write them into folder `out` and return their paths.
 
-    They are numbered on from what is there. `base` is "tiny", a diffusers pipeline folder, or KerasCV
-    checkpoints. `height` and `width` are in pixels, multiples of 64 (default: the base's size). Raises
-    Error with a message for the user.
+    The paths are in the order of the prompts. File numbers continue after the highest number already in
+    `out`. `base` is "tiny", a diffusers pipeline folder, or KerasCV checkpoints. `height` and `width` are in
+    pixels, multiples of 64 (default: the size of the base). Raises Error with a message for the user.
     """
     if not prompts or images_per_prompt < 1:
         raise Error("Nothing to generate: give a prompt, and at least one image per prompt.")

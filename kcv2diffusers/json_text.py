@@ -1,4 +1,4 @@
-"""JSON in and out of files."""
+"""Reading and writing JSON files."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 
 
 def parse_object(data: bytes) -> dict[str, Any] | None:
-    """The object that `data` holds in JSON, None if it holds none. It may be UTF-16 or UTF-32, and begin with
-    a byte-order mark, as what editors on Windows write does.
+    """Parse a JSON object; return None if `data` is not one.
+
+    `data` may be UTF-8, UTF-16 or UTF-32, with or without a byte-order mark, which Windows editors write.
     """
     try:
-        found = json.loads(data)  # which finds out the encoding of bytes, but takes no mark in a text
+        found = json.loads(data)  # detects the encoding of bytes; it refuses a str with a byte-order mark
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write an object, sorted and indented, into a file whose folder is made if it is not there."""
+    """Write an object, sorted and indented. The folder is created if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")

@@ -1,4 +1,4 @@
-"""Pictures side by side, and how alike two sets of them are."""
+"""Image grids, line charts, and PSNR between two sets of images."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _FONT = 11
 
 
 def grid(images: Array, columns: int, captions: Sequence[str] = (), scale: int = 1) -> Image.Image:
-    """One picture of `images` (n, height, width, 3) uint8, row by row, enlarged `scale` times.
+    """Return a grid of `images` (n, height, width, 3) uint8, filled row by row, each enlarged `scale` times.
 
-    `captions` stand below the pictures, wrapped to their width.
+    `captions` are drawn below the images, wrapped to the image width.
     """
     height, width = images.shape[1] * scale, images.shape[2] * scale
     font = ImageFont.load_default(_FONT)
@@ -44,9 +44,9 @@ def grid(images: Array, columns: int, captions: Sequence[str] = (), scale: int =
 
 
 def psnr(images: Array, others: Array) -> Array:
-    """Peak signal-to-noise ratio in decibels of each of (n, height, width, 3) uint8 pictures: (n,).
+    """Return the peak signal-to-noise ratio in dB of each pair of (n, height, width, 3) uint8 images: (n,).
 
-    Equal pictures have an infinite one.
+    It is infinite for equal images.
     """
     error = ((images.astype("float64") - others.astype("float64")) ** 2).mean((1, 2, 3))
     with np.errstate(divide="ignore"):
@@ -54,7 +54,11 @@ def psnr(images: Array, others: Array) -> Array:
 
 
 def chart(values: Sequence[float], name: str, size: tuple[int, int] = (640, 320)) -> Image.Image:
-    """A line of `values` with a smoothed one over it, on axes from 0 to their number and their extremes."""
+    """Return a line chart of `values` with a moving average drawn over it.
+
+    The x axis runs from 1 to the number of values, the y axis from their minimum to their maximum. `size` is
+    (width, height) in pixels.
+    """
     width, height = size
     left, top, right, bottom = 56, 12, width - 12, height - 28
     sheet = Image.new("RGB", size, "white")

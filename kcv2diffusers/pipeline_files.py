@@ -1,4 +1,4 @@
-"""Names of the files in a pipeline folder and beside checkpoints, and the variants of weight files."""
+"""File names in a pipeline folder and beside checkpoints, and variants of weight files."""
 
 from __future__ import annotations
 
@@ -19,34 +19,36 @@ TOKENIZER_FILES = (
 )
 CARD = "README.md"
 CONFIG_FILE = "kcv2diffusers.json"
-"""Beside a checkpoint: what its weights do not tell."""
+"""Beside a checkpoint: config entries that cannot be inferred from the weights."""
 CONVERSION_FILE = "conversion.json"
-"""In a pipeline folder: what it was converted from."""
+"""In a pipeline folder: the sources of the conversion."""
 VERIFICATION_FILE = "verification.json"
-"""In a pipeline folder: what `--verify` found. It holds paths and is not published."""
+"""In a pipeline folder: the result of `--verify`. It contains local paths and is not published."""
 RUN_FILE = "dreambooth.toml"
-"""In a pipeline folder: the options of the DreamBooth run that made it."""
+"""In a pipeline folder: the options of the DreamBooth run that trained it."""
 LORA_FILE = "pytorch_lora_weights.safetensors"
 SAMPLES_FILE = "samples.png"
 EMBEDDINGS = "learned_embeds{}.safetensors"
-"""Files of `load_textual_inversion`: the plain name, or -0, -1, ... if there are several."""
+"""Files for `load_textual_inversion`. The placeholder is empty for one file, else -0, -1, ..."""
 EMBEDDINGS_PATTERN = EMBEDDINGS.format("*")
 
 
 def with_variant(name: str, variant: str | None) -> str:
-    """The name of a weight file in a variant: model.fp16.safetensors."""
+    """Return the name of a weight file in a variant, such as model.fp16.safetensors."""
     stem, suffix = name.rsplit(".", 1)
     return f"{stem}.{variant}.{suffix}" if variant else name
 
 
 def variant_of(name: str) -> str:
-    """What stands between the name of a weight file and .safetensors: "fp16", or nothing."""
+    """Return the variant in the name of a weight file, such as "fp16"; "" if there is none."""
     return name.rsplit("/")[-1].removesuffix(".safetensors").partition(".")[2]
 
 
 def weight_names(name: str, variant: str | None, there: Iterable[str]) -> list[str]:
-    """The names that the weight file `name` of a component may have, best first: the `variant` asked for, the
-    plain name, then other variants among the files that are `there`, averaged weights first.
+    """Return the possible names of the weight file `name` of a component, best first.
+
+    The order is: the requested `variant`, the plain name, the other variants among the files `there`. Of the
+    other variants, EMA weights come before "non_ema" ones.
     """
     stem, suffix = name.rsplit(".", 1)
     others = [file for file in sorted(there) if file.startswith(f"{stem}.") and file.endswith(f".{suffix}")]

@@ -1,13 +1,13 @@
-"""How long work reports what is done of it."""
+"""Types of progress callbacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[int, int], None]
-"""Called with what is done and the whole: bytes, or steps."""
+"""Called with the amount done and the total, in bytes or steps."""
 StageProgress = Callable[[str, int, int, str], None]
-"""Called with the name of a stage, what of it is done, the whole, and a remark."""
+"""Called with the name of a stage, the amount done, the total, and a remark."""
 
 
 def silent(done: int, total: int) -> None:
