@@ -1,1 +1,1 @@
-"""What stands around the weights in a diffusers pipeline: configs, scheduler, tokenizer, provenance."""
+"""The files of a diffusers pipeline other than weights: configs, scheduler, tokenizer, provenance."""

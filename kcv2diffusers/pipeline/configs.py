@@ -1,4 +1,4 @@
-"""What stands around the weights in a diffusers pipeline: configs, scheduler, model_index.json."""
+"""The config files of a diffusers pipeline: config.json, scheduler, model_index.json."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.source import Style
 from kcv2diffusers.sources.tensor import values_of
 
-# What transformers loads in where the user asks for nothing, whatever the weights are stored in. diffusers
-# takes float32 then, and a pipeline of two dtypes fails.
+# By default transformers loads a model in this dtype, whatever dtype is stored. diffusers loads in float32 by
+# default, and a pipeline with two dtypes fails.
 LOADED = {"torch_dtype": "float32"}
 
-# Entries of a config.json that say nothing about the model.
+# Entries of a config.json that do not describe the model.
 NOT_KEPT = {"_name_or_path", "_diffusers_version", "dtype", "torch_dtype", "transformers_version"}
 _SAVE_AGAIN = "Correct it, or save the pipeline again with diffusers' save_pretrained."
-# Sections of kcv2diffusers.json beside those of the components, as `to_keras` writes them: entries of
-# config.json files that no table has, by component; the scheduler's config; the dtypes of a pipeline.
+# Sections of kcv2diffusers.json that `to_keras` writes in addition to those of the components: entries of
+# config.json files that are in no table, by component; the scheduler's config; the dtypes of a pipeline.
 _OTHERS, _SCHEDULER, _DTYPES = "others", "scheduler", "dtypes"
 
 
 def model_index(family: Family, scheduler: str | None) -> dict[str, Any]:
-    """model_index.json of a family's pipeline with a scheduler of this class of diffusers (None: without)."""
+    """Return model_index.json for a family. `scheduler` is a diffusers class name (None: no scheduler)."""
     components = {table.folder: table.diffusers.split(".") for table in tables_of(family)}
     schedulers = {SCHEDULER_FILE.parent.name: ["diffusers", scheduler]} if scheduler else {}
     return {**family.index, **components, **schedulers}
@@ -50,11 +50,11 @@ def config_of(
     image_size: int,
     overrides: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """config.json of a component from its table's entries, sizes filled in.
+    """Return config.json of a component: the entries of its table with sizes filled in.
 
-    `dims` are the table's symbols; "words" among them is the vocabulary without placeholder tokens, "bos" and
-    "eos" the ids of its special tokens (default: its last two).
-    `image_size` is in pixels; `overrides` replace entries.
+    `dims` are the values of the table's symbols. "words" is the vocabulary size without placeholder tokens;
+    "bos" and "eos" are the ids of its special tokens (default: its last two). `image_size` is in pixels.
+    `overrides` replace entries.
     """
     words = dims.get("words", dims.get("vocabulary", 0))
     sizes = {
@@ -71,15 +71,15 @@ def config_of(
 
 
 def untold(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a component's config.json that its weights do not tell."""
+    """Return the entries of a component's config.json that cannot be inferred from its weights."""
     return {name: value for name, value in config.items() if name in table.untold}
 
 
 def check_sizes(path: Path, match: Match, config: Mapping[str, Any], remedy: str = _SAVE_AGAIN) -> None:
-    """Raise SourceError unless a model built from the config at `path` has the tensors that are there.
+    """Raise SourceError if the config at `path` describes a model with other tensor shapes than `match`.
 
-    What the shapes of a model follow from are its entries that have sizes in the table, and those of its
-    structure; an entry that is left out has Stable Diffusion's own value.
+    Only entries that determine shapes are compared: those with a size in the table, and the structural ones.
+    A missing entry has the value of Stable Diffusion.
     """
     table = match.spec.table
     wanted = config_of(table, match.version, match.dims, image_size=family_of([match.part]).image_size)
@@ -94,7 +94,7 @@ def check_sizes(path: Path, match: Match, config: Mapping[str, Any], remedy: str
 
 
 def require_heads(match: Match, overrides: Mapping[str, Any]) -> None:
-    """Raise Error for a model of unusual widths whose number of heads nobody states, or states wrongly."""
+    """Raise Error for a model of non-standard widths if its number of heads is missing or invalid."""
     folder, entries = match.spec.table.folder, match.spec.table.entries
     heads = entries.heads
     if not heads or (match.known and heads not in overrides):
@@ -131,9 +131,10 @@ def _beside(path: Path) -> Path:
 
 
 def user_config(path: Path, table: Table) -> dict[str, Any]:
-    """The entries for this component in the `kcv2diffusers.json` beside a checkpoint, if there is one.
+    """Return the entries for this component in the `kcv2diffusers.json` beside a checkpoint.
 
-    The file maps a component folder to entries of its config.json. Raises SourceError for anything else.
+    The result is {} if there is no such file. The file maps component folders to entries of their
+    config.json. Raises SourceError for any other content.
     """
     file, entries = _section(path, table.folder)
     known = table.known_entries
@@ -147,9 +148,10 @@ def user_config(path: Path, table: Table) -> dict[str, Any]:
 
 
 def user_scheduler(path: Path) -> dict[str, Any]:
-    """The scheduler's config that goes with a checkpoint: as the `kcv2diffusers.json` beside it states it,
-    where that has no class with Stable Diffusion's own entries for the rest. Raises SourceError for a config
-    that makes no sense.
+    """Return the scheduler config of a checkpoint, from the `kcv2diffusers.json` beside it.
+
+    If the stated config names no class, its missing entries are those of Stable Diffusion. Raises SourceError
+    for an invalid config.
     """
     file, stated = _section(path, _SCHEDULER)
     config = stated if "_class_name" in stated else SCHEDULER | stated
@@ -158,8 +160,10 @@ def user_scheduler(path: Path) -> dict[str, Any]:
 
 
 def scheduler_with(unet: Match) -> tuple[dict[str, Any], Path]:
-    """The config of the scheduler to write beside a UNet, which was trained with its noise schedule, and the
-    file that states it: beside a checkpoint, or in the pipeline that it is from.
+    """Return the scheduler config to write for a UNet, and the file that it comes from.
+
+    The config holds the noise schedule with which the UNet was trained. The file is beside the checkpoint, or
+    in the pipeline of the UNet.
     """
     if unet.source.style is Style.NAMED:
         config = user_scheduler(unet.source.path)
@@ -172,14 +176,15 @@ def scheduler_with(unet: Match) -> tuple[dict[str, Any], Path]:
     return scheduler_of(read_scheduler(file.parent.parent), file), file
 
 
-# What tells the two kinds of Stable Diffusion 2 apart in files that do not say: in the last layer of the UNet
-# the biases of the first norm spread further where it was trained to predict v. ComfyUI decides by it too.
+# These detect the prediction type of Stable Diffusion 2 in files that do not state it: in the UNet's last
+# transformer block, the biases of the first norm have a larger standard deviation if the UNet was trained for
+# v prediction. ComfyUI uses the same test.
 _V_TENSOR = "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias"
 _V_SPREAD = 0.09
 
 
 def _prediction(unet: Match) -> str:
-    """What the UNet of a single file predicts: as its metadata state, else as its weights tell for SD2."""
+    """Return the prediction type of a single file's UNet, from its metadata, else (SD2) from its weights."""
     if stated := prediction_in(unet.source.metadata):
         return stated
     tensor = unet.source.named.get(_V_TENSOR)
@@ -190,7 +195,10 @@ def _prediction(unet: Match) -> str:
 
 
 def user_dtype(path: Path, table: Table) -> str | None:
-    """The dtype of this component in the pipeline that `to_keras` made a checkpoint of, where it says so."""
+    """Return this component's dtype in the pipeline that `to_keras` converted to the checkpoint.
+
+    None if the checkpoint's kcv2diffusers.json does not state it. Raises SourceError for an unknown dtype.
+    """
     file, stated = _section(path, _DTYPES)
     name = stated.get(table.folder)
     if name is not None and (not isinstance(name, str) or name not in DTYPES):
@@ -202,8 +210,10 @@ def user_dtype(path: Path, table: Table) -> str | None:
 def carried(
     components: Mapping[str, tuple[Match, Mapping[str, Any]]], scheduler: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The `kcv2diffusers.json` with which `convert` finds back: what it would not write by itself into the
-    config.json of each component, given with one of its parts, and into the scheduler's.
+    """Return the `kcv2diffusers.json` with which `convert` restores the original configs.
+
+    It contains only what `convert` would not write by default into each component's config.json and into the
+    scheduler's. `components` maps a folder to one of its parts and its config.json.
     """
     stated: dict[str, dict[str, Any]] = {_OTHERS: {}}
     for folder, (match, config) in components.items():
@@ -225,14 +235,15 @@ def _is_entry(name: str) -> bool:
 
 
 def _follows(table: Table, name: str) -> bool:
-    """Whether an entry of config.json follows from the shapes of the weights."""
+    """Return whether an entry of config.json can be inferred from the shapes of the weights."""
     return "$" in str(table.config.get(name)) and name not in table.entries.choices
 
 
 def _section(path: Path, name: str) -> tuple[Path, dict[str, Any]]:
-    """The file that states something of a checkpoint, and a section of it, empty where there is none.
+    """Return the file with the config of a checkpoint, and section `name` of it, {} if there is none.
 
-    A single file that `convert` wrote states it itself; for others it is the `kcv2diffusers.json` beside.
+    A single file that `convert` wrote has the config in its own metadata. For all other checkpoints it is in
+    the `kcv2diffusers.json` beside them.
     """
     folder = _beside(path)
     if path.suffix == ".safetensors" and path.is_file() and OWN in (metadata := read_header(path)[1]):

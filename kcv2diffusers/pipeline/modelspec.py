@@ -1,6 +1,7 @@
-"""The metadata of a single file as the Stability AI Model Metadata Standard (modelspec) 1.0.1 defines them.
+"""Metadata of a single file, as defined by the Stability AI Model Metadata Standard (modelspec) 1.0.1.
 
-Beside them stands one entry of our own: what a `kcv2diffusers.json` says of the model, which no tensor tells.
+One additional entry of our own holds the content of a `kcv2diffusers.json`: config entries that cannot be
+inferred from the tensors.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ def modelspec(
     image_size: tuple[int, int],
     trigger_phrase: str | None = None,
 ) -> dict[str, str]:
-    """The entries of a file with these component folders; the hash is added when the tensors are written.
+    """Return the modelspec entries of a file with these component folders, except the hash.
 
-    `version` is "sd1", "sd2" or, for a VAE alone, "any"; `image_size` is (width, height) in pixels. The date
-    is now, or that of the variable SOURCE_DATE_EPOCH, which makes files reproducible.
+    The hash is added when the tensors are written. `version` is "sd1", "sd2" or, for a VAE alone, "any".
+    `image_size` is (width, height) in pixels. The date is the current time, or that of the environment
+    variable SOURCE_DATE_EPOCH, which makes files reproducible.
     """
     known = family.modelspec.get(version) or next(iter(family.modelspec.values()))
     part = f"/{next(iter(components))}" if len(components) == 1 else ""
@@ -52,7 +54,7 @@ def modelspec(
         entries["prediction_type"] = _PREDICTIONS[prediction_type]
     if trigger_phrase:
         entries["trigger_phrase"] = trigger_phrase
-    # Names of files may hold bytes that are no text, for which JSON has no place.
+    # File names may contain bytes that are not valid Unicode, which JSON in UTF-8 cannot represent.
     return {PREFIX + name: value.encode("utf-8", "replace").decode() for name, value in entries.items()}
 
 
@@ -63,13 +65,13 @@ def _now() -> datetime:
 
 
 def own_entry(stated: Mapping[str, Any]) -> dict[str, str]:
-    """Our own entry: the tool, and the sections of a kcv2diffusers.json."""
+    """Return our own entry: the tool, and the sections of a kcv2diffusers.json."""
     data = {_TOOL: f"kcv2diffusers {version('kcv2diffusers')}", **stated}
     return {OWN: json.dumps(data, sort_keys=True)}
 
 
 def own_sections(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The sections of our own entry, {} where there is none, None where it is no JSON object."""
+    """Return the sections of our own entry: {} if there is no entry, None if it is not a JSON object."""
     if OWN not in metadata:
         return {}
     data = parse_object(metadata[OWN].encode("utf-8", "surrogatepass"))
@@ -77,7 +79,7 @@ def own_sections(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def prediction_in(metadata: Mapping[str, str]) -> str | None:
-    """What the UNet predicts as modelspec states it, None where it does not."""
+    """Return the prediction type in modelspec: "epsilon", "v_prediction", or None if it is not stated."""
     stated = metadata.get(f"{PREFIX}prediction_type", "")
     if stated in ("v", "v_prediction", "v-prediction"):
         return "v_prediction"

@@ -1,8 +1,9 @@
-"""`conversion.json` in a pipeline folder: what it was converted from, for its model card.
+"""`conversion.json` in a pipeline folder: the sources of the conversion, for the model card.
 
 Hashes are not computed here: SHA-256 (0.8 GB/s on the machine of the benchmark) would take longer than the
-conversion. `push` computes them from the files if they are still as they were. For that the record has their
-paths, relative to the pipeline; `push` publishes it without. What came from the Hub brings its hash along.
+conversion. `push` computes them from source files that are unchanged. The record therefore contains their
+paths, relative to the pipeline; `push` removes the paths before it publishes the record. Files from the Hub
+cache already have their hash in the name of their blob.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ def record(
     out: Path,
     loras: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What to write: the tool, the source of each part, the bases and the licenses that they state.
+    """Return the record: the tool, the source of each part, the bases, and the licenses that these state.
 
-    `out` is where the pipeline will be, `bases` the paths that filled in for missing parts,
-    `loras` the names and strengths of LoRAs that are merged into the weights.
+    `out` is the future folder of the pipeline, `bases` are the paths that supplied missing parts, `loras` the
+    names and strengths of the LoRAs merged into the weights.
     """
     homes = {_home(path): None for path in (*(m.source.path for m in parts.values()), *bases)}
     stated = {home: license_of(home) for home in homes}
@@ -75,19 +76,19 @@ def record(
 
 
 def _home(path: Path) -> Path:
-    """The folder where a source's model card would be."""
+    """Return the folder that contains a source's model card, if it has one."""
     found = cached(path)
     return found[1] if found else path if path.is_dir() else path.parent
 
 
 def _named(path: Path) -> str:
-    """A folder by its address or its name: where it lies on this machine is nobody's business."""
+    """Return the Hub address of a folder, else its name. The record is published, so local paths stay out."""
     found = cached(path)
     return str(found[0]) if found else path.name
 
 
 def license_of(folder: Path) -> dict[str, str]:
-    """`license`, `license_name` and `license_link` of a model card in a folder, where it states them."""
+    """Return the entries `license`, `license_name` and `license_link` that the model card in a folder has."""
     try:
         text = (folder / CARD).read_bytes()[: 1 << 20].decode("utf-8-sig", "replace")
     except OSError:
@@ -97,7 +98,7 @@ def license_of(folder: Path) -> dict[str, str]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The record in a pipeline folder; empty if there is none. Raises SourceError if it is not one."""
+    """Return the record in a pipeline folder, {} if there is none. Raises SourceError if it is invalid."""
     path = folder / CONVERSION_FILE
     try:
         found = parse_object(path.read_bytes()[: 4 << 20])
@@ -109,8 +110,10 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _fits(data: Any, form: Any) -> bool:
-    """Whether JSON has a form: types, [form of each], {"*": form of each}, or {name: form, "?name": form},
-    where those with "?" may be absent.
+    """Return whether JSON data matches a schema.
+
+    A schema is a type, [schema of each item], {"*": schema of each value}, or {name: schema}. Names that
+    begin with "?" are optional.
     """
     if isinstance(form, list):
         return isinstance(data, list) and all(_fits(item, form[0]) for item in data)
@@ -126,9 +129,9 @@ def _fits(data: Any, form: Any) -> bool:
 
 
 def published(folder: Path, progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """The record as it may be published: hashes of the source files that are still as they were, no paths.
+    """Return the record for publication: with the hashes of unchanged source files, without local paths.
 
-    `progress` is told bytes hashed and in total.
+    `progress` is called with the bytes hashed and in total.
     """
     data = read(folder)
     files = [file for part in data.get("parts", {}).values() for file in part["files"]]
@@ -148,7 +151,7 @@ def published(folder: Path, progress: Callable[[int, int], None]) -> dict[str, A
 
 
 def _unchanged(folder: Path, file: Mapping[str, Any]) -> Path | None:
-    """Where a file of the record is, if it needs a hash and is as it was at the conversion."""
+    """Return the path of a file of the record if it has no hash yet and is unchanged since the conversion."""
     if "path" not in file or "sha256" in file:
         return None
     path = folder / str(file["path"])
@@ -176,7 +179,7 @@ def _part(match: Match, out: Path) -> dict[str, Any]:
 
 
 def _files(source: Source) -> list[Path]:
-    """The files of the checkpoint that hold tensors; an archive that had to be unpacked is itself."""
+    """Return the files of a checkpoint that contain tensors. For an unpacked archive, return the archive."""
     if source.spool is not None or source.path.is_file():
         return [source.path]
     return sorted({tensor.path for tensor in source.tensors})

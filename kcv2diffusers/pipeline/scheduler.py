@@ -1,4 +1,4 @@
-"""`scheduler_config.json`: what `convert` writes, and what the one of a pipeline says of its UNet."""
+"""`scheduler_config.json`: the one that `convert` writes, and the reading of a pipeline's own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from kcv2diffusers.errors import SourceError
 from kcv2diffusers.pipeline_files import SCHEDULER_FILE
 from kcv2diffusers.sources.diffusers_pipeline import PREDICTION_TYPES, read_json
 
-# KerasCV's sampler visits integer timesteps of its own choosing. This scheduler, given those as
-# `timesteps=`, replays it; DDIM cannot, because it derives the previous timestep by itself. Without
-# `timesteps=` the offset counts, and diffusers warns of any but 1. Entries that Euler does not have are for
-# the classes that people derive from it (DDIM, DDPM, PNDM): their defaults are not Stable Diffusion's.
+# KerasCV's sampler uses its own integer timesteps. This scheduler reproduces it if it is called with those as
+# `timesteps=`. DDIM cannot, because it computes the previous timestep itself. Without `timesteps=` the offset
+# is used, and diffusers warns unless it is 1. Entries that Euler does not have are for the classes that users
+# create from this config (DDIM, DDPM, PNDM): the defaults of those are not Stable Diffusion's values.
 SCHEDULER: dict[str, Any] = {
     "_class_name": "EulerDiscreteScheduler",
     "beta_end": 0.012,
@@ -32,7 +32,7 @@ SCHEDULER: dict[str, Any] = {
     "trained_betas": None,
     "use_karras_sigmas": False,
 }
-# What a class takes where its config states nothing: all but those below.
+# Default entries of the scheduler classes, except those in OTHER_DEFAULTS.
 DEFAULTS: dict[str, Any] = {
     "beta_end": 0.02,
     "beta_schedule": "linear",
@@ -57,18 +57,18 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
     "PNDMScheduler": _LEADING,
     "TCDScheduler": _CONSISTENCY,
 }
-_NO_BETAS = ("EDM", "FlowMatch")  # how the classes begin whose models are noised in another way
+_NO_BETAS = ("EDM", "FlowMatch")  # prefixes of classes for models with another kind of noise
 _NAMES = tuple(entry.name for entry in fields(Schedule))
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:
-    """The scheduler config of a pipeline folder as it stands; Stable Diffusion's own if there is none."""
+    """Return the scheduler config of a pipeline folder unchanged; Stable Diffusion's if there is none."""
     path = folder / SCHEDULER_FILE
     return read_json(path) if path.exists() else SCHEDULER
 
 
 def class_of(config: Mapping[str, Any], path: Path) -> str:
-    """The scheduler's class in diffusers. Raises SourceError for what is none of Stable Diffusion's."""
+    """Return the scheduler's class in diffusers. Raises SourceError for a class not for Stable Diffusion."""
     name = config.get("_class_name", SCHEDULER["_class_name"])
     if not isinstance(name, str) or not name.isidentifier() or not name.endswith("Scheduler"):
         raise SourceError(
@@ -82,8 +82,9 @@ def class_of(config: Mapping[str, Any], path: Path) -> str:
 
 
 def schedule_of(config: Mapping[str, Any], path: Path) -> Schedule:
-    """The noise schedule that a scheduler config states, with what its class takes for entries that are left
-    out. Raises SourceError where it makes no sense.
+    """Return the noise schedule of a scheduler config. Missing entries have the defaults of its class.
+
+    Raises SourceError for an invalid schedule.
     """
     stated = DEFAULTS | OTHER_DEFAULTS.get(class_of(config, path), {}) | dict(config)
     values = {name: stated[name] for name in _NAMES}
@@ -96,7 +97,7 @@ def schedule_of(config: Mapping[str, Any], path: Path) -> Schedule:
 
 
 def prediction_in(config: Mapping[str, Any], path: Path) -> str:
-    """What a UNet predicts as its scheduler's config says. Raises SourceError for anything unknown."""
+    """Return the prediction type in a scheduler config. Raises SourceError for an unknown one."""
     stated = config.get("prediction_type", PREDICTION_TYPES[0])
     if stated not in PREDICTION_TYPES:
         known = " and ".join(PREDICTION_TYPES)
@@ -105,17 +106,17 @@ def prediction_in(config: Mapping[str, Any], path: Path) -> str:
 
 
 def scheduler_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The scheduler that replays KerasCV's sampler for the UNet of a pipeline with this scheduler config."""
+    """Return the scheduler that reproduces KerasCV's sampler for a pipeline with this scheduler config."""
     return scheduler_for(prediction_in(config, path), schedule_of(config, path))
 
 
 def scheduler_for(prediction_type: str, schedule: Schedule) -> dict[str, Any]:
-    """The config of the scheduler that replays KerasCV's sampler, for a UNet of this schedule."""
+    """Return the scheduler config that reproduces KerasCV's sampler for a UNet with this schedule."""
     return SCHEDULER | deviations(prediction_type, schedule)
 
 
 def deviations(prediction_type: str, schedule: Schedule) -> dict[str, Any]:
-    """The entries that are not Stable Diffusion's own, as JSON has them."""
+    """Return the entries, as JSON values, that differ from those of Stable Diffusion."""
     stated = asdict(schedule) | {"prediction_type": prediction_type}
     if schedule.trained_betas is not None:
         stated["trained_betas"] = list(schedule.trained_betas)

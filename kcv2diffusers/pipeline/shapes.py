@@ -1,4 +1,4 @@
-"""What weights do not tell of a model of unusual widths, from another model of the same shape."""
+"""Config entries that the weights of a non-standard model do not determine, from one of the same shape."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from kcv2diffusers.sources.recognise import Match
 
 
 def stated_beside(match: Match, base_states: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The entries of config.json that the `kcv2diffusers.json` beside a checkpoint states, before those that
-    its base states; where neither states any for an unusual model, those of the base that ships with the
-    package if its shape is the same.
+    """Return the entries of config.json that are stated for a checkpoint.
+
+    Entries of the `kcv2diffusers.json` beside it take precedence over those of its base (`base_states`). If
+    neither states any and the model has non-standard sizes, the entries are those of the base that ships with
+    the package, provided that it has the same shape.
     """
     table = match.spec.table
     stated = {**(base_states or {}), **user_config(match.source.path, table)}
@@ -26,7 +28,7 @@ def stated_beside(match: Match, base_states: Mapping[str, Any] | None = None) ->
 
 
 def same_shape(match: Match, other: Match | None) -> bool:
-    """Whether two parts have the same sizes; the number of tokens plays no role."""
+    """Return whether two parts have the same sizes, apart from the vocabulary size."""
     return other is not None and all(
         other.dims.get(name) == size for name, size in match.dims.items() if name != "vocabulary"
     )
@@ -34,5 +36,5 @@ def same_shape(match: Match, other: Match | None) -> bool:
 
 @cache
 def shipped() -> Mapping[str, Match]:
-    """The parts of the base that ships with the package."""
+    """Return the parts of the base that ships with the package."""
     return gather(locate_all(TINY))

@@ -1,25 +1,25 @@
-"""The `tokenizer/` folder of a pipeline, written so that prompts get the ids KerasCV trained with.
+"""The `tokenizer/` folder of a pipeline, which gives prompts the token ids that KerasCV trained with.
 
-KerasCV's `SimpleTokenizer` pads with `<|endoftext|>` for Stable Diffusion 1 and 2 alike and gives
-placeholder tokens the ids that follow the vocabulary; the folder written here does the same, whatever
-the tokenizer it was made from does (Stable Diffusion 2's own one pads with "!").
+KerasCV's `SimpleTokenizer` pads with `<|endoftext|>` for Stable Diffusion 1 and 2. It gives placeholder
+tokens the ids that follow the vocabulary. The folder written here does the same, whatever the source
+tokenizer does (Stable Diffusion 2's own tokenizer pads with "!").
 
 Ids were compared with keras_cv 0.9.0 for transformers 5.23 `CLIPTokenizer`, 4.57 `CLIPTokenizerFast` and
 4.57 `CLIPTokenizer`. They are equal for ordinary prompts: ASCII, composed accents, digits, punctuation,
 contractions, Cyrillic, Greek, Arabic, Devanagari, Thai, Hangul, kana, Han and emoji (in 5.23 each of the
-78,004 assigned NFC characters below U+20000 was tried within a prompt). They differ for
+78,004 assigned NFC characters below U+20000 was tested within a prompt). They differ for
 
 * HTML entities: KerasCV unescapes twice ("&amp;" is "&"), transformers does not;
 * text that Unicode normalisation (NFC) changes, such as "e" + U+0301: only transformers composes it;
 * a capital sigma that ends a word, and U+017F after an apostrophe (not in 4.57 `CLIPTokenizer`);
-* a placeholder or `<|endoftext|>` right after punctuation: in "(<my-cat>)" KerasCV misses it and
-  transformers does not; and a placeholder made of letters within a word ("sks" in "asks"), where only
-  transformers finds it. Put spaces around placeholders.
-* 4.57 `CLIPTokenizer` (not Fast) alone: it does not match a placeholder typed in capitals; without ftfy it
-  splits Han text into single characters and drops control and zero-width characters, also those that
-  join emoji; with ftfy it straightens curly quotes and expands ligatures and full-width letters.
+* a placeholder or `<|endoftext|>` directly after punctuation: in "(<my-cat>)" only transformers matches it;
+  and a placeholder made of letters within a word ("sks" in "asks"): only transformers matches it. Put spaces
+  around placeholders.
+* 4.57 `CLIPTokenizer` (not Fast) only: it does not match a placeholder typed in capitals. Without ftfy it
+  splits Han text into single characters and drops control and zero-width characters, including those that
+  join emoji. With ftfy it straightens curly quotes and expands ligatures and full-width letters.
 
-No setting in the folder changes these: transformers builds its text rules from the class, not from files.
+No setting in the folder changes this: transformers takes its text rules from the class, not from the files.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ from kcv2diffusers.json_text import parse_object
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
-MERGES = 49152 - 256 - 2  # CLIP's file lists 262,144 merges; CLIP, and so KerasCV, uses the first of them.
-LIMIT = 16 << 20  # The largest genuine file is about 4 MB; a small gz can unpack to any size.
+MERGES = 49152 - 256 - 2  # CLIP's file lists 262,144 merges. CLIP and KerasCV use only the first ones.
+LIMIT = 16 << 20  # The largest genuine file has about 4 MB. A small .gz file can unpack to any size.
 TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
@@ -57,7 +57,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A CLIP vocabulary, its merges ("a b") and the placeholder tokens that follow the vocabulary."""
+    """A CLIP vocabulary, its merges ("a b"), and the placeholder tokens whose ids follow the vocabulary."""
 
     vocab: dict[str, int]
     merges: list[str]
@@ -66,8 +66,10 @@ class TokenizerFiles:
 
 
 def find_tokenizer(source: Path | None = None, folders: Iterable[Path] = ()) -> TokenizerFiles:
-    """Read the tokenizer at `source`, else in `tokenizer/` of a folder or beside a file, else one found on
-    this machine.
+    """Read the tokenizer at `source`, else the first one found.
+
+    Searched are `tokenizer/` in each of `folders` (or beside it, if it is a file), then KerasCV's cache, then
+    an installed open_clip or clip. Raises Error if none is found, SourceError for an invalid one.
     """
     if source is not None:
         return _open(source)
@@ -88,12 +90,15 @@ def write_tokenizer(
     placeholder_tokens: Sequence[str] = (),
     model_max_length: int = 77,
 ) -> None:
-    """Write a `CLIPTokenizer` folder; `placeholder_tokens` get the ids after those `files` already has."""
+    """Write a `CLIPTokenizer` folder. `placeholder_tokens` get the ids after those that `files` already has.
+
+    Raises Error for an invalid placeholder token, TargetError if the folder cannot be written.
+    """
     placeholders = [*files.placeholder_tokens, *placeholder_tokens]
     _check_placeholders(placeholders, files.vocab)
     added = {token: len(files.vocab) + n for n, token in enumerate(placeholders)}
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-    # "normalized": transformers looks for the token in the lower-cased prompt, as KerasCV does.
+    # "normalized": transformers searches for the token in the lower-cased prompt, as KerasCV does.
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     ids = {token: files.vocab[token] for token in (BOS, EOS)} | added
     config = {
@@ -116,7 +121,7 @@ def write_tokenizer(
         "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
         "tokenizer_config.json": json.dumps(config, indent=2) + "\n",
     }
-    if added:  # Only transformers before 4.34 reads it.
+    if added:  # Read only by transformers before 4.34.
         texts["added_tokens.json"] = json.dumps(added, indent=2) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +132,10 @@ def write_tokenizer(
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the files of a tokenizer folder as they are, as far as there are any."""
+    """Copy the files of a tokenizer folder, without byte-order marks. Does nothing if there are none.
+
+    Raises SourceError for a file over 16 MiB.
+    """
     found = [path for name in TOKENIZER_FILES if (path := source / name).is_file()]
     if found:
         folder.mkdir()
@@ -138,7 +146,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
 
 
 def _candidates(folders: Iterable[Path]) -> Iterator[Path]:
-    """Where a tokenizer may be when none is named, best first."""
+    """Yield the paths where a tokenizer may be, best first."""
     for folder in folders:
         yield (folder.parent if folder.is_file() else folder) / "tokenizer"
     if home := os.environ.get("KERAS_HOME"):
@@ -146,33 +154,36 @@ def _candidates(folders: Iterable[Path]) -> Iterator[Path]:
     with suppress(RuntimeError):  # A user without a home folder.
         yield Path.home() / ".keras" / "datasets" / BPE_NAME
     for package in ("open_clip", "clip"):
-        with suppress(ValueError):  # A half-imported module without a spec.
+        with suppress(ValueError):  # A partially imported module has no spec.
             spec = importlib.util.find_spec(package)
             for location in (spec and spec.submodule_search_locations) or ():
                 yield Path(location, BPE_NAME)
 
 
 def _open(path: Path) -> TokenizerFiles:
-    """Read a tokenizer file or folder of whichever kind it is."""
+    """Read a tokenizer file or folder of any supported kind."""
     if path.is_file():
         return _from_tokenizer_json(path) if path.name == "tokenizer.json" else _from_bpe(path)
     for folder in (path, path / "tokenizer"):
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             return _from_folder(folder)
-        if (folder / "tokenizer.json").is_file():  # All that transformers 5 saves.
+        if (folder / "tokenizer.json").is_file():  # The only vocabulary file that transformers 5 saves.
             return _from_tokenizer_json(folder / "tokenizer.json")
     problem = "holds no vocab.json with merges.txt" if path.is_dir() else "no such file or folder"
     raise SourceError(path, problem, f"Give a tokenizer folder, a pipeline folder or {BPE_NAME}.")
 
 
 def _from_bpe(path: Path) -> TokenizerFiles:
-    """CLIP's list of merges; the vocabulary follows from it: bytes, bytes ending a word, merges, specials."""
+    """Read CLIP's list of merges, which defines the vocabulary.
+
+    The vocabulary is, in this order: bytes, bytes at the end of a word, merges, special tokens.
+    """
     header, *merges = _lines(path)[: MERGES + 1]
     if "#version" not in header:
         raise SourceError(
             path, f"is not CLIP's {BPE_NAME}", "A folder with vocab.json and merges.txt works too."
         )
-    # Bytes that print stand for themselves and come first; the others are drawn from U+0100 on.
+    # Printable bytes map to themselves and come first. The others map to characters from U+0100 on.
     printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = [chr(code) for code in [*printing, *range(0x100, 0x200 - len(printing))]]
     tokens = [*letters, *(letter + "</w>" for letter in letters)]
@@ -181,7 +192,7 @@ def _from_bpe(path: Path) -> TokenizerFiles:
 
 
 def _from_folder(folder: Path) -> TokenizerFiles:
-    """A folder of `CLIPTokenizer.save_pretrained` by transformers 4."""
+    """Read a folder written by `CLIPTokenizer.save_pretrained` of transformers 4."""
     merges = [line for line in _lines(folder / "merges.txt") if line and not line.startswith("#version")]
     added: list[tuple[object, object]] = []
     with suppress(FileNotFoundError):
@@ -194,7 +205,7 @@ def _from_folder(folder: Path) -> TokenizerFiles:
 
 
 def _from_tokenizer_json(path: Path) -> TokenizerFiles:
-    """A file of `CLIPTokenizer.save_pretrained` by transformers 5."""
+    """Read a file written by `CLIPTokenizer.save_pretrained` of transformers 5."""
     data = _object(path)
     vocab, merges = (_get(data.get("model"), key) for key in ("vocab", "merges"))
     if not isinstance(vocab, dict) or not isinstance(merges, list):
@@ -209,7 +220,7 @@ def _from_tokenizer_json(path: Path) -> TokenizerFiles:
 def _checked(
     path: Path, vocab: dict[str, Any], merges: list[str], added: Iterable[tuple[object, object]]
 ) -> TokenizerFiles:
-    """Refuse what no tokenizer could use, and what would give the model ids it has no embedding for."""
+    """Raise SourceError for an invalid vocabulary, and for ids that the model has no embeddings for."""
     ids = list(vocab.values())
     if any(type(n) is not int for n in ids) or sorted(ids) != list(range(len(ids))):
         raise SourceError(path, "is not a vocabulary: its ids are not 0, 1, 2, ... each once")
@@ -225,7 +236,7 @@ def _checked(
             raise SourceError(path, f"merge {n}, {merge[:40]!r}, is not two tokens that make a third")
     placeholders: dict[int, str] = {}
     for key, token in added:
-        digits = str(key)[:9]  # More than any id has, few enough for int().
+        digits = str(key)[:9]  # More digits than any id has, and few enough for int().
         if not isinstance(token, str) or not digits.isdecimal():
             raise SourceError(path, "has an added token without a text or a number")
         if vocab.get(token) != int(digits):
@@ -236,8 +247,8 @@ def _checked(
 
 
 def _check_placeholders(tokens: Sequence[str], vocab: Mapping[str, int]) -> None:
-    """Refuse a placeholder that KerasCV's `SimpleTokenizer` would not turn into the one id it gets here."""
-    earlier = [BOS, EOS]  # KerasCV tries its special tokens in this order and takes the first that matches.
+    """Raise Error for a placeholder that KerasCV's `SimpleTokenizer` would not encode as its single id."""
+    earlier = [BOS, EOS]  # KerasCV tries its special tokens in this order and uses the first match.
     for token in tokens:
         shadow = next((other for other in earlier if token.startswith(other)), None)
         problem = None
@@ -263,7 +274,7 @@ def _check_placeholders(tokens: Sequence[str], vocab: Mapping[str, int]) -> None
 
 
 def _read(path: Path) -> bytes:
-    """The bytes of a small file, unpacked when it is gzip."""
+    """Return the bytes of a file of at most `LIMIT` bytes, decompressed if it is gzip."""
     try:
         with path.open("rb") as raw:
             stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
@@ -282,7 +293,7 @@ def _lines(path: Path) -> list[str]:
         text = _read(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise SourceError(path, "is not a text file") from None
-    return text.replace("\r\n", "\n").split("\n")  # Not splitlines: U+0085 and others are no line ends.
+    return text.replace("\r\n", "\n").split("\n")  # Not splitlines, which also splits at U+0085 and others.
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whether a text encoder and a tokenizer belong together: one row of the token embedding for each token."""
+"""Checks that a text encoder and a tokenizer match: the token embedding has one row for each token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def homes(text: Match) -> list[Path]:
-    """The folders in which the tokenizer of a text encoder may lie, best first."""
+    """Return the folders that may contain the tokenizer of a text encoder, best first."""
     path = text.source.path
     if text.of_pipeline:
         return [path.parent.parent]
@@ -22,7 +22,7 @@ def homes(text: Match) -> list[Path]:
 
 
 def check_enough_rows(text: Match, files: TokenizerFiles) -> int:
-    """The number of tokens of `files`. Raises Error if the text encoder has no row for one of them."""
+    """Return the number of tokens of `files`. Raises Error if the text encoder has fewer rows."""
     rows, tokens = text.dims["vocabulary"], len(files.vocab) + len(files.placeholder_tokens)
     if tokens > rows:
         raise Error(
@@ -35,14 +35,12 @@ def check_enough_rows(text: Match, files: TokenizerFiles) -> int:
 
 
 def check_tokenizer(text: Match, files: TokenizerFiles, placeholder_tokens: Sequence[str] = ()) -> None:
-    """Raise Error unless each token of `files` and each of `placeholder_tokens` has its row, and each row its
-    token.
-    """
+    """Raise Error unless each token (of `files`, then `placeholder_tokens`) has one row and vice versa."""
     check_rows(text, check_enough_rows(text, files), placeholder_tokens)
 
 
 def check_rows(text: Match, tokens: int, placeholder_tokens: Sequence[str]) -> None:
-    """Raise Error unless `placeholder_tokens` name the rows beyond the first `tokens`."""
+    """Raise Error unless there is one placeholder token for each row beyond the first `tokens`."""
     extra, given = max(0, text.dims["vocabulary"] - tokens), len(placeholder_tokens)
     if extra == given:
         return
@@ -59,7 +57,7 @@ def check_rows(text: Match, tokens: int, placeholder_tokens: Sequence[str]) -> N
 
 
 def check_ids(path: Path, config: Mapping[str, Any], rows: int) -> None:
-    """Raise SourceError where the config of a text encoder names tokens that it has no row for."""
+    """Raise SourceError if a special token id in a text encoder's config is not one of its `rows` tokens."""
     for name in _IDS:
         value = config.get(name)
         if value is not None and not (type(value) is int and 0 <= value < rows):
