@@ -1,1 +1,1 @@
-"""Writers: target files laid out in advance, and the bytes that stream into them."""
+"""Writers: target files are laid out in advance, then tensors are streamed into them."""

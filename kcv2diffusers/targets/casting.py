@@ -1,4 +1,4 @@
-"""Changing the dtype of weights, rounding to nearest even, and whether they are finite."""
+"""Casts between the dtypes of weights (round to nearest even), and the check for finite values."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def _infinity(dtype: np.dtype) -> int:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether all of these floats are: none is NaN or infinite."""
+    """Return whether all values of a float array are finite: none is NaN or infinite."""
     size = values.itemsize
     bits = values.view(f"u{size}")
-    # Bit patterns order like magnitudes, NaN last. As signed numbers the largest is the largest positive
-    # value, as unsigned ones the most negative value (or, where there is none, again the largest positive).
-    # `np.isfinite` takes ten times as long for float16.
+    # Bit patterns are ordered like magnitudes, with NaN last. The maximum of the patterns as signed integers
+    # is the largest positive value. The maximum as unsigned integers is the most negative value (or the
+    # largest positive one, if none is negative). `np.isfinite` takes ten times as long for float16.
     positive, any_sign = int(bits.view(f"i{size}").max(initial=0)), int(bits.max(initial=0))
     return max(positive, any_sign & ~(1 << 8 * size - 1)) < _infinity(values.dtype)
 
@@ -32,10 +32,11 @@ _FAST: dict[np.dtype, Literal["float32", "float16"]] = {
 
 
 def cast(values: np.ndarray, into: np.ndarray) -> None:
-    """Copy `values` to the dtype of `into`, which is contiguous. What overflows becomes infinite.
+    """Copy `values` into the contiguous array `into`, cast to its dtype. Overflow gives infinity.
 
-    NumPy casts from and to float16 value by value, NumKong in SIMD units. It takes no unaligned values. It is
-    not used for others: it makes zeros of some bfloat16 NaN, and rounds float64 twice.
+    Between float16 and float32, NumPy casts value by value and NumKong with SIMD. NumKong does not accept
+    unaligned values. It is not used for other dtypes: it turns some bfloat16 NaN into zeros, and it rounds
+    float64 twice.
     """
     if values.dtype == into.dtype:
         into[...] = values

@@ -1,7 +1,7 @@
-"""Weight files that Keras loads, laid out in advance: HDF5 datasets allocated empty, filled by `stream`.
+"""Weight files for Keras, laid out in advance: HDF5 datasets are allocated empty and filled by `stream`.
 
-Keras 3's `.weights.h5` is loaded by path, the legacy `.h5` by the order of layers and weights; both come
-from the slots of a weight map. h5py writes the structure and says where each dataset's bytes will lie.
+Keras loads a Keras 3 `.weights.h5` by path, and a legacy `.h5` by the order of layers and weights. Both are
+defined by the slots of a weight map. h5py writes the structure and returns the file offset of each dataset.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from kcv2diffusers.maps.tables import Slot
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.targets.transfer import Job
 
-# Keras loads a file without a version as one of Keras 1, and turns its kernels around.
+# Keras treats a file without a version as one of Keras 1, and transposes its kernels.
 _LEGACY_VERSION = "2.12.0"
 _DTYPE = DTYPES["float32"]
 
 
 def write_weights_h5(path: Path, match: Match) -> list[Job]:
-    """Lay out a `.weights.h5` and return the jobs that fill it."""
+    """Lay out a `.weights.h5` (float32) and return the jobs that fill it."""
     with _new_file(path) as file:
         return list(_lay_out(file, path, match, lambda slot: slot.keras_name))
 
 
 def write_legacy_h5(path: Path, match: Match) -> list[Job]:
-    """Lay out a legacy `.h5` with the names a fresh session would give, and return the jobs that fill it."""
+    """Lay out a legacy `.h5` (float32) and return the jobs that fill it.
+
+    Layers and weights have the names that Keras gives them in a new session.
+    """
     layers: dict[str, list[str]] = {}
 
     def name(slot: Slot) -> str:
@@ -58,7 +61,7 @@ def _new_file(path: Path) -> Iterator[h5py.File]:
     try:
         with h5py.File(path, "w") as file:
             yield file
-    except (RuntimeError, OSError) as error:  # h5py says only in words what the system said
+    except (RuntimeError, OSError) as error:  # h5py gives the system's errno only in the message
         found = re.search(r"errno = (\d+)", str(error))
         if found is None:
             raise
@@ -66,8 +69,9 @@ def _new_file(path: Path) -> Iterator[h5py.File]:
 
 
 def lay_out(path: Path, arrays: Iterable[tuple[str, tuple[int, ...], np.dtype]]) -> list[int]:
-    """Make an HDF5 file of empty datasets, (name, shape, dtype) each, and return where their bytes will lie.
-    What HDF5 has no name for, such as bfloat16, becomes words of as many bytes.
+    """Create an HDF5 file of empty datasets (name, shape, dtype) and return their offsets in bytes.
+
+    A dtype that HDF5 does not have, such as bfloat16, is stored as an opaque type of the same size.
     """
     with _new_file(path) as file:
         create = _creator(file)
@@ -87,11 +91,11 @@ def _lay_out(file: h5py.File, path: Path, match: Match, name: Callable[[Slot], s
 
 
 def _creator(file: h5py.File) -> Callable[[str, tuple[int, ...], np.dtype], int]:
-    """A function that adds an empty dataset of a name, shape and dtype to `file` and returns its offset."""
+    """Return a function that adds an empty dataset to `file` and returns its offset in bytes."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    settings.set_obj_track_times(False)  # the same pipeline makes the same file
+    settings.set_obj_track_times(False)  # reproducible: the same pipeline gives the same bytes
     links = h5py.h5p.create(h5py.h5p.LINK_CREATE)
     links.set_create_intermediate_group(True)
 

@@ -1,4 +1,4 @@
-"""LoRA files in the spellings of diffusers and of kohya: what stands where, the factors bit for bit."""
+"""LoRA files with the tensor names of diffusers or of kohya. The factors are copied bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kcv2diffusers.targets.safetensors import Entry, Stored, write_stored
 from kcv2diffusers.targets.transfer import Job
 
 WRITTEN = "kcv2diffusers.lora"
-"""The entry of the metadata by which a file is known as written here."""
+"""Metadata entry that identifies files written by this package."""
 _DIFFUSERS = ("lora_A.weight", "lora_B.weight")
 _KOHYA = ("lora_down.weight", "lora_up.weight")
 
@@ -30,15 +30,15 @@ class LoraPlan:
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensors in bytes."""
+        """Total size of the tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def lora_plan(lora: Lora, spelling: str) -> LoraPlan:
-    """The tensors of `lora` as `spelling` names them, in the dtypes in which they are stored.
+    """Return the tensors of `lora` in their stored dtypes, named as in `spelling` ("diffusers" or "kohya").
 
-    kohya's spelling has alpha as a tensor. diffusers takes alpha as the rank; where it differs, PEFT's config
-    in the metadata says so.
+    kohya stores alpha as a tensor. diffusers assumes that alpha equals the rank; if any alpha differs, PEFT's
+    config is written into the metadata.
     """
     metadata = {name: text for name, text in lora.metadata.items() if name not in ("format", ADAPTER)}
     metadata[WRITTEN] = spelling
@@ -53,7 +53,7 @@ def lora_plan(lora: Lora, spelling: str) -> LoraPlan:
         tensors += [_stored(down, update.down), _stored(up, update.up)]
     if spelling == "diffusers" and any(u.alpha != u.rank for u in lora.updates.values()):
         metadata[ADAPTER] = json.dumps(_adapter(lora.updates.values()), sort_keys=True)
-    # Larger dtypes first, so that each tensor begins at a multiple of the size of its values.
+    # Larger dtypes come first, so that each tensor is aligned to its item size.
     return LoraPlan(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize), metadata)
 
 
@@ -67,7 +67,7 @@ def _stored(name: str, tensor: Tensor) -> Stored:
 
 
 def _alpha(update: Update) -> Tensor:
-    """Alpha as a tensor without axes, in the dtype of the factors or, if that cannot hold it, in float32."""
+    """Return alpha as a 0-d tensor, in the dtype of the factors if that can represent it, else float32."""
     value = np.asarray(update.alpha, update.down.dtype)
     if float(value) != update.alpha:
         value = np.asarray(update.alpha, np.float32)
@@ -75,11 +75,11 @@ def _alpha(update: Update) -> Tensor:
 
 
 def _adapter(updates: Iterable[Update]) -> dict[str, object]:
-    """PEFT's configs, as diffusers keeps them in the metadata."""
+    """Return PEFT's configs as diffusers stores them in the metadata."""
     entries: dict[str, object] = {}
     every = list(updates)
     for component in KOHYA:
-        # The names are also matched by their ends; transformers 5 has none that begins with text_model.
+        # PEFT also matches names by their suffix. transformers 5 has no names that begin with text_model.
         mine = {u.module.removeprefix("text_model."): u for u in every if u.component == component}
         if not mine:
             continue

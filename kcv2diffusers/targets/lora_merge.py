@@ -1,7 +1,7 @@
-"""LoRAs merged into the weights of a model while these are converted, one tensor at a time.
+"""Merging of LoRAs into a model's weights during the conversion, one tensor at a time.
 
-A tensor that a LoRA changes is replaced by one whose `load` computes it, so that everything behind it is the
-same with a LoRA as without.
+A tensor that a LoRA changes is replaced by one whose `load` computes the merged values. The later steps of
+the conversion are therefore the same with and without a LoRA.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kcv2diffusers.sources.tensor import Tensor, values_of
 from kcv2diffusers.targets.transfer import check_checksum
 
 _STRENGTH = re.compile(r"(.+):([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)", re.S)
-_BLOCK = 4 << 20  # bytes of an update that are computed at a time
+_BLOCK = 4 << 20  # bytes of an update computed at a time
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Merge:
     strength: float
 
     def text(self) -> str:
-        """One line."""
+        """Return one human-readable line."""
         return f"LoRA {self.lora.path.name}: {len(self.lora.updates)} modules, strength {self.strength:g}"
 
 
@@ -53,7 +53,10 @@ def read_merges(given: Iterable[SourcePath]) -> list[Merge]:
 
 
 def parse_strength(given: SourcePath) -> tuple[Path, float]:
-    """The path and the strength in PATH:STRENGTH; the strength is 1 where the path has none behind it."""
+    """Split PATH:STRENGTH into the path and the strength, which is 1 by default.
+
+    Raises Error if the strength does not fit into float32.
+    """
     if not isinstance(given, str):
         return Path(given), 1.0
     found = None if Path(given).exists() else _STRENGTH.fullmatch(given)
@@ -66,8 +69,9 @@ def parse_strength(given: SourcePath) -> tuple[Path, float]:
 
 
 def check_merges(merges: Sequence[Merge], matches: Iterable[Match]) -> None:
-    """Raise Error, which lists the modules, if a LoRA changes one that none of the models has, or one of
-    another shape.
+    """Raise SourceError if a LoRA changes modules that none of the models has, or that have another shape.
+
+    The message lists these modules.
     """
     weights: dict[tuple[str, str], tuple[int, ...]] = {}
     for match in matches:
@@ -93,7 +97,7 @@ def check_merges(merges: Sequence[Merge], matches: Iterable[Match]) -> None:
 
 
 def merged(match: Match, merges: Sequence[Merge]) -> Match:
-    """The match with the LoRAs merged into its weights, which are float32 then.
+    """Return the match with the LoRAs merged into its weights. The changed weights are float32.
 
     W + strength * alpha / rank * up @ down is computed in float32 when a tensor is loaded.
     """
@@ -116,20 +120,20 @@ def merged(match: Match, merges: Sequence[Merge]) -> Match:
 
 
 def _place(match: Match, slot: Slot) -> tuple[str, str] | None:
-    """The component and the module that a slot is the kernel of."""
+    """Return the component and the module whose kernel a slot is, None if it is not a kernel."""
     if slot.variable.name != "kernel":
         return None
     return match.spec.table.name, slot.target.removesuffix(".weight")
 
 
 def _fits(update: Update, shape: tuple[int, ...]) -> bool:
-    """Whether an update has the shape of a weight, but for axes of a kernel of size one."""
+    """Return whether an update has the shape of a weight, ignoring trailing axes of size 1."""
     longer = (*update.shape, *[1] * (len(shape) - len(update.shape)))
     return longer == shape
 
 
 def float_values(tensor: Tensor) -> np.ndarray:
-    """All values of a tensor as a new float32 array. Raises SourceError if its checksum does not match."""
+    """Return all values of a tensor as a new float32 array. Raises SourceError if the checksum is wrong."""
     stored = values_of(tensor)
     if tensor.crc32c is not None:
         check_checksum(np.ascontiguousarray(stored).reshape(-1), tensor)
@@ -137,14 +141,14 @@ def float_values(tensor: Tensor) -> np.ndarray:
 
 
 def kernel_view(values: np.ndarray, turned: bool) -> np.ndarray:
-    """A kernel as (outputs, inputs, positions), a view: `turned` says that it is laid out as in Keras."""
+    """Return a view of a kernel as (outputs, inputs, positions). `turned` means that it has Keras' layout."""
     if turned:
         return values.reshape(core(values.shape)).transpose(2, 1, 0)
     return values.reshape(*values.shape[:2], -1)
 
 
 def _load(tensor: Tensor, turned: bool, changes: Sequence[tuple[Update, float]]) -> np.ndarray:
-    """The weight with its updates, laid out as `tensor` is: as in Keras if `turned`, else as in diffusers."""
+    """Return the weight with its updates, float32, in the layout of `tensor` (Keras' if `turned`)."""
     values = float_values(tensor)
     weight = kernel_view(values, turned)
     outputs, inputs, positions = weight.shape

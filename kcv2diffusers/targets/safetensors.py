@@ -1,7 +1,7 @@
-"""What goes where: name, shape, dtype and offset of every tensor in the target, before a byte is written.
+"""Layout of a `.safetensors` file: name, shape, dtype and offset of every tensor, known before writing.
 
-The header of a `.safetensors` file (8 bytes of length, JSON padded to 8 bytes) comes from the plan, so the
-file is allocated and its header written first, and the tensors follow in any order.
+The header (8 bytes of length, then JSON padded to a multiple of 8 bytes) follows from this plan. The file is
+therefore allocated and its header written first; the tensors follow in any order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from kcv2diffusers.targets.transfer import Job
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a target file: its name and shape there, where it comes from, how it is turned."""
+    """One tensor of a target file: its name and shape there, and its source.
+
+    `core` are the three axes of the source to reverse, None if the values keep their order.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -33,7 +36,7 @@ class Entry:
 
 
 def diffusers_entries(match: Match) -> list[Entry]:
-    """The diffusers tensors of a part, from either side."""
+    """Return the diffusers tensors of a part, which may come from Keras or from diffusers."""
     entries = []
     for slot, tensor in match.slots():
         turned = match.keras and slot.variable.reverses
@@ -43,7 +46,7 @@ def diffusers_entries(match: Match) -> list[Entry]:
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> np.dtype:
-    """The dtype to keep: what all tensors share, else float32."""
+    """Return the dtype that all tensors share; float32 if they differ or have another dtype than `DTYPES`."""
     dtypes = {tensor.dtype for tensor in tensors}
     found = dtypes.pop() if len(dtypes) == 1 else DTYPES["float32"]
     return found if found in DTYPES.values() else DTYPES["float32"]
@@ -51,7 +54,7 @@ def common_dtype(tensors: Iterable[Tensor]) -> np.dtype:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """One tensor of a target file in its dtype: the entries lie one below the other in it."""
+    """One tensor of a target file and its dtype. `entries` are concatenated along the first axis."""
 
     name: str
     shape: tuple[int, ...]
@@ -74,7 +77,7 @@ def write_stored(
 ) -> list[Job]:
     """Allocate the file, write its header, and return the jobs that fill it, in the order of their offsets.
 
-    The jobs leave no gap. `metadata` stands in the header beside the format.
+    The jobs leave no gaps. `metadata` is added to the header's metadata, beside "format".
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     codes = {dtype: code for code, dtype in SAFETENSORS.items()}

@@ -1,4 +1,4 @@
-"""A single `.safetensors` file in Stable Diffusion's original layout: its tensors, its metadata, its hash."""
+"""A single `.safetensors` file in Stable Diffusion's original layout: tensors, metadata and hash."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _BLOCK = 1 << 20  # bytes hashed at a time
 
 
 def to_original(match: Match, dtype: np.dtype) -> list[Stored]:
-    """The tensors of a part as a single file has them, from any side."""
+    """Return the tensors of a part, which may come from any layout, as they are stored in a single file."""
     named = naming(match.spec.table.name, match.version)
     pieces: dict[str, list[tuple[Place, Entry]]] = {}
     for entry in diffusers_entries(match):
         place = named.place(entry.name)
-        assert place is not None, entry.name  # `maps check` proves it
+        assert place is not None, entry.name  # guaranteed by `maps check`
         pieces.setdefault(named.prefix + place.name, []).append((place, entry))
     tensors = []
     for name, held in pieces.items():
@@ -44,11 +44,12 @@ def write_single_file(
     *,
     allow_nonfinite: bool,
 ) -> int:
-    """Write the file, with the SHA-256 of its tensors in the metadata; returns the source bytes read.
+    """Write the file, with the SHA-256 of its tensors in the metadata; return the number of source bytes.
 
-    Raises Error if values are not finite and that is not allowed.
+    `progress` is called with the bytes done and in total. Raises Error if values are not finite, unless
+    `allow_nonfinite` is set.
     """
-    # Larger dtypes first, so that each tensor begins at a multiple of the size of its values.
+    # Larger dtypes come first, so that each tensor is aligned to its item size.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
     jobs = write_stored(path, ordered, {**metadata, _HASH: _NO_HASH})
     with Hashing(path, jobs) as hashing:
@@ -59,8 +60,9 @@ def write_single_file(
 
 
 def _put_hash(path: Path, digest: str) -> None:
-    """Write the hash over the place that the header keeps for it. A quote in a text is escaped there, so no
-    title can hold the same bytes.
+    """Write the hash over its placeholder in the header.
+
+    The search for the placeholder is safe: quotes in metadata are escaped, so no title can contain its bytes.
     """
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -70,16 +72,16 @@ def _put_hash(path: Path, digest: str) -> None:
 
 
 class Hashing:
-    """The SHA-256 of all that the jobs write into a file, computed behind them while they go on.
+    """The SHA-256 of everything that the jobs write into a file, computed while the jobs run.
 
-    The jobs are given in the order of their offsets, without gaps. The parent process, which only waits for
-    them otherwise, hashes what has been written from the start on.
+    The jobs are in the order of their offsets, without gaps. The parent process, which is otherwise idle,
+    hashes the part at the start of the file that is completely written.
     """
 
     def __init__(self, path: Path, jobs: Sequence[Job]) -> None:
         self.jobs = jobs
         self.done = bytearray(len(jobs))
-        self.next = 0  # the first job whose bytes are not hashed
+        self.next = 0  # the first job whose bytes are not hashed yet
         self.hash = hashlib.sha256()
         self.file = path.open("rb", buffering=0)
         self.buffer = memoryview(bytearray(_BLOCK))
@@ -92,7 +94,7 @@ class Hashing:
         self.file.close()
 
     def after(self, number: int) -> None:
-        """Called with the number of a job that is done."""
+        """Mark a job as done, and hash what can be hashed. Raises OSError if the file is truncated."""
         self.done[number] = True
         while self.next < len(self.jobs) and self.done[self.next]:
             job = self.jobs[self.next]
@@ -106,6 +108,6 @@ class Hashing:
             self.next += 1
 
     def digest(self) -> str:
-        """The hash in hexadecimal, when all jobs are done."""
+        """Return the hash in hexadecimal. All jobs must be done."""
         assert self.next == len(self.jobs)
         return self.hash.hexdigest()

@@ -1,6 +1,6 @@
-"""Carry out a plan: bytes from source files to their offsets in target files, in parallel.
+"""Execution of a plan: tensors are copied from source files to their offsets in target files, in parallel.
 
-Where every byte goes is known beforehand, so tensors are independent jobs.
+All offsets are known in advance, so tensors are independent jobs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kcv2diffusers.progress import Progress
 from kcv2diffusers.system.workers import Do, work
 from kcv2diffusers.targets.transfer import Files, Finding, Job, Worker
 
-_LISTED = 8  # tensors that a refusal names
+_LISTED = 8  # tensors that an error message lists
 
 
 def run(
@@ -26,13 +26,13 @@ def run(
     worker: type[Worker] = Worker,
     after: Callable[[int], None] | None = None,
 ) -> list[Finding]:
-    """Do all jobs; `advance` is called with the source bytes done. Returns what `worker` found, in the order
-    of the jobs: by default the tensors that are not finite.
+    """Run all jobs and return the findings of `worker`, by default non-finite tensors, in job order.
 
-    `after` is called with the number of each job that is done; the jobs are then begun in the order given.
+    `advance` is called with the source bytes of each finished job. `after` is called with the number of each
+    finished job; if it is given, the jobs start in the given order.
 
     Target files must exist at their final size. Raises SourceError if a source cannot be read or its
-    checksum fails, OSError if a target cannot be written, Error if a process is killed.
+    checksum is wrong, OSError if a target cannot be written, Error if a process is killed.
     """
     found: dict[int, Finding] = {}
     with ExitStack() as stack:
@@ -59,10 +59,10 @@ def run_finite(
     allow_nonfinite: bool,
     after: Callable[[int], None] | None = None,
 ) -> int:
-    """Do all jobs, calling `progress` with the bytes done and in total; returns the total. `after` is as in
-    `run`.
+    """Run all jobs and return the total number of source bytes. `after` is as in `run`.
 
-    Raises Error, listing the tensors, if values are not finite and that is not allowed.
+    `progress` is called with the bytes done and in total. Raises Error, which lists the tensors, if values
+    are not finite, unless `allow_nonfinite` is set.
     """
     total, done = sum(job.tensor.nbytes for job in jobs), 0
 
@@ -84,14 +84,15 @@ def run_finite(
 
 
 def _order(jobs: Sequence[Job]) -> list[int]:
-    """The numbers of the jobs in the order to do them. All target files grow together, as the system lets
-    one process at a time write to a file; large tensors come first, so that no process has one left when the
-    others have ended.
+    """Return the numbers of the jobs in the order of execution.
+
+    All target files grow together, because the system lets only one process at a time write to a file. Large
+    tensors come first, so that none is left to one process at the end while the others are idle.
     """
     whole, done = Counter[Path](), Counter[Path]()
     for job in jobs:
         whole[job.target] += job.tensor.nbytes
-    shares: dict[int, float] = {}  # of its file, up to and with a job
+    shares: dict[int, float] = {}  # of the bytes of its file: those up to and including a job
     for number in sorted(range(len(jobs)), key=lambda number: -jobs[number].tensor.nbytes):
         target = jobs[number].target
         done[target] += jobs[number].tensor.nbytes
@@ -100,7 +101,7 @@ def _order(jobs: Sequence[Job]) -> list[int]:
 
 
 def _open(stack: ExitStack, jobs: Sequence[Job], access: int) -> Files:
-    """Each file once, until `stack` ends."""
+    """Open each file once. `stack` closes them."""
     sources: dict[Path, mmap.mmap] = {}
     targets: dict[Path, int] = {}
     for job in jobs:
@@ -113,7 +114,7 @@ def _open(stack: ExitStack, jobs: Sequence[Job], access: int) -> Files:
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    """The file in memory, to read."""
+    """Map a file into memory, read-only. Raises SourceError if it is empty or cannot be read."""
     with reading(path), path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:
             raise SourceError(path, "the file is empty.")

@@ -1,8 +1,9 @@
-"""One tensor's way from a source file to its offset in a target file, in slices.
+"""Transfer of one tensor from a source file to its offset in a target file, in slices.
 
-The source is mapped into memory, which saves a copy of it and lets columns be read as quickly as rows. Change
-the dtype and reverse axes block by block, then write: to write into mapped memory takes longer, because
-the system fills it with zeros first. Buffers do not grow with the tensor.
+The source is mapped into memory, which saves a copy and makes columns as fast to read as rows. The dtype is
+cast and the axes are reversed block by block; then the block is written. Writing into a mapped target takes
+longer, because the system fills new pages with zeros first. The size of the buffers does not depend on the
+size of the tensor.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.system.positioned import write_at
 from kcv2diffusers.targets.casting import cast, is_finite
 
-_SLICE = 1 << 20  # bytes checked at a time, and bytes of target copied where the order of bytes stays
-# Rows transposed at a time, and bytes of each in the target's dtype. Such a block stays in the L2 cache, and
-# the L1 cache holds a line of every row, from which the next columns are read.
+_SLICE = 1 << 20  # bytes of source per checksum step, and bytes of target per copy without a transpose
+# Rows transposed at a time, and bytes of each row in the target's dtype. Such a block fits into the L2 cache.
+# The L1 cache holds one cache line of every row, from which the next columns are read.
 _ROWS, _WIDTH = 400, 1200
-_PIECE = 1 << 18  # bytes of source brought together before they are cast
-_BAND = 16 << 20  # bytes of target collected before they are written
-# The kernel keeps what is written at once in a block of memory of that size. Large free blocks are what a
-# virtual machine has lent back to its host: getting them again can take three times as long as copying.
-# Smaller ones are more work, done by one process at a time.
+_PIECE = 1 << 18  # bytes of source copied to contiguous memory before they are cast
+_BAND = 16 << 20  # bytes of target buffered before they are written
+# Bytes per write call. The kernel caches the data of one call in a block of memory of that size. Large free
+# blocks are those that a virtual machine has returned to its host: to get them back can take three times as
+# long as the copy. Smaller blocks cost more work, which only one process at a time can do.
 _WRITE = 1 << 18
-_POPULATE_READ = 22  # Linux' MADV_POPULATE_READ, which Python does not name
+_POPULATE_READ = 22  # MADV_POPULATE_READ of Linux, for which Python has no constant
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One tensor's way: `tensor` to `offset` of `target` as `dtype`.
+    """The transfer of one tensor: write `tensor` to `offset` (bytes) of `target` as `dtype`.
 
-    `core` are the three axes to reverse (source order), None where the order of bytes stays.
-    `name` is what messages call it.
+    `core` are the three axes to reverse (source order), None if the values keep their order. `name` is used
+    in messages.
     """
 
     name: str
@@ -56,42 +57,45 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What is wrong with a tensor."""
+    """A problem with a tensor."""
 
     name: str
     problem: str
 
 
 class NotFinite(Finding):
-    """Values that are NaN or infinite, in the source or only in the target dtype."""
+    """A tensor has values that are NaN or infinite, in the source or only in the target dtype."""
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Open files by path: sources mapped into memory, descriptors of targets."""
+    """Open files by path: memory maps of sources, file descriptors of targets."""
 
     read: Mapping[Path, mmap.mmap]
     write: Mapping[Path, int]
 
 
 class Worker:
-    """The buffers of one process, and the work on one tensor at a time."""
+    """Runs the jobs of one process, one at a time, with reused buffers."""
 
-    access = os.O_WRONLY  # how it opens target files
+    access = os.O_WRONLY  # flags for opening target files
 
     def __init__(self, files: Files) -> None:
         self.files = files
         self.buffers: dict[str, np.ndarray] = {}
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """A view of a buffer that is kept: fresh memory costs a page fault every 4 KB."""
+        """Return a view of a reused buffer: new memory costs a page fault every 4 KB."""
         nbytes = math.prod(shape) * dtype.itemsize
         if name not in self.buffers or self.buffers[name].nbytes < nbytes:
             self.buffers[name] = np.empty(nbytes, np.uint8)
         return self.buffers[name][:nbytes].view(dtype).reshape(shape)
 
     def do(self, job: Job) -> Finding | None:
-        """Bring one tensor into its target; returns it if a value is not finite there. Raises SourceError."""
+        """Transfer one tensor. Returns a finding if a value is not finite in the target.
+
+        Raises SourceError if the source cannot be read or its checksum is wrong.
+        """
         self.finite = True
         with self.values(job.tensor) as source:
             if job.tensor.crc32c is not None:
@@ -108,7 +112,7 @@ class Worker:
 
     @contextmanager
     def values(self, tensor: Tensor) -> Iterator[np.ndarray]:
-        """The values of a tensor, one after the other: unpacked, or in mapped memory during the block."""
+        """Yield the values of a tensor as a 1-d array, valid inside the block: loaded or memory-mapped."""
         if tensor.load is not None:
             yield np.ascontiguousarray(tensor.load()).reshape(-1).view(tensor.dtype)
             return
@@ -122,7 +126,7 @@ class Worker:
             try:
                 mapped.madvise(_POPULATE_READ, *pages)
             except OSError as error:
-                if error.errno == errno.EFAULT:  # to touch these pages would end the process
+                if error.errno == errno.EFAULT:  # reading these pages would kill the process (SIGBUS)
                     problem = f"{tensor.name}: cannot be read; the file was cut meanwhile, or its disk fails."
                     raise SourceError(tensor.path, problem) from error
         yield np.frombuffer(mapped, np.uint8, tensor.nbytes, offset).view(tensor.dtype)
@@ -130,7 +134,7 @@ class Worker:
             mapped.madvise(mmap.MADV_DONTNEED, *pages)
 
     def write(self, job: Job, values: np.ndarray, start: int) -> None:
-        """Write contiguous target values from element `start` on."""
+        """Write contiguous values into the target, from element `start` of the tensor on."""
         fd, offset = self.files.write[job.target], job.offset + start * values.itemsize
         view = memoryview(values.reshape(-1).view(np.uint8).data)
         while view:
@@ -138,10 +142,10 @@ class Worker:
             view, offset = view[done:], offset + done
 
     def bring(self, values: np.ndarray, into: np.ndarray) -> None:
-        """Copy values into a contiguous array in its dtype, and see whether they are finite there."""
+        """Cast values into a contiguous array, and record whether they are finite there."""
         if values.dtype == into.dtype or values.flags.c_contiguous:
             cast(values, into)
-        else:  # to fetch them from apart and cast them at once takes longer
+        else:  # copy to contiguous memory first; casting strided data is slower
             step = max(1, _PIECE * len(values) // values.nbytes)
             for start in range(0, len(values), step):
                 rows = values[start : start + step]
@@ -151,7 +155,7 @@ class Worker:
         self.finite = self.finite and is_finite(into)
 
     def copy(self, job: Job, source: np.ndarray) -> None:
-        """Values in the order in which they are stored, cast on the way."""
+        """Transfer values in their stored order, cast to the target's dtype."""
         step = _SLICE // job.dtype.itemsize
         for start in range(0, source.size, step):
             part = source[start : start + step]
@@ -160,10 +164,10 @@ class Worker:
             self.write(job, target, start)
 
     def reverse(self, job: Job, source: np.ndarray) -> None:
-        """(few, rows, columns) -> (columns, rows, few): matrices, and kernels on their way to diffusers.
+        """Transpose (few, rows, columns) to (columns, rows, few): matrices, and kernels to diffusers.
 
-        A band of target columns at a time; into it, blocks of source rows: bring rows of all planes together,
-        transpose.
+        One band of source columns is processed at a time, in blocks of source rows: the rows of all planes
+        are cast into one block, which is transposed into the band.
         """
         planes, rows, columns = source.shape
         band = _band(columns, job.dtype.itemsize, rows * planes)
@@ -180,9 +184,9 @@ class Worker:
             self.write(job, target, left * rows * planes)
 
     def reverse_back(self, job: Job, source: np.ndarray) -> None:
-        """(columns, rows, few) -> (few, rows, columns): kernels on their way to Keras.
+        """Transpose (columns, rows, few) to (few, rows, columns): kernels to Keras.
 
-        The same with a band of target rows of all planes, and blocks of source columns.
+        One band of target rows of all planes is processed at a time, in blocks of target columns.
         """
         columns, rows, planes = source.shape
         band = _band(rows, job.dtype.itemsize * planes, columns)
@@ -200,7 +204,7 @@ class Worker:
 
 
 def check_checksum(source: np.ndarray, tensor: Tensor) -> None:
-    """Raise SourceError if the checksum of the stored bytes is not the one that the container states."""
+    """Raise SourceError if the CRC-32C of the stored bytes is not the one stated by the container."""
     checksum, stored = 0, source.view(np.uint8)
     for start in range(0, stored.size, _SLICE):
         checksum = google_crc32c.extend(checksum, stored[start : start + _SLICE].tobytes())
@@ -213,20 +217,24 @@ def check_checksum(source: np.ndarray, tensor: Tensor) -> None:
 
 
 def _share(length: int, most: int) -> int:
-    """`length` in as few equal shares as are at most `most` each (and at least 1): the size of a share."""
+    """Return the size of a share if `length` is split into the fewest equal shares of at most `most`.
+
+    `most` counts as at least 1.
+    """
     return -(-length // -(-length // max(1, most)))
 
 
 def _band(length: int, size: int, times: int) -> int:
-    """How many of `length` columns to turn at a time, of `size` bytes in each of the `times` rows: an odd
-    number, as the rows of a block would push each other out of the cache if a large power of two divided
-    their distance.
+    """Return how many of `length` columns to transpose at a time, with `size` bytes in each of `times` rows.
+
+    The number is odd: if a large power of two divided the distance between the rows of a block, they would
+    evict each other from the cache.
     """
     return _share(length, min(_WIDTH // size, -(-length // 2), _BAND // (times * size))) | 1
 
 
 def _not_finite(job: Job, source: np.ndarray) -> NotFinite:
-    """Why a target of these values is not finite."""
+    """Return the finding that explains why the target of these values is not finite."""
     with np.errstate(all="ignore"):
         most = max(abs(float(source.max())), abs(float(source.min())))
     if math.isfinite(most):
