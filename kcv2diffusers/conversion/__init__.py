@@ -1,1 +1,1 @@
-"""The conversions in both directions, and what describes them: inspection, plans, the check of the maps."""
+"""Conversions in both directions, inspection of checkpoints, dry-run plans, check of the weight maps."""

@@ -1,4 +1,4 @@
-"""The base of a conversion: where the parts come from that are not given."""
+"""The base of a conversion: the source of the parts that are not given."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kcv2diffusers.sources.recognise import Match
 
 @dataclass(frozen=True)
 class Base:
-    """Components of a diffusers pipeline, or KerasCV parts, and the paths where they lie."""
+    """Components of a diffusers pipeline, or KerasCV parts, and their paths."""
 
     paths: Sequence[Path] = ()
     components: Mapping[str, Component] = field(default_factory=dict)
@@ -27,7 +27,7 @@ class Base:
 
 
 def bases_of(base: SourcePath | Sequence[SourcePath] | None) -> list[SourcePath]:
-    """What is given as a base, as a list."""
+    """Return the given base or bases as a list."""
     return [] if base is None else [base] if isinstance(base, (str, PathLike)) else list(base)
 
 
@@ -38,11 +38,11 @@ def find_base(
     notes: list[str],
     unwanted: Collection[str] = (),
 ) -> tuple[Base, bool]:
-    """The base of the given `parts`, and whether only these are to be written (`base` is "none"). It is not
-    asked for `unwanted` parts.
+    """Return the base for the given `parts`, and whether only these are to be written (`base` is "none").
 
-    Without a `base` it is the default one of the parts' version, if that has one and parts are missing;
-    `notes` then says so.
+    The base does not supply `unwanted` parts. If `base` is None and parts are missing, the default base of
+    the parts' version is used, if it has one; a line about this is added to `notes`. Raises Error for an
+    invalid combination of bases.
     """
     bases = bases_of(base)
     if "none" in map(str, bases):
@@ -77,8 +77,10 @@ def find_base(
 def find_sibling(
     sources: Sequence[SourcePath | None], parts: Mapping[str, Match], wanted: bool, notes: list[str]
 ) -> list[Path]:
-    """The checkpoint of the text encoder in a repository beside a source without one; only proposed, in
-    `notes`, where it is not `wanted`.
+    """Return the text encoder's checkpoint from the repository beside an hf:// source that has none.
+
+    If it is not `wanted`, the result is empty and the checkpoint is only proposed in `notes`. Raises Error if
+    it is wanted and there is none.
     """
     text = family_of(parts).tokenizer_part
     if text is None or text in parts:
@@ -99,7 +101,7 @@ def find_sibling(
 def check_missing(
     family: Family, parts: Mapping[str, Match], missing: Sequence[str], only_given: bool, notes: Sequence[str]
 ) -> None:
-    """Raise Error where parts are missing: of a pipeline, or, where `only_given`, of a component."""
+    """Raise Error if parts of the pipeline are missing, or, if `only_given`, parts of a given component."""
     if not parts:
         raise Error("Nothing to convert: give checkpoint files or folders.")
     if missing and not only_given:

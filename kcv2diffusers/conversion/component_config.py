@@ -1,4 +1,4 @@
-"""The config.json of a component: from its table, and from the base what weights do not tell."""
+"""The config.json of a component: from its table, and from the base what the weights do not determine."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ _GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh"}
 def config_for(
     match: Match, base: Base, image_size: int | None, gelu: str | None, files: TokenizerFiles | None
 ) -> dict[str, Any]:
-    """The config.json of the component of a part.
+    """Return the config.json of the component that a part belongs to.
 
     `image_size` is in pixels (None: as stated beside the checkpoint, else the family's). `gelu` is "exact" or
-    "tanh" and counts for a text encoder whose table has it as an entry of the version. `files` is the
-    tokenizer. Raises Error where the number of heads is not stated, SourceError for entries that the weights
-    contradict.
+    "tanh"; it applies to a text encoder whose table has a GELU for the version. `files` is the tokenizer.
+    Raises Error if the number of heads is unknown, SourceError for entries that contradict the weights.
     """
     table = match.spec.table
-    if match.of_pipeline:  # the base's own component, with the base's own config
+    if match.of_pipeline:  # the component comes from the base, and so does its config
         kept = _of_component(match, base.components[table.folder])
         return kept if "_class_name" in kept else kept | LOADED
     overrides = stated_beside(match, _of_base(match, base))
@@ -60,7 +59,7 @@ def _of_component(match: Match, component: Component) -> dict[str, Any]:
 
 
 def _of_base(match: Match, base: Base) -> dict[str, Any]:
-    """What a base of the same shape says of a model of unusual widths."""
+    """Return the entries that a base of the same shape states for a model of non-standard widths."""
     table = match.spec.table
     component = base.components.get(table.folder)
     other = next(iter(component.parts.values())) if component else base.parts.get(match.part)

@@ -1,4 +1,4 @@
-"""Textual inversion: rows of a token embedding as files of their own."""
+"""Textual inversion: rows of a token embedding, written as separate files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.tensor import rows
 from kcv2diffusers.targets.safetensors import Entry
 
-_TABLE = "token_embedding.weight"  # how diffusers' name of the token embedding ends
+_TABLE = "token_embedding.weight"  # suffix of the token embedding's name in diffusers
 
 
 def embedding_files(text: Match | None, placeholder_tokens: Sequence[str]) -> dict[str, Entry]:
-    """A file for each placeholder token, as `load_textual_inversion` takes it: {token: [1, width]}. The
-    tokens are the last rows of the text encoder's token embedding, in order.
+    """Return one file for each placeholder token, for `load_textual_inversion`: {token: (1, width)}.
+
+    The tokens are the last rows of the text encoder's token embedding, in order. The result maps file names
+    to entries.
     """
     if text is None or not placeholder_tokens:
         return {}

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, found from its contents."""
+"""Inspection of checkpoints: their parts are detected from the contents."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.open import open_all
 from kcv2diffusers.sources.recognise import recognise_all
 
-_LENGTH = 400  # characters of a text from a file's metadata
-# The metadata that are shown, by their names in modelspec.
+_LENGTH = 400  # characters kept of a metadata text
+# The metadata entries to show: their names in modelspec, and their labels.
 _METADATA = {
     f"{PREFIX}{name}": name.replace("_", " ")
     for name in (
@@ -39,11 +39,12 @@ _METADATA = {
 
 @dataclass(frozen=True)
 class Inspected:
-    """One part: `sizes` are the symbols of its weight map, `problems` the report if it is incomplete.
+    """One part of a checkpoint.
 
-    `inside` is where in the checkpoint it is ("" for the root). `left_out` says of the whole checkpoint how
-    many tensors of which kind are of no part, such as optimizer state. `metadata` are what a single file says
-    of itself: title, hash, trigger phrase and the like.
+    `sizes` are the values of its weight map's symbols. `problems` is the report if the part is incomplete.
+    `inside` is its location in the checkpoint ("" for the root). `left_out` counts, by kind, the tensors of
+    the whole checkpoint that belong to no part, such as optimizer state. `metadata` are those of a single
+    file, such as title, hash and trigger phrase.
     """
 
     path: Path
@@ -64,11 +65,11 @@ class Inspected:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON."""
+        """Return the fields for JSON."""
         return {k: v for k, v in asdict(self).items() if k != "rest"} | {"path": str(self.path)}
 
     def text(self) -> str:
-        """A few lines for a person."""
+        """Return a few human-readable lines."""
         version = "" if self.version == "any" else f" {self.version.upper()}"
         keras = f", Keras {plain(self.keras_version)}" if self.keras_version else ""
         lines = [
@@ -86,7 +87,7 @@ class Inspected:
 
 
 def inspect(source: str | PathLike[str], *, allow_pickle: bool = False) -> list[Inspected]:
-    """What is at `source`: one entry for each part. Raises SourceError for what cannot be read.
+    """Return one entry for each part at `source`. Raises SourceError if it cannot be read.
 
     `allow_pickle` is as in `convert`.
     """

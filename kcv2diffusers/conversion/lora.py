@@ -1,4 +1,4 @@
-"""LoRA files from one spelling into the other."""
+"""Conversion of LoRA files between the tensor names of diffusers and kohya."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from kcv2diffusers.targets.lora import WRITTEN, lora_plan, write_lora
 from kcv2diffusers.targets.stream import run_finite
 
 ENDING = ".safetensors"
-_SLACK = 1 << 20  # bytes of the header and the folder
+_SLACK = 1 << 20  # bytes for the header and the folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedLora:
-    """What `convert_lora` did, or after a dry run would do.
+    """The result of `convert_lora`, or the plan after a dry run.
 
-    `modules` says how many modules of each component the LoRA changes, `ranks` which ranks it has. Sizes are
-    in bytes.
+    `modules` is the number of modules of each component that the LoRA changes. `ranks` are the ranks that
+    occur. Sizes are in bytes.
     """
 
     out: Path
@@ -40,7 +40,7 @@ class ConvertedLora:
     dry_run: bool = False
 
     def text(self) -> str:
-        """For a person."""
+        """Return a few human-readable lines."""
         counts = ", ".join(f"{component} {count} modules" for component, count in self.modules.items())
         rank = ", ".join(map(str, self.ranks))
         return (
@@ -51,7 +51,7 @@ class ConvertedLora:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the fields for JSON."""
         return asdict(self) | {"out": str(self.out), "source": str(self.source)}
 
 
@@ -65,12 +65,12 @@ def convert_lora(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> ConvertedLora:
-    """Write the LoRA file `source` (or the one in a pipeline folder) as the other programs name its tensors.
+    """Convert the LoRA file `source` (or the one in a pipeline folder) to the tensor names of another format.
 
     `format` is "diffusers", for `load_lora_weights`, or "kohya", for ComfyUI and A1111 (default: the one that
-    `source` does not have). The factors stay as they are, bit for bit. A `dry_run` writes nothing. `progress`
-    is called with the bytes done and in total. Raises Error with a message for the user; `out` is then as it
-    was.
+    `source` does not have). The factors are copied bit for bit, in their dtypes. A `dry_run` writes nothing.
+    `progress` is called with the bytes done and in total. Raises Error with a message for the user; `out` is
+    then unchanged.
     """
     target = Path(out)
     if format not in (None, *SPELLINGS):
@@ -100,13 +100,13 @@ def convert_lora(
         return result
     with new_file(target, overwrite=overwrite, replaceable=is_output, needed=plan.nbytes + _SLACK) as file:
         run_finite(write_lora(file, plan), progress, allow_nonfinite=allow_nonfinite)
-        with safe_open(file, framework="numpy"):  # the library's own check of the header
+        with safe_open(file, framework="numpy"):  # safetensors itself validates the header
             pass
     return result
 
 
 def is_output(path: Path) -> bool:
-    """Whether a file is a LoRA that was written here, so that it may be replaced."""
+    """Return whether a file is a LoRA that this package wrote and may therefore replace."""
     try:
         return path.is_file() and WRITTEN in read_header(path)[1]
     except Error:

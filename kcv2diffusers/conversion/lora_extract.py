@@ -1,4 +1,4 @@
-"""A LoRA from the difference of two models: a fine-tune and the base that it was trained from."""
+"""Extraction of a LoRA from the difference between a fine-tuned model and its base model."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from kcv2diffusers.targets.lora_merge import float_values, kernel_view
 from kcv2diffusers.targets.stream import run_finite
 
 AUTO = "auto"
-_SLACK = 1 << 20  # bytes of the header and the folder
+_SLACK = 1 << 20  # bytes for the header and the folder
 _SHOWN = 5  # modules that the text lists
-_Place = tuple[str, str]  # the component and the name of a tensor in diffusers
+_Place = tuple[str, str]  # the component and the diffusers name of a tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractedLora:
-    """What `extract_lora` did.
+    """The result of `extract_lora`.
 
-    `kept` is the share of the difference between the models that the LoRA holds: of the sum of squares over
-    all tensors of UNet and text encoder. `modules` says the same of each module, and `ranks` its rank.
-    `left_out` are tensors that differ and that no LoRA can hold: biases, norms and embeddings.
+    `kept` is the share (0 to 1) of the difference between the models that the LoRA represents, measured as
+    the sum of squares over all tensors of UNet and text encoder. `modules` is this share for each module, and
+    `ranks` the rank of each module. `left_out` are tensors that differ but that a LoRA cannot represent:
+    biases, norms and embeddings.
     """
 
     out: Path
@@ -50,7 +51,7 @@ class ExtractedLora:
     bytes_written: int
 
     def text(self) -> str:
-        """For a person."""
+        """Return a few human-readable lines."""
         ranks = sorted(set(self.ranks.values()))
         rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         lines = [
@@ -66,7 +67,7 @@ class ExtractedLora:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the fields for JSON."""
         return asdict(self) | {"out": str(self.out)}
 
 
@@ -82,13 +83,13 @@ def extract_lora(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> ExtractedLora:
-    """Write a LoRA file that turns the model `base` into the fine-tune `source`, as nearly as its rank can.
+    """Write a LoRA file that approximates the difference between the fine-tuned model `source` and `base`.
 
     Both are pipeline folders, checkpoints or single files. The difference of each linear layer and each
-    convolution of UNet and text encoder is cut to `rank` by a singular value decomposition; where `rank` is
-    "auto", to the smallest that keeps the share `keep` of its sum of squares. One layer at a time is in
-    memory, beside the LoRA. `progress` is called with the bytes done and in total. Raises Error with a
-    message for the user; `out` is then as it was.
+    convolution of UNet and text encoder is truncated to `rank` by a singular value decomposition. If `rank`
+    is "auto", each layer has the smallest rank that keeps the share `keep` of its sum of squares. Only one
+    layer at a time is in memory, in addition to the LoRA. `progress` is called with the bytes done and in
+    total. Raises Error with a message for the user; `out` is then unchanged.
     """
     target, kind = Path(out), DTYPES.get(full_name(dtype))
     if kind is None:
@@ -138,7 +139,7 @@ def extract_lora(
     plan = lora_plan(Lora(target, format, updates, {}), format)
     with new_file(target, overwrite=overwrite, replaceable=is_output, needed=plan.nbytes + _SLACK) as file:
         run_finite(write_lora(file, plan), silent, allow_nonfinite=False)
-        with safe_open(file, framework="numpy"):  # the library's own check of the header
+        with safe_open(file, framework="numpy"):  # safetensors itself validates the header
             pass
     return ExtractedLora(
         out=target,
@@ -155,7 +156,7 @@ _Found = tuple[Match, Slot, Tensor]
 
 
 def _tensors(source: SourcePath) -> dict[_Place, _Found]:
-    """The tensors of UNet and text encoder, by component and name in diffusers."""
+    """Return the tensors of UNet and text encoder, by component and diffusers name."""
     paths = locate_all(source, pipelines=True)
     matches: list[Match] = []
     for path in paths:
@@ -177,7 +178,7 @@ def _tensors(source: SourcePath) -> dict[_Place, _Found]:
 def _check(
     source: SourcePath, base: SourcePath, tuned: Mapping[_Place, _Found], plain: Mapping[_Place, _Found]
 ) -> None:
-    """Raise Error if a component of one has a tensor that the other lacks, or has in another shape."""
+    """Raise Error if a tensor of the tuned components is missing in one model or has another shape there."""
     components = {component for component, _ in tuned}
     for place in (*tuned, *(place for place in plain if place[0] in components)):
         if place not in tuned or place not in plain or _shape(tuned[place]) != _shape(plain[place]):
@@ -188,14 +189,14 @@ def _check(
 
 
 def _shape(found: _Found) -> tuple[int | None, ...]:
-    """The shape in diffusers, without axes of size one behind."""
+    """Return the shape in diffusers, without the kernel axes if they all have size 1."""
     match, slot, _ = found
     shape = tuple(size.value(match.dims) for size in slot.diffusers_shape)
     return shape[:2] if set(shape[2:]) <= {1} else shape
 
 
 def _difference(one: _Found, other: _Found) -> np.ndarray:
-    """The difference of two tensors in float32: of a kernel as (outputs, inputs, positions)."""
+    """Return the difference of two tensors in float32. Kernels are (outputs, inputs, positions)."""
     first, second = (_values(found) for found in (one, other))
     difference: np.ndarray = first - second
     return difference
@@ -212,9 +213,10 @@ def _values(found: _Found) -> np.ndarray:
 def _factors(
     difference: np.ndarray, shape: tuple[int, ...], rank: int | str, keep: float
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """`down` and `up` of a difference (outputs, inputs, positions), and the share of its squares they keep.
+    """Return `down` and `up` of a difference, and the share of its sum of squares that they keep.
 
-    `shape` is that of the weight in diffusers. The singular values go into both factors alike.
+    `difference` is (outputs, inputs, positions). `shape` is that of the weight in diffusers. Each factor is
+    scaled by the square root of the singular values.
     """
     outputs, inputs, _ = difference.shape
     left, values, right = np.linalg.svd(difference.reshape(outputs, -1), full_matrices=False)
@@ -229,5 +231,5 @@ def _factors(
 
 
 def _constant(values: np.ndarray) -> Any:
-    """A function that returns the values."""
+    """Return a function that returns the values."""
     return lambda: values

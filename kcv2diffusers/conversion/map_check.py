@@ -1,4 +1,4 @@
-"""The weight maps as a user sees them: listed, expanded, and checked."""
+"""The commands for weight maps: list, show and check."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kcv2diffusers.pipeline.configs import config_of
 
 
 def listing() -> str:
-    """One line a map."""
+    """Return one line for each map."""
     lines = []
     for table in tables().values():
         parts = ", ".join(label(part) for part in table.parts)
@@ -30,7 +30,11 @@ def listing() -> str:
 
 
 def show(name: str, version: str | None = None) -> str:
-    """A map expanded at Stable Diffusion's sizes: Keras name, layout, shape, diffusers name and shape."""
+    """Return a map expanded with Stable Diffusion's sizes, one line for each tensor.
+
+    A line has the Keras name and shape, whether the axes are reversed, and the diffusers name and shape.
+    Raises Error for an unknown map or version.
+    """
     if name not in tables():
         raise Error(f"No map named {name!r}; there are {', '.join(tables())}.")
     chosen = [s for s in specs() if s.table.name == name and version in (None, s.version)]
@@ -50,7 +54,10 @@ def show(name: str, version: str | None = None) -> str:
 
 @dataclass
 class Checked:
-    """The check of one map in one version."""
+    """The result of the check of one map in one version.
+
+    `compared` says whether the map was compared with diffusers or transformers.
+    """
 
     name: str
     version: str
@@ -59,11 +66,11 @@ class Checked:
     problems: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON."""
+        """Return the fields for JSON."""
         return vars(self)
 
     def text(self) -> str:
-        """One line, or the problems."""
+        """Return one line, or the list of problems."""
         label = f"{self.name}{'' if self.version == 'any' else ' ' + self.version.upper()}"
         if self.problems:
             return "\n".join([f"{label}: {len(self.problems)} problems", *(f"  {p}" for p in self.problems)])
@@ -76,11 +83,11 @@ class Checked:
 
 
 def check() -> list[Checked]:
-    """Check every map: one to one, invertible, and, where diffusers is installed, complete.
+    """Check that every map is bijective, invertible and, if diffusers is installed, complete.
 
-    Complete means that the targets and their shapes are exactly the keys of the state dict that
-    diffusers or transformers builds from the config.json written beside them. The names of the original
-    layout are checked likewise: diffusers' own converter has to read the same component from them.
+    Complete means that the targets and their shapes are exactly those in the state dict of the model that
+    diffusers or transformers builds from the generated config.json. The names of the original layout are
+    checked in the same way: diffusers' converter must read the same component from them.
     """
     versions = [(table, version) for table in tables().values() for version in table.versions]
     return [
@@ -89,11 +96,11 @@ def check() -> list[Checked]:
     ]
 
 
-_SMALLER = 32  # sizes are divided by it where that goes, so that sizes that differ still do
+_SMALLER = 32  # divisor of sizes that it divides; sizes that differ still differ
 
 
 def _check_original(table: Table, version: str) -> Checked:
-    """The check of a component's names in the original layout."""
+    """Check the names of a component in the original layout."""
     named = naming(table.name, version)
     targets, _ = _shapes(table, version)
     small, dims = _shapes(table, version, _SMALLER)
@@ -105,7 +112,7 @@ def _check_original(table: Table, version: str) -> Checked:
 def _shapes(
     table: Table, version: str, smaller: int = 1
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """Names and shapes of a component's diffusers tensors, and the sizes they follow from."""
+    """Return names and shapes of a component's diffusers tensors, and the sizes that define them."""
     shapes: dict[str, tuple[int, ...]] = {}
     dims: dict[str, int] = {}
     for spec in (s for s in specs() if s.table is table and s.version == version):
@@ -156,7 +163,7 @@ def _unused_blocks(spec: Spec) -> list[str]:
 
 
 def _not_inverse() -> list[str]:
-    """Layouts whose way there and back does not give the same array."""
+    """Return the layouts for which a round trip does not give the same array."""
     sizes = {"1": 1, "size": 3, "in": 5, "out": 7, "width": 5, "rows": 4}
     problems = []
     for name, layout in LAYOUTS.items():
@@ -174,7 +181,7 @@ def _not_inverse() -> list[str]:
 
 
 def _expected(table: Table, version: str) -> dict[str, tuple[int, ...]] | None:
-    """Keys and shapes of the library's own model for our config.json; None if it is not installed."""
+    """Return keys and shapes of the library's model for our config.json, None if it is not installed."""
     library, name = table.diffusers.split(".")
     if any(importlib.util.find_spec(module) is None for module in ("torch", library)):
         return None
@@ -186,5 +193,5 @@ def _expected(table: Table, version: str) -> dict[str, tuple[int, ...]] | None:
     with torch.device("meta"):
         model = cls.from_config(entries) if library == "diffusers" else cls(cls.config_class(**entries))
     keys = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    # transformers 5 has no text_model. prefix any more and adds it while loading.
+    # The models of transformers 5 have no text_model. prefix; it strips the prefix while loading.
     return {table.rename(key) or key: shape for key, shape in keys.items() if table.rename(key)}

@@ -1,4 +1,4 @@
-"""The check of the namings in `weight_maps/original/`: one to one, complete, and as diffusers reads them."""
+"""Check of the tables in `weight_maps/original/`: bijective, complete, and consistent with diffusers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def problems_of(naming: Naming, targets: Shapes) -> list[str]:
-    """What is wrong with a naming; `targets` are the shapes of the component's diffusers tensors by name."""
+    """Return the problems of a naming. `targets` maps the component's diffusers tensors to their shapes."""
     places = naming.places(targets)
     problems = [f"no row of the original layout names {t}" for t in sorted(targets.keys() - places.keys())]
     taken: dict[tuple[str, int], str] = {}
@@ -35,7 +35,7 @@ def problems_of(naming: Naming, targets: Shapes) -> list[str]:
 
 
 def _unused(naming: Naming, targets: Shapes) -> list[str]:
-    """Rows, blocks and leaves that name nothing."""
+    """Return a problem for each row and each leaf of a block that matches no tensor."""
     problems, used = [], set[tuple[str, str]]()
     for module, (_, inside) in naming.rows.items():
         pattern = re.compile(re.escape(module).replace(r"\{i\}", r"\d+") + r"\.(.*)")
@@ -55,10 +55,10 @@ def _unused(naming: Naming, targets: Shapes) -> list[str]:
 
 
 def read_by_diffusers(naming: Naming, targets: Shapes, config: Mapping[str, Any]) -> list[str] | None:
-    """What diffusers' own converter makes of the original layout, where that is not the component again.
+    """Return the tensors that diffusers' converter does not read back correctly from the original layout.
 
-    Each tensor is given values of its own, so `targets` should be those of a small model; `config` is its
-    config.json. Returns None where diffusers has no such converter or is not installed.
+    Each tensor is filled with its own number, so `targets` should be those of a small model. `config` is its
+    config.json. Returns None if diffusers has no such converter or is not installed.
     """
     try:
         import torch
@@ -99,7 +99,7 @@ _CONVERTERS = {
 
 
 class _TextModel:
-    """What the converter of text encoders looks at of a model: the width in its config."""
+    """A stand-in for a model: the converter of text encoders reads only the width from its config."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = self

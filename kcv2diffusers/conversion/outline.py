@@ -1,4 +1,4 @@
-"""A conversion for a person, before or after it is done: what of which part goes from where to where."""
+"""Human-readable outline of a conversion: source, target, size and dtype of each part."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from kcv2diffusers.maps.parts import label
 from kcv2diffusers.sources.recognise import Match
 
 SLACK = 32 << 20
-"""Bytes that a conversion may need on disk for everything that is not weights."""
-# Entries of a result that only a dry run has in its JSON.
+"""Bytes on disk reserved for everything that is not weights."""
+# Fields of a result that are in the JSON of a dry run only.
 PLAN = ("moved", "scheduler", "tokenizer", "dry_run")
 
 
 @dataclass(frozen=True)
 class Moved:
-    """The tensors of a part on their way: `source` is a file or folder, and where in it the part is; `target`
-    a file of the output folder. Sizes are in bytes, `from_dtypes` are as stored.
+    """The transfer of a part's tensors.
+
+    `source` is a file or folder, with the location of the part inside. `target` is a file in the output
+    folder. Sizes are in bytes. `from_dtypes` are the stored dtypes.
     """
 
     part: str
@@ -34,7 +36,7 @@ class Moved:
     to_dtype: str
 
     def text(self) -> str:
-        """Two lines."""
+        """Return two human-readable lines."""
         return (
             f"  {label(self.part)}: {self.source} ({self.container}) -> {self.target}\n"
             f"    {self.tensors} tensors, {_megabytes(self.from_bytes)} {', '.join(self.from_dtypes)} -> "
@@ -43,7 +45,7 @@ class Moved:
 
 
 def moved(match: Match, target: str, dtype: np.dtype = DTYPES["float32"]) -> Moved:
-    """What becomes of a part that is written as `dtype`."""
+    """Return the outline of a part that is written as `dtype`."""
     tensors = [tensor for _, tensor in match.slots()]
     return Moved(
         part=match.part,
@@ -61,7 +63,7 @@ def moved(match: Match, target: str, dtype: np.dtype = DTYPES["float32"]) -> Mov
 def plan_text(
     title: str, parts: Iterable[Moved], files: dict[str, str | None], notes: Collection[str] = ()
 ) -> str:
-    """The plan of a dry run: the parts, where other files come from (None: not written), and remarks."""
+    """Return the plan of a dry run: the parts, the origin of other files (None: not written), and notes."""
     told = [f"  {name}: {origin}" for name, origin in files.items() if origin is not None]
     lines = [title, *(part.text() for part in parts), *told, *notes]
     return "\n".join([*lines, "Nothing was written (--dry-run)."])

@@ -1,4 +1,4 @@
-"""What `convert` did, or would do."""
+"""The result of `convert`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kcv2diffusers.maps.parts import label
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion did, or after a dry run would do. Sizes are in bytes.
+    """The result of a conversion, or the plan after a dry run. Sizes are in bytes.
 
-    `parts` says of each part where it came from, `sources` are the KerasCV checkpoints among these, `base` is
-    the pipeline folder that the others are from. `moved` says of each part what goes into which file,
-    `scheduler` and `tokenizer` where those come from (None: they are not written). `version` is "sd1", "sd2",
-    or "any" if no part tells it. `metadata` are those of a single file, empty for a pipeline.
+    `parts` is the source of each part. `sources` are the KerasCV checkpoints among them. `base` is the
+    pipeline folder that supplied the other parts. `moved` describes the transfer of each part to its file.
+    `scheduler` and `tokenizer` are the origins of these (None: not written). `version` is "sd1", "sd2", or
+    "any" if no part determines it. `metadata` are those of a single file, empty for a pipeline.
     """
 
     out: Path
@@ -39,7 +39,7 @@ class Converted:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def plan(self) -> str:
-        """What a dry run found, for a person."""
+        """Return the plan of a dry run as human-readable text."""
         what = "a pipeline" if self.complete else "the given parts"
         what = "a single file" if self.metadata else what
         origins = {"scheduler": self.scheduler, "tokenizer": self.tokenizer}
@@ -47,13 +47,13 @@ class Converted:
         return plan_text(f"To write: {what}, {self.out}", self.moved, origins, notes)
 
     def needs(self) -> str:
-        """What parts without a pipeline lack."""
+        """Return a sentence about the parts that are missing for a full pipeline."""
         if not self.missing:
             return "Nothing is missing. Omit --base none to write a full pipeline."
         return f"A full pipeline still needs: {', '.join(map(label, self.missing))}."
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; `parts` says there what `sources` and `base` say to Python."""
+        """Return the fields for JSON, without `sources` and `base`, whose content is in `parts`."""
         left_out = {"sources", "base", *(() if self.dry_run else PLAN)}
         left_out |= set() if self.metadata else {"metadata"}
         shown = {name: value for name, value in asdict(self).items() if name not in left_out}

@@ -1,4 +1,4 @@
-"""KerasCV checkpoints -> a diffusers pipeline: gather the parts, check them against each other, write."""
+"""Conversion of KerasCV checkpoints to a diffusers pipeline: gather the parts, check them together, write."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from kcv2diffusers.targets.safetensors import Entry, common_dtype, diffusers_ent
 from kcv2diffusers.targets.stream import run_finite
 from kcv2diffusers.targets.transfer import Job
 
-# What `convert` and `dreambooth --export` write into a pipeline folder, beside the components.
+# Files and folders that `convert` and `dreambooth --export` write in addition to the components.
 _OUTPUT = (
     MODEL_INDEX,
     SCHEDULER_FILE.parent.name,
@@ -72,14 +72,14 @@ _HALVES = ("vae_decoder", "vae_encoder")
 
 @dataclass(frozen=True)
 class _Component:
-    """A component to write: its tensors, their dtype, and its config.json."""
+    """A component to write: its tensors, their common dtype, and its config.json."""
 
     table: Table
     entries: list[Entry]
     dtype: np.dtype
     config: dict[str, Any]
     moved: list[Moved]
-    restored: bool  # whether the dtype is that of the pipeline before `to_keras`
+    restored: bool  # whether the dtype is the one that the pipeline had before `to_keras`
 
     @property
     def nbytes(self) -> int:
@@ -114,25 +114,28 @@ def convert(
     """Write a diffusers pipeline into folder `out`, or a single file.
 
     `sources` are KerasCV checkpoints, folders of them, single `.safetensors` files in Stable Diffusion's
-    original layout, or hf:// addresses; their parts are recognised by content. `parts` name a part's
-    source: `unet`, `text_encoder`, `vae_decoder`, `vae_encoder`; `vae` is one for both halves. `format` is
-    "pipeline" or "single-file" (default: by the ending of `out`). A single file may be made from a pipeline
-    folder too, and with `vae` "none" it has no VAE; `title` (default: its name) and `trigger_phrase` are
-    for its metadata. `lora` are LoRA files to merge, each a path or "PATH:STRENGTH". `allow_pickle` lets
-    PyTorch's restricted unpickler open sources that are `.ckpt` files, which is never done otherwise. `ema`
-    takes the averaged UNet of single files instead of the other. `base` fills in what is not given: a
-    diffusers pipeline folder, KerasCV parts, or "none" to write only the given parts, or "tiny" (default:
-    for SD1 the parts that are missing, from the Hub). `with_sibling` adds the text encoder from the
-    repository beside one that has none. `dtype` is float32, float16 or bfloat16, or fp32, fp16 or bf16
-    (default: that of a `variant` fp16, bf16 or fp32, else as stored). `image_size` is the pipeline's
-    default height and width in pixels (default: 512), `gelu` the text encoder's activation for SD2
-    (default: exact; see the documentation), `prediction_type` the scheduler's, "epsilon" or "v_prediction"
-    (default: that of the pipeline that the UNet is from, epsilon for KerasCV's). Where they are not given,
-    the kcv2diffusers.json beside a checkpoint counts before these defaults. The noise schedule comes with
-    the UNet.
-    A `dry_run` makes all checks but those of the values, writes nothing, and returns what would be done.
-    `progress` is called with the bytes done and in total. Raises Error with a message for the user; `out` is
-    then as it was.
+    original layout, or hf:// addresses. Their parts are detected from the contents. `parts` are the sources
+    of single parts: `unet`, `text_encoder`, `vae_decoder`, `vae_encoder`. `vae` is the source of both halves
+    of the VAE. `base` supplies missing parts: a diffusers pipeline folder, KerasCV parts, "tiny", or "none"
+    to write only the given parts (default for SD1: the missing parts from the Hub). `with_sibling` takes the
+    text encoder from the repository beside one that has none. `ema` selects the averaged UNet of single
+    files. `lora` are LoRA files to merge, each a path or "PATH:STRENGTH". `allow_pickle` lets PyTorch's
+    restricted unpickler open `.ckpt` files, which are never opened otherwise.
+
+    `format` is "pipeline" or "single-file" (default: by the suffix of `out`). `dtype` is float32, float16 or
+    bfloat16, or fp32, fp16 or bf16 (default: the dtype of a `variant` fp16, bf16 or fp32, else as stored).
+    `placeholder_tokens` are the names of extra token embeddings, in order. A single file can also be made
+    from a pipeline folder. It has no VAE if `vae` is "none". `title` (default: the file's name) and
+    `trigger_phrase` are written into its metadata.
+
+    `image_size` is the pipeline's default height and width in pixels (default: 512). `gelu` is the activation
+    of an SD2 text encoder (default: exact; see the documentation). `prediction_type` is "epsilon" or
+    "v_prediction" (default: that of the UNet's pipeline, epsilon for KerasCV). The kcv2diffusers.json beside
+    a checkpoint takes precedence over these defaults. The noise schedule comes with the UNet.
+
+    A `dry_run` runs all checks except those of the values, writes nothing, and returns the plan. `progress`
+    is called with the bytes done and in total. Raises Error with a message for the user; `out` is then
+    unchanged.
     """
     started = time.monotonic()
     if unknown := parts.keys() - all_parts().keys():
@@ -242,7 +245,7 @@ def convert(
         jobs = _lay_out(folder, components, embeddings, text, variant)
         total = run_finite(jobs, progress, allow_nonfinite=allow_nonfinite)
         for path in {job.target for job in jobs}:
-            with safe_open(path, framework="numpy"):  # the library's own check of the header
+            with safe_open(path, framework="numpy"):  # safetensors itself validates the header
                 pass
         if files is not None:
             length = text.dims["length"] if text else 77
@@ -284,9 +287,7 @@ def _lay_out(
     text: Match | None,
     variant: str | None,
 ) -> list[Job]:
-    """Write what stands around the weights of each component and allocate its file; returns the jobs that
-    fill the files.
-    """
+    """Write each component's config, allocate its weight file, and return the jobs that fill the files."""
     jobs: list[Job] = []
     for component in components:
         table = component.table
@@ -300,7 +301,7 @@ def _lay_out(
 
 
 def _remarks(components: Sequence[_Component], complete: bool, dtype: str | None) -> list[str]:
-    """What a user may not expect of the result."""
+    """Return notes about properties of the result that the user may not expect."""
     restored = [f"{c.table.folder} {c.dtype.name}" for c in components if c.restored]
     remarks = []
     if restored:
@@ -320,7 +321,10 @@ def _tokenizer(
     placeholder_tokens: Sequence[str],
     only_given: bool,
 ) -> TokenizerFiles | None:
-    """The tokenizer to write, checked against the rows of the token embedding."""
+    """Return the tokenizer to write, None if there is none to write.
+
+    Raises Error if it does not match the rows of the token embedding.
+    """
     if text is None:
         if placeholder_tokens:
             raise Error("--placeholder-token names rows of a text encoder, and none is given.")
@@ -336,8 +340,10 @@ def _tokenizer(
 
 
 def scheduler_for(trained: Match | None, prediction_type: str | None) -> tuple[dict[str, Any] | None, str]:
-    """The scheduler's config, which is what a part was trained with, and what it predicts if that is given;
-    and whence it comes. None for a family without a scheduler.
+    """Return the scheduler config for the part `trained`, and its origin as text.
+
+    The config is the one that the part was trained with; a given `prediction_type` overrides its entry. The
+    config is None if `trained` is None.
     """
     if trained is None:
         return None, ""
@@ -348,7 +354,10 @@ def scheduler_for(trained: Match | None, prediction_type: str | None) -> tuple[d
 
 
 def _dtype(dtype: str | None, variant: str | None) -> str | None:
-    """The dtype asked for, by its own name or by that of a variant."""
+    """Return the full name of the requested dtype, from `dtype` or implied by `variant`; None if neither.
+
+    Raises Error for an unknown dtype, or if the two contradict each other.
+    """
     if dtype is not None and (dtype := full_name(dtype)) not in DTYPES:
         raise no_choice("--dtype", dtype, [*DTYPES, *ALIASES])
     implied = ALIASES.get(variant or "")
@@ -361,13 +370,13 @@ def _dtype(dtype: str | None, variant: str | None) -> str | None:
 
 
 def stated_dtype(matches: Sequence[Match]) -> str | None:
-    """The dtype of the pipeline that `to_keras` made these checkpoints of, if it made them."""
+    """Return the dtype that the component had in the pipeline before `to_keras`, None if unknown."""
     table = matches[0].spec.table
     stated = {user_dtype(match.source.path, table) if match.keras else None for match in matches}
     return stated.pop() if len(stated) == 1 else None
 
 
 def is_output(path: Path) -> bool:
-    """Whether a folder has nothing but what `convert` writes, so that it may be replaced."""
+    """Return whether a folder contains only files that `convert` writes, and may therefore be replaced."""
     names = [*_OUTPUT, *(table.folder for table in tables().values())]
     return all(any(entry.match(name) for name in names) for entry in path.iterdir())

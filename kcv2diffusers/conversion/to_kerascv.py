@@ -1,4 +1,4 @@
-"""A diffusers pipeline -> weight files for KerasCV: the same tables, run backwards."""
+"""Conversion of a diffusers pipeline to weight files for KerasCV, with the same weight maps in reverse."""
 
 from __future__ import annotations
 
@@ -35,8 +35,10 @@ from kcv2diffusers.targets.stream import run_finite
 
 @dataclass(frozen=True)
 class ToKeras:
-    """What was written, or after a dry run would be: a file for each part, and the KerasCV class that loads
-    it. Sizes in bytes. `moved`, `scheduler` and `tokenizer` are as in `Converted`.
+    """The result of `to_keras`, or the plan after a dry run.
+
+    `files` is the file of each part, `models` the KerasCV class that loads it. Sizes are in bytes. `moved`,
+    `scheduler` and `tokenizer` are as in `Converted`.
     """
 
     out: Path
@@ -50,12 +52,12 @@ class ToKeras:
     dry_run: bool = False
 
     def plan(self) -> str:
-        """What a dry run found, for a person."""
+        """Return the plan of a dry run as human-readable text."""
         origins = {"scheduler": self.scheduler, "tokenizer": self.tokenizer}
         return plan_text(f"To write: weights for KerasCV, {self.out}", self.moved, origins)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON; those of a plan only after a dry run."""
+        """Return the fields for JSON. The fields of a plan are included only after a dry run."""
         shown = asdict(self) | {"out": str(self.out)}
         return {name: value for name, value in shown.items() if self.dry_run or name not in PLAN}
 
@@ -71,14 +73,16 @@ def to_keras(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> ToKeras:
-    """Write the parts of a diffusers pipeline as float32 files that KerasCV's `load_weights` takes.
+    """Write the parts of a diffusers pipeline as float32 files for KerasCV's `load_weights`.
 
     `pipeline` is a folder, a single `.safetensors` file, or hf://user/repo. `format` is "weights.h5" (Keras
-    3) or "h5" (Keras 2 and 3).
-    Beside them stand the pipeline's `tokenizer/` and, for what `convert` could not know otherwise, a
-    kcv2diffusers.json, so that it makes the same pipeline of the folder again. A `dry_run` makes all checks
-    but those of the values, writes nothing, and returns what would be done. Raises Error with a message
-    for the user; `out` is then as it was.
+    3) or "h5" (Keras 2 and 3). The pipeline's `tokenizer/` is copied. A kcv2diffusers.json with the config
+    entries that cannot be inferred from the weights is added if needed, so that `convert` restores the same
+    pipeline from the folder.
+
+    A `dry_run` runs all checks except those of the values, writes nothing, and returns the plan. `progress`
+    is called with the bytes done and in total. Raises Error with a message for the user; `out` is then
+    unchanged.
     """
     started = time.monotonic()
     if format not in WRITERS:
@@ -123,13 +127,13 @@ def to_keras(
 
 
 def _keras_class(match: Match) -> str:
-    """The class in KerasCV, with the size of an unusual vocabulary."""
+    """Return the KerasCV class, with the vocabulary size if that is not the default."""
     usual, words = (sizes.get("vocabulary") for sizes in (match.spec.nominal, match.dims))
     return match.spec.keras_class + (f" (vocab_size={words})" if words != usual else "")
 
 
 def _of_single_file(path: Path) -> dict[str, Component]:
-    """The components of a single file by folder name, with the config.json that each would have."""
+    """Return the components of a single file by folder name, with the config.json that `convert` writes."""
     parts = check_together(gather([path]))
     if any(match.keras for match in parts.values()):
         raise SourceError(path, "a Keras checkpoint already.", "Give a diffusers pipeline or a single file.")
@@ -143,14 +147,14 @@ def _of_single_file(path: Path) -> dict[str, Component]:
 
 
 def _scheduler_of(components: Mapping[str, Component]) -> dict[str, Any]:
-    """The scheduler's config that goes with the weights of a single file."""
+    """Return the scheduler config for the weights of a single file."""
     parts = {part: match for component in components.values() for part, match in component.parts.items()}
     trained = parts.get(family_of(parts).scheduler_part or "")
     return scheduler_with(trained)[0] if trained else SCHEDULER
 
 
 def _stated(components: Mapping[str, Component], scheduler: Mapping[str, Any]) -> dict[str, Any]:
-    """The kcv2diffusers.json to write: configs, and the dtypes that are not those of the files here."""
+    """Return the kcv2diffusers.json to write: configs, and the dtypes of the pipeline other than float32."""
     held = {folder: list(component.parts.values()) for folder, component in components.items()}
     configs = {folder: (matches[0], components[folder].config) for folder, matches in held.items()}
     dtypes = {folder: _dtype(matches) for folder, matches in held.items()}

@@ -1,4 +1,4 @@
-"""Any source -> one `.safetensors` file in the original layout, which ComfyUI and A1111 read."""
+"""Conversion of any source to one `.safetensors` file in the original layout, for ComfyUI and A1111."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from kcv2diffusers.targets.single_file import to_original, write_single_file
 
 ENDING = ".safetensors"
 FORMATS = ("pipeline", "single-file")
-_SLACK = 1 << 20  # bytes of the header and the folder
+_SLACK = 1 << 20  # bytes for the header and the folder
 
 
 def check_format(out: Path, form: str | None) -> bool:
-    """Whether `convert` is to write a single file: as `form` says, else by the ending of `out`.
+    """Return whether `convert` writes a single file: from `form` if given, else from the suffix of `out`.
 
-    Raises Error for an unknown form, and for a single file that has another ending.
+    Raises Error for an unknown form, and for a single file with a suffix other than `.safetensors`.
     """
     if form not in (None, *FORMATS):
         raise no_choice("--format", form, FORMATS)
@@ -76,9 +76,9 @@ def to_single_file(
     dry_run: bool,
     progress: Progress,
 ) -> Converted:
-    """Write one file; the arguments are those of `convert`, which checks them.
+    """Write one file. The arguments are those of `convert`, which has checked them.
 
-    A diffusers pipeline may be among the sources. The file has none of the `unwanted` parts.
+    The sources may include a diffusers pipeline. The file does not contain the `unwanted` parts.
     """
     started = time.monotonic()
     check_free_file(out, overwrite=overwrite, replaceable=is_output)
@@ -142,13 +142,13 @@ def to_single_file(
         return planned
     with new_file(out, overwrite=overwrite, replaceable=is_output, needed=needed + _SLACK) as file:
         total = write_single_file(file, tensors, metadata, progress, allow_nonfinite=allow_nonfinite)
-        with safe_open(file, framework="numpy") as opened:  # the library's own check of the header
+        with safe_open(file, framework="numpy") as opened:  # safetensors itself validates the header
             written = dict(opened.metadata())
     return replace(planned, bytes_read=total, metadata=written, seconds=time.monotonic() - started)
 
 
 def _check(out: Path, family: Family, matches: Mapping[str, Match]) -> None:
-    """Raise Error where the file would replace a source, or a part has no name in the original layout."""
+    """Raise Error if the file would replace a source, or if a part has no names in the original layout."""
     for part, match in matches.items():
         if match.source.path.resolve() == out.resolve():
             raise Error(f"{out}: is read from, and would be replaced.\nChoose another --out.")
@@ -161,7 +161,10 @@ def _check(out: Path, family: Family, matches: Mapping[str, Match]) -> None:
 def _plan(
     out: Path, family: Family, matches: Mapping[str, Match], dtype: str | None, merges: Sequence[Merge]
 ) -> tuple[list[Stored], dict[str, str], list[Moved]]:
-    """The tensors to write, and the dtype of each component: the one asked for, else the one it has."""
+    """Return the tensors to write, the dtype of each component, and the outline.
+
+    The dtype is the requested one, else that before `to_keras`, else the stored one.
+    """
     tensors: list[Stored] = []
     dtypes: dict[str, str] = {}
     outline: list[Moved] = []
@@ -178,7 +181,7 @@ def _plan(
 def _configs(
     family: Family, matches: Mapping[str, Match], base: Base, image_size: int | None, gelu: str | None
 ) -> dict[str, tuple[Match, dict[str, Any]]]:
-    """One part and the config.json of each component folder."""
+    """Return one part and the config.json of each component folder."""
     return {
         table.folder: (mine[0], config_for(mine[0], base, image_size, gelu, None))
         for table, mine in _by_table(family, matches)
@@ -195,13 +198,13 @@ def _by_table(family: Family, matches: Mapping[str, Match]) -> list[tuple[Table,
 def _image_size(
     family: Family, configs: Mapping[str, tuple[Match, dict[str, Any]]], given: int | None
 ) -> int:
-    """Width and height in pixels that the model is for."""
+    """Return the width and height in pixels that the model was trained for, or that `given` states."""
     latents = configs["unet"][1].get("sample_size") if "unet" in configs else None
     return given or (PIXELS_PER_LATENT * latents if type(latents) is int else family.image_size)
 
 
 def _trained_on(folders: Sequence[Path]) -> str | None:
-    """The prompt that calls the subject of a pipeline that `dreambooth` exported."""
+    """Return the instance prompt of a pipeline that `dreambooth` exported, None if there is none."""
     for folder in folders:
         try:
             stated = tomllib.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
@@ -213,7 +216,7 @@ def _trained_on(folders: Sequence[Path]) -> str | None:
 
 
 def _own_vocabulary(text: Match, notes: list[str]) -> Match:
-    """The text encoder without the rows of placeholder tokens, for which other programs have no place."""
+    """Return the text encoder without the rows of placeholder tokens, which other programs do not support."""
     usual = text.spec.nominal["vocabulary"]
     extra = text.dims["vocabulary"] - usual
     if extra <= 0:
@@ -230,7 +233,7 @@ def _own_vocabulary(text: Match, notes: list[str]) -> Match:
 
 
 def is_output(path: Path) -> bool:
-    """Whether a file is one that `convert` wrote, so that it may be replaced."""
+    """Return whether `convert` wrote a file, which may therefore be replaced."""
     try:
         return path.is_file() and OWN in read_header(path)[1]
     except Error:
