@@ -1,1 +1,1 @@
-"""A pipeline on its way to the Hugging Face Hub: checks, model card, upload, Space."""
+"""Publishing a pipeline on the Hugging Face Hub: checks, model card, upload, Space."""

@@ -1,4 +1,4 @@
-"""The model card of a pipeline: metadata and text, from what the folder tells of itself."""
+"""The model card of a pipeline: metadata and text, from the records in its folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kcv2diffusers.hub.client import redact
 from kcv2diffusers.maps.parts import label
 from kcv2diffusers.publish.card_facts import Facts
 
-# What a user of the pipeline has to know: when, and the words. The keys may be stated by whoever publishes.
+# Warnings for users of the pipeline: the condition and the text. The publisher can set the keys in STATED.
 CAVEATS: dict[str, tuple[Callable[[Facts], bool], str]] = {
     "linear-betas": (
         lambda facts: "linear-betas" in facts.trained_with,
@@ -43,7 +43,7 @@ STATED = ("linear-betas", "old-image-encoder")
 
 
 def model_card(facts: Facts, repository: str) -> str:
-    """README.md for a repository: metadata, then the text. Nothing in it looks like a token."""
+    """Return README.md for a repository: metadata, then text. Anything like an access token is redacted."""
     from huggingface_hub import ModelCard, ModelCardData
 
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "keras"]
@@ -144,6 +144,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value in a cell of a table: nothing in it is markup."""
+    """Return a value as text for a table cell, with markup characters escaped or replaced."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

@@ -1,4 +1,4 @@
-"""What a pipeline folder tells of itself, for its model card: its records, nothing guessed."""
+"""Facts about a pipeline for its model card, read from the records in its folder. Nothing is guessed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from kcv2diffusers.pipeline_files import RUN_FILE, VERIFICATION_FILE, variant_of
 from kcv2diffusers.progress import Progress, silent
 from kcv2diffusers.publish.check import Checked
 
-_OLD_KERAS = (2, 12)  # the newest that keras-cv before 0.5, the stack of the 2023 DreamBooth sprint, ran on
+_OLD_KERAS = (2, 12)  # the newest Keras for keras-cv before 0.5, the stack of the 2023 DreamBooth sprint
 
 
 @dataclass(frozen=True)
 class Facts:
-    """`conversion` is conversion.json with hashes, `run` the options of a DreamBooth run that are not at
-    their defaults (empty if it was none), `figures` those of the verification, `pictures` paths in the
-    folder.
+    """The facts for a model card.
+
+    `conversion` is conversion.json with hashes. `run` are the non-default options of a DreamBooth run (empty
+    if there was none). `figures` are those of the verification. `pictures` are paths in the folder.
     """
 
     checked: Checked
@@ -40,20 +41,20 @@ class Facts:
 
     @property
     def checkpoints(self) -> dict[str, Any]:
-        """The parts that came from KerasCV files."""
+        """The parts that were converted from KerasCV files."""
         parts: dict[str, Any] = self.conversion.get("parts", {})
         return {name: part for name, part in parts.items() if part["checkpoint"]}
 
     @property
     def variant(self) -> str | None:
-        """What `from_pretrained` has to be told if there are no weights of the plain name."""
+        """The `variant` that `from_pretrained` needs if there are no weights without one, else None."""
         files = [n for n in self.checked.files if n.startswith("unet/") and n.endswith(".safetensors")]
         variants = {variant_of(name) for name in files}
         return None if "" in variants else min(variants)
 
     @property
     def old_stack(self) -> bool:
-        """Whether a checkpoint was written by a Keras that keras-cv before 0.5 ran on."""
+        """Whether a checkpoint was written by a Keras version that keras-cv before 0.5 ran on."""
         versions = [_numbers(part["keras"]) for part in self.checkpoints.values() if part["keras"]]
         return not self.run and any((2,) <= version[:2] <= _OLD_KERAS for version in versions)
 
@@ -67,9 +68,10 @@ def gather(
     trained_with: frozenset[str] = frozenset(),
     progress: Progress = silent,
 ) -> Facts:
-    """What is known of a checked pipeline; `progress` is told bytes of its sources that are hashed.
+    """Return the facts about a checked pipeline.
 
-    Raises Error without a license: none is invented.
+    `progress` is called with the bytes of its sources hashed and in total. Raises Error if the license is
+    unknown: there is no default license.
     """
     folder = checked.folder
     conversion = record.published(folder, progress)
@@ -88,10 +90,11 @@ def gather(
 
 
 def figures(path: Path) -> list[tuple[str, str]]:
-    """What a card says of a verification, as (what, figure); empty if there is none that can be read.
+    """Return the card's lines about a verification as (what, figure), [] if there is no readable one.
 
-    Read are `passed` and `reason`, `weights.tensors` (part to number), of `modules` each `name` and `stock`
-    (its error), and of `images.runs` each `stock.psnr` in dB (or "infinite") and `stock.ssim`.
+    The entries read are `passed`, `reason`, `weights.tensors` (part to number), `name` and `stock` (the
+    error) of each of `modules`, and `stock.psnr` in dB (or "infinite") and `stock.ssim` of each of
+    `images.runs`.
     """
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         data = parse_object(path.read_bytes()[: 16 << 20]) or {}
@@ -107,12 +110,12 @@ def figures(path: Path) -> list[tuple[str, str]]:
 
 
 def _number(value: Any) -> float:
-    """A figure of a verification; JSON has no infinity, so it is a text there."""
+    """Return a figure of a verification as a float. Infinity and NaN are strings, because JSON lacks them."""
     return {"infinite": math.inf, "not a number": math.nan}.get(value) or float(value)
 
 
 def _license(folder: Path, conversion: Mapping[str, Any]) -> dict[str, str]:
-    """The license that the base and the other sources on the Hub state, where they agree."""
+    """Return the license that the base and the other sources state. Raises Error unless they agree on one."""
     stated = {
         origin["license"]: {k: v for k, v in origin.items() if k.startswith("license")}
         for origin in conversion.get("origins", [])
@@ -128,14 +131,14 @@ def _license(folder: Path, conversion: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _base_model(conversion: Mapping[str, Any]) -> str | None:
-    """The base on the Hub, else the repository that the checkpoints came from."""
+    """Return the base's repository on the Hub, else the repository of the checkpoints, else None."""
     bases = [base for base in conversion.get("bases", []) if base.startswith(SCHEME)]
     origins = [o["source"] for o in conversion.get("origins", []) if o["source"].startswith(SCHEME)]
     return next((parse(source).repository for source in [*bases, *origins]), None)
 
 
 def _run(path: Path) -> dict[str, Any]:
-    """The options of a DreamBooth run that may be published."""
+    """Return the options of a DreamBooth run that may be published, {} if there was none."""
     values = read_options(path) if path.is_file() else {}
     return {name: values[name] for name in values if name in PUBLIC}
 

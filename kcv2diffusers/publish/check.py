@@ -1,4 +1,4 @@
-"""A pipeline folder before it is published: whole, finite, loadable, and nothing foreign in it."""
+"""Checks before a pipeline folder is published: complete, finite, loadable, and without other files."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.tensor import Tensor
 
 _AGAIN = "Convert or save the pipeline again."
-_SLICE = 16 << 20  # bytes looked at at a time
-# What is published: of the root, and of each component's folder. Anything else stays at home.
+_SLICE = 16 << 20  # bytes checked at a time
+# Patterns of the files to publish, in the root and in each component's folder. Others are not published.
 _ROOT = (
     MODEL_INDEX,
     CARD,
@@ -52,8 +52,10 @@ _COMPONENT = ("*.json", "*.txt", "*.safetensors")
 
 @dataclass(frozen=True)
 class Checked:
-    """A pipeline that may be published: the files, relative to its folder, and what was left out; the part
-    matches tell sizes and version.
+    """A pipeline that may be published.
+
+    `files` are relative to its folder, `left_out` are the files that are not published. `parts` determine
+    sizes and version.
     """
 
     folder: Path
@@ -68,10 +70,10 @@ class Checked:
 
 
 def check(folder: Path, progress: Progress = silent) -> Checked:
-    """Check a pipeline folder; `progress` is called with the bytes of weights done and in total.
+    """Check a pipeline folder. `progress` is called with the bytes of weights done and in total.
 
-    Raises Error for what may not be published: missing parts or configs, weights that do not fit their
-    configs, values that are not finite, links out of the folder.
+    Raises Error if the folder may not be published: for missing parts or configs, weights that do not match
+    their configs, values that are not finite, or links out of the folder.
     """
     if not (folder / MODEL_INDEX).is_file():
         raise SourceError(folder, "not a diffusers pipeline (no model_index.json).", "Check the path.")
@@ -120,7 +122,7 @@ def _check_tokenizer(folder: Path, text: Match) -> None:
 
 
 def _published(folder: Path, components: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files to publish, and those that stay. Raises Error for links that lead out of the folder."""
+    """Return the files to publish and those left out. Raises Error for links that lead out of the folder."""
     files, left_out = [], []
     root = folder.resolve()
     for path in sorted(folder.rglob("*")):

@@ -1,4 +1,4 @@
-"""Names that the Hub accepts, of repositories and of licenses, before it is asked."""
+"""Local checks of repository ids and license ids, before any request to the Hub."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 open-mdw openrail openrail+
 postgresql unknown unlicense wtfpl zlib
 """
 LICENSES = frozenset(_LICENSES.split())
-_USUAL = ("creativeml-openrail-m", "openrail++", "apache-2.0", "mit", "other")  # what a refusal names
+_USUAL = ("creativeml-openrail-m", "openrail++", "apache-2.0", "mit", "other")  # listed in the error message
 
 
 def check_names(repository: str, license: str | None = None) -> None:
-    """Raise Error for a repository id or a license id that the Hub would refuse."""
+    """Raise Error for a repository id or a license id that the Hub would reject."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 

@@ -1,7 +1,7 @@
-"""A pipeline folder to a repository on the Hub: checked, described, uploaded in one commit.
+"""Publishing a pipeline folder as a repository on the Hub: check, model card, upload in one commit.
 
-huggingface_hub sends only what the Hub does not have, so that a push that was interrupted goes on, and one
-of an unchanged folder sends nothing. Files that are only in the repository stay there.
+huggingface_hub uploads only what the Hub does not have. An interrupted push therefore resumes, and a push of
+an unchanged folder uploads nothing. Files that exist only in the repository are kept.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did: `changed` are the files that the commit has new, `left_out` those that are not a
-    pipeline's; `card` is "written", "kept" or, in a dry run, its text.
+    """The result of a push.
+
+    `changed` are the files that are new or changed in the commit. `left_out` are files that do not belong to
+    a pipeline. `card` is "written", "kept" or, in a dry run, the text of the card.
     """
 
     repository: str
@@ -41,11 +43,11 @@ class Pushed:
     pull_request: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields for JSON."""
+        """Return the fields for JSON."""
         return asdict(self)
 
     def text(self) -> str:
-        """A few lines for a person."""
+        """Return a few human-readable lines."""
         if self.commit is None:
             return f"{self.card}\nChecked: {len(self.changed)} files; nothing was published (--dry-run)."
         lines = [f"Not published, not of a pipeline: {', '.join(self.left_out)}"] if self.left_out else []
@@ -74,14 +76,16 @@ def push(
     dry_run: bool = False,
     progress: Progress = silent,
 ) -> Pushed:
-    """Publish a pipeline folder as `repository` ("user/name", or a name of your own account).
+    """Publish a pipeline folder as `repository` ("user/name", or a name in your own account).
 
-    The repository is made if it is not there, `private` or not. `revision` is a branch, made if it is not
-    there; `create_pr` opens a pull request instead. `token` defaults to HF_TOKEN and `hf auth login`.
-    `license` and `base_model` go before what the sources on the Hub state; `tags` are added to the card's;
-    `trained_with` are facts that weights do not tell (`STATED` in card.py). A card that is there is kept
-    unless `overwrite_card`. A `dry_run` asks the Hub nothing. `progress` is told bytes checked. Raises Error
-    with a message for the user; nothing that is not whole, finite and licensed is published.
+    The repository is created if it does not exist, as a private one if `private` is set. `revision` is a
+    branch, which is created if it does not exist; `create_pr` opens a pull request instead. `token` defaults
+    to HF_TOKEN, then to the token of `hf auth login`. `license` and `base_model` take precedence over those
+    of the sources on the Hub. `tags` are added to those of the card. `trained_with` are facts about the
+    training that the weights do not determine (`STATED` in card.py). An existing card is kept unless
+    `overwrite_card` is set. A `dry_run` sends no request to the Hub. `progress` is called with the bytes
+    checked and in total. Raises Error with a message for the user; only complete and finite pipelines with a
+    license are published.
     """
     if create_pr and revision:
         raise Error("A pull request goes to the default branch.\nOmit --revision or --create-pr.")
@@ -133,8 +137,10 @@ def push(
 
 
 def log_in(repository: str, token: str | None = None, license: str | None = None) -> tuple[HfApi, str]:
-    """The client of somebody the Hub knows, and the repository's whole name. Raises Error: no token, a wrong
-    one, a name or a license that is none. Long work that ends in a push begins with this.
+    """Return the client of a logged-in user, and the repository's full name.
+
+    Raises Error if the token is missing or invalid, or for an invalid repository or license id. Long work
+    that ends in a push calls this first, so that it fails early.
     """
     api = connect(token)
     check_names(repository, license)
@@ -146,7 +152,11 @@ def log_in(repository: str, token: str | None = None, license: str | None = None
 
 
 def _info(api: HfApi, repository: str, *, made: bool) -> ModelInfo:
-    """What the Hub knows of a repository; `made` means that it said that it has it."""
+    """Return the Hub's information about a repository.
+
+    `made` means that `create_repo` has succeeded. If the repository is not found then, it belongs to somebody
+    else and is private: raises Error.
+    """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
@@ -162,8 +172,9 @@ def _info(api: HfApi, repository: str, *, made: bool) -> ModelInfo:
 def _operations(
     facts: Facts, repository: str, there: dict[str, str], overwrite_card: bool
 ) -> tuple[list[CommitOperationAdd], str]:
-    """Every file to be in the commit, and what becomes of the card: the folder's own, else the repository's,
-    else a generated one.
+    """Return the files of the commit, and whether the card is "kept" or "written".
+
+    The card is the folder's own, else the one in the repository, else a generated one.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -180,7 +191,7 @@ def _operations(
 
 
 def _tree(api: HfApi, repository: str, revision: str | None) -> dict[str, str]:
-    """Files of a repository and what git calls their contents."""
+    """Return the files of a repository with their git blob ids."""
     from huggingface_hub.hf_api import RepoFile
 
     tree = api.list_repo_tree(repository, revision=revision, recursive=True)

@@ -1,4 +1,4 @@
-"""The folder of a Space with a demo of a published pipeline: card, app, requirements."""
+"""The folder of a Space with a demo of a published pipeline: card, app and requirements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kcv2diffusers.publish.check import check
 from kcv2diffusers.publish.names import check_names
 from kcv2diffusers.system.output import new_folder
 
-GRADIO = "6.31.0"  # what the tests drive
+GRADIO = "6.31.0"  # the version that the tests run
 APP = "app.py"
 _FILES = {CARD, APP, "demo.json", "requirements.txt"}
 
@@ -32,10 +32,10 @@ def space(
     license: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a Space's folder `out` with a demo of `repository`, where the pipeline folder is published.
+    """Write folder `out` of a Space with a demo of `repository`, as which the pipeline folder is published.
 
-    Prompts, pictures and license are those of the pipeline unless given; `tags` go into the Space's card.
-    Raises Error with a message for the user; `out` is then as it was.
+    Prompts and license are those of the pipeline unless given. `tags` are added to the Space's card. Raises
+    Error with a message for the user; `out` is then unchanged.
     """
     require_hub()
     check_names(repository, license)
@@ -54,7 +54,7 @@ def space(
 
 
 def _demo(facts: Facts, repository: str, title: str | None, prompts: Sequence[str]) -> dict[str, Any]:
-    """What app.py reads."""
+    """Return the content of demo.json, which app.py reads."""
     trained = [*facts.run.get("sample_prompt", []), facts.run.get("instance_prompt")]
     asked = [*prompts] or [prompt for prompt in trained if prompt] or ["a photo of a cat"]
     return {
@@ -86,7 +86,7 @@ def _card(facts: Facts, repository: str, title: str, tags: Sequence[str]) -> str
 
 
 def _requirements() -> list[str]:
-    """What app.py needs beside Gradio, which the Space brings: our own extra for diffusers."""
+    """Return the requirements of app.py except Gradio, which the Space provides: our extra for diffusers."""
     lines = [line.partition(";") for line in metadata.requires("kcv2diffusers") or []]
     return [requirement.strip() for requirement, _, when in lines if "diffusers" in when]
 

@@ -1,6 +1,6 @@
-"""A demo of a text-to-image pipeline: prompt in, picture out. `demo.json` says of which model.
+"""A demo of a text-to-image pipeline: prompt in, image out. `demo.json` names the model.
 
-`kcv2diffusers space` copies this file into the folder of a Space; `python app.py` runs it anywhere.
+`kcv2diffusers space` copies this file into the folder of a Space. `python app.py` runs it locally.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 DEMO = json.loads(Path(__file__).with_name("demo.json").read_text(encoding="utf-8"))
-MODEL = os.environ.get("MODEL", DEMO["model"])  # another repository, or a folder, for a try
+MODEL = os.environ.get("MODEL", DEMO["model"])  # for a test: another repository, or a folder
 CUDA = torch.cuda.is_available()
 MOST = 2**31 - 1
 
