@@ -1,4 +1,7 @@
-"""The command line: options in, messages out, no logic of its own. A module for each group of commands."""
+"""The command line: it parses options and prints results, and has no logic of its own.
+
+Each group of commands has its own module.
+"""
 
 from kcv2diffusers.cli.app import app, main
 from kcv2diffusers.cli.command import Command

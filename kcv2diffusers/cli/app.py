@@ -1,4 +1,4 @@
-"""The Typer app, and how the program exits."""
+"""The Typer app and exit handling."""
 
 from __future__ import annotations
 
@@ -47,11 +47,13 @@ def _program(
 
 
 def main() -> NoReturn:
-    """Run the command line; every refusal is its message on stderr and exit code 1, with the traceback before
-    it if `DEBUG` is set.
+    """Run the command line.
+
+    An `Error` or OSError prints its message on stderr and gives exit code 1. The traceback is printed before
+    it if the environment variable KCV2DIFFUSERS_DEBUG is set.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # of a system whose encoding may lack the characters of a name
+        if isinstance(stream, TextIOWrapper):  # the system's encoding may lack characters of a name
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -63,7 +65,7 @@ def main() -> NoReturn:
         hint = "" if _debugging() else f"\n{DEBUG}=1 shows where."
         _fail(f"{plain(error.filename or 'cannot go on')}: {error.strerror or error}.{hint}")
     except Exception as error:
-        error.add_note(_BUG)  # Python prints it below the traceback
+        error.add_note(_BUG)  # Python prints notes below the traceback
         raise
     sys.exit(0)
 
@@ -73,7 +75,7 @@ def _debugging() -> bool:
 
 
 def _fail(message: str) -> NoReturn:
-    """Print what went wrong."""
+    """Print an error message and exit with code 1."""
     text = f"kcv2diffusers: {message}"
     if _debugging():
         import traceback
@@ -84,5 +86,5 @@ def _fail(message: str) -> NoReturn:
 
 
 def print_json(data: Any) -> None:
-    """Print a result as JSON, indented; what JSON lacks becomes text."""
+    """Print a result as indented JSON. Values of types that JSON does not have become strings."""
     print(json.dumps(data, indent=2, default=str))

@@ -1,5 +1,5 @@
-"""What all commands have in common: groups of options in the help, older spellings, `~` in paths, and a
-proposal for a value that is misspelt. Typer itself proposes commands and options.
+"""Behaviour shared by all commands: option groups in the help, old option names, `~` in paths, and "Did you
+mean" for misspelt values. Typer itself suggests commands and options.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from kcv2diffusers.system.home import expanded
 
-# Older spellings by command, which still work and which no help shows: a thing has one name everywhere.
+# Old option names by command. They still work, but the help does not show them: a thing has one name.
 RENAMED = {
     "verify": {
         "--guidance": "--guidance-scale",
@@ -23,16 +23,16 @@ RENAMED = {
     },
     "dreambooth": {"--gelu": "--unet-gelu"},
 }
-# What the help calls values that are paths, or may be. A shell leaves the ~ of `--out=~/x` as it is.
+# Metavars of values that are or may be paths. `~` is expanded here, because shells do not expand `--out=~/x`.
 PATHS = {"DIR", "FILE", "FILE[:STRENGTH]", "PATH", "PIPELINE", "SRC", "SRC|none", "SRC|tiny", "SRC|tiny|none"}
-_REST = "Options"  # what is in no group, at the end
+_REST = "Options"  # options without a group, listed last
 
 
 class Command(TyperCommand):
-    """A command of this program."""
+    """The base class of all commands."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the words of the command line, older spellings included, and expand `~` in paths."""
+        """Parse the arguments, including old option names, and expand `~` in paths."""
         try:
             rest: list[str] = super().parse_args(ctx, list(self._renamed(args)))
         except typer.BadParameter as error:
@@ -44,7 +44,7 @@ class Command(TyperCommand):
         return rest
 
     def _renamed(self, args: Sequence[str]) -> Iterator[str]:
-        """The words of the command line, with today's names of options up to a `--`."""
+        """Yield the arguments with old option names replaced, up to a `--`."""
         names = RENAMED.get(self.name or "", {})
         for at, word in enumerate(args):
             if word == "--":
@@ -54,8 +54,9 @@ class Command(TyperCommand):
             yield f"{names.get(name, name)}{equals}{value}"
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Arguments, then the options by their `rich_help_panel`; Typer groups them only with rich, which
-        takes longer to import than the rest of the help takes.
+        """Write arguments, then options grouped by their `rich_help_panel`.
+
+        Typer groups them only with rich, whose import takes longer than the rest of the help.
         """
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": []}
         for param in self.get_params(ctx):
@@ -71,7 +72,7 @@ class Command(TyperCommand):
 
 
 def _proposal(error: typer.BadParameter) -> str:
-    """The choice that was meant, for a value that is none."""
+    """Return " Did you mean X?" for the choice closest to an invalid value, "" if none is close."""
     choices = [str(choice) for choice in getattr(getattr(error.param, "type", None), "choices", ())]
     given = re.match(r"'(.*)' is not one of", error.message)
     near = get_close_matches(given[1].lower(), choices, 1) if given else []

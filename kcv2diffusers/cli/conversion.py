@@ -1,4 +1,4 @@
-"""convert, convert-lora, extract-lora, to-keras, inspect, maps."""
+"""The commands convert, convert-lora, extract-lora, to-keras, inspect and maps."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ maps_app = typer.Typer(help="The weight maps: list, show and check them.", no_ar
 
 
 class OutputFormat(StrEnum):
-    """What `convert` writes."""
+    """Output formats of `convert`."""
 
     pipeline = "pipeline"
     single_file = "single-file"
 
 
 class LoraFormat(StrEnum):
-    """Spellings of LoRA files."""
+    """Formats of LoRA files."""
 
     diffusers = "diffusers"
     kohya = "kohya"
@@ -261,7 +261,7 @@ def convert(
         verified = verify_pipeline(
             out,
             report=report,
-            # Absolute: a file may be called tiny, which alone means the tiny base.
+            # Absolute paths: a file may be named "tiny", which on its own means the tiny base.
             **{part: str(path.absolute()) for part, path in result.sources.items()},
             base=[str(result.base.absolute())] if result.base else [],
             variant=variant,
@@ -271,7 +271,7 @@ def convert(
         )
         keep_figures(out, verified)
     pushed = None
-    if push_to_hub and (verified is None or verified.passed):  # what is wrong is not published
+    if push_to_hub and (verified is None or verified.passed):  # else it is wrong: do not publish
         pushed = publish(out, push_to_hub, license=license, private=private)
     if as_json:
         more = {"verified": verified, "pushed": pushed}

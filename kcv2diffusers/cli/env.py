@@ -1,4 +1,4 @@
-"""env."""
+"""The command env."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""push, space, and publishing at the end of other commands."""
+"""The commands push and space, and publishing at the end of other commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Stated(StrEnum):
-    """Facts about a training that weights do not tell."""
+    """Facts about the training that cannot be inferred from the weights."""
 
     linear_betas = "linear-betas"
     old_image_encoder = "old-image-encoder"
@@ -150,7 +150,7 @@ def publish(pipeline: Path, repository: str, **options: Any) -> Pushed:
 
 
 def log_in(repository: str, license: str | None = None) -> None:
-    """Refuse now, not after the work, what cannot be published."""
+    """Raise Error before the work, not after it, if its result could not be published."""
     from kcv2diffusers.publish.push import log_in
 
     log_in(repository, license=license)

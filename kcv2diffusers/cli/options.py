@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import typer
 from kcv2diffusers.cli.progress import be_quiet
 from kcv2diffusers.maps.parts import parts
 
-# Groups of options in the help of a command.
+# Titles of option groups in the help.
 SOURCES, RESULT, DRAWING = "Sources", "Result", "Images"
 VERIFICATION, HUB, CARD = "Verification", "The Hub", "The model card"
 
 
 class Dtype(StrEnum):
-    """Dtypes of weights, by their names and by those of variants."""
+    """Dtypes of weights, by their full names and by the short names of variants."""
 
     float32 = "float32"
     float16 = "float16"
@@ -30,7 +30,7 @@ class Dtype(StrEnum):
 
 
 class PredictionType(StrEnum):
-    """What a UNet predicts."""
+    """Prediction types of a UNet."""
 
     epsilon = "epsilon"
     v_prediction = "v_prediction"
@@ -99,7 +99,7 @@ PredictionTypeOption = Annotated[
 
 
 def with_part_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each part of a model, such as --unet, in place of its `**parts`."""
+    """Return the command with one option for each part of a model, such as --unet, in place of `**parts`."""
     signature = inspect.signature(command, eval_str=True)
     params = list(signature.parameters.values())
     assert params.pop().kind is inspect.Parameter.VAR_KEYWORD

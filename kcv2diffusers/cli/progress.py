@@ -1,4 +1,4 @@
-"""What is printed, and progress: bars on a terminal, a line now and then in a log, nothing with --quiet."""
+"""Output and progress: bars on a terminal, occasional lines in a log, no progress with --quiet."""
 
 from __future__ import annotations
 
@@ -13,46 +13,48 @@ from typing import Any, TextIO
 
 from kcv2diffusers.errors import plain
 
-# Seconds up to the first line in a log, and at least from one to the next; without anything new at most.
+# Seconds before the first line in a log; minimum seconds between lines; maximum seconds without a line.
 FIRST, THEN, SILENT = 5.0, 30.0, 60.0
-_LOOK = 1.0  # seconds between looks at the clock
+_LOOK = 1.0  # seconds between checks of the time
 
 _quiet = False
 
 
 def be_quiet(wanted: bool) -> bool:
-    """Say nothing from now on but errors and what was asked for, if that is `wanted`."""
+    """Print only errors and results from now on, if `wanted`."""
     global _quiet
     _quiet = wanted
     if wanted:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # huggingface_hub reads it when it is imported
     return wanted
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print lines for a person. Names in them may come from files and servers: none controls the terminal."""
+    """Print text with non-printable characters escaped, because names may come from files and servers."""
     print(plain(text, keep="\n"), file=file, flush=file is not None)
 
 
 def tell(text: str) -> None:
-    """Print what was done, for whoever is not quiet."""
+    """Print what was done, unless --quiet is set."""
     if not _quiet:
         say(text)
 
 
 def note(line: str) -> None:
-    """Print a remark on stderr, for whoever is not quiet."""
+    """Print a note on stderr, unless --quiet is set."""
     if not _quiet:
         say(line, sys.stderr)
 
 
 class _Log:
-    """Progress where stderr is no terminal: as long as the block lasts it is neither full of lines nor silent
-    for minutes, also where nothing is told (a model is loaded or compiled, a file downloaded).
+    """Progress for a stderr that is not a terminal.
+
+    The number of lines is limited, and a thread prints one if nothing was printed for `SILENT` seconds. Some
+    work reports no progress: loading or compiling a model, downloading a file.
     """
 
     def __init__(self, title: str) -> None:
-        self._at = title  # what was told last
+        self._at = title  # the last line reported
         self._started = self._printed = time.monotonic()
         self._next = self._started + FIRST
         self._end = threading.Event()
@@ -67,7 +69,7 @@ class _Log:
         self._thread.join()
 
     def tell(self, line: str, *, last: bool = False) -> None:
-        """Print a line if it is time for one; the `last` of a stage always."""
+        """Print a line if enough time has passed since the previous one; always if it is a stage's `last`."""
         self._at = line
         if last or time.monotonic() >= self._next:
             self._line(line)
@@ -86,9 +88,11 @@ class _Log:
 
 @contextmanager
 def progress_bar(title: str, *, steps: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A bar with bytes and rate, or with steps, on stderr, where that is a terminal, from the first word on
-    to the last: downloads before it and uploads after it have bars of their own. Otherwise a line now and
-    then; none for what is done in seconds.
+    """Show a progress bar on stderr, with bytes and rate, or with `steps`.
+
+    The bar is visible from the first report to the last, because downloads before it and uploads after it
+    have their own bars. If stderr is not a terminal, occasional lines are printed instead, and none for work
+    that takes only seconds.
     """
     if _quiet:
         yield lambda done, total: None
@@ -125,8 +129,9 @@ def progress_bar(title: str, *, steps: bool = False) -> Iterator[Callable[[int, 
 
 @contextmanager
 def stages() -> Iterator[Callable[[str, int, int, str], None]]:
-    """A bar for each stage on stderr, where that is a terminal; otherwise a line now and then, and one at the
-    end of each stage.
+    """Show one progress bar for each stage on stderr.
+
+    If stderr is not a terminal, occasional lines are printed instead, and one at the end of each stage.
     """
     if _quiet:
         yield lambda stage, done, total, words: None

@@ -1,4 +1,4 @@
-"""dreambooth, and generate to look at the result."""
+"""The commands dreambooth and generate."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def dreambooth(**given: Any) -> None:
     require_verified(verified)
 
 
-# The groups in the help, each by the first of its options, in the order of Config.
+# Option groups in the help: the first option of each group, in the order of Config, and its title.
 _GROUPS = {
     "instance_images": "Photos and base",
     "out": "Result",
@@ -145,7 +145,10 @@ _GROUPS = {
 
 
 def _dreambooth_signature() -> Signature:
-    """The options of `dreambooth`: those of its Config, none with a default, and those of all commands."""
+    """Return the options of `dreambooth`: those of Config, without defaults, and those of all commands.
+
+    Without defaults, only options that the user gives override the --config file.
+    """
     options: list[tuple[str, Any, Any]] = [
         ("config", Path | None, typer.Option(metavar="FILE", help="A TOML file with these options."))
     ]

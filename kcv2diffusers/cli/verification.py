@@ -1,4 +1,4 @@
-"""verify, and verifying at the end of other commands."""
+"""The command verify, and verification at the end of other commands."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Level(StrEnum):
-    """Levels of a verification, each with those before it."""
+    """Levels of a verification. Each level includes those before it."""
 
     weights = "weights"
     modules = "modules"
@@ -36,7 +36,7 @@ class Level(StrEnum):
 
 
 class Reference(StrEnum):
-    """The Keras side of a verification."""
+    """Implementations of the Keras side of a verification."""
 
     builtin = "builtin"
     keras_cv = "keras-cv"
@@ -147,7 +147,7 @@ def verify(
 
 
 def keep_figures(pipeline: Path, verified: Verified) -> None:
-    """Leave what was found in the pipeline folder, for its model card."""
+    """Write the result of a verification into the pipeline folder, for its model card."""
     from kcv2diffusers.json_text import write_json
     from kcv2diffusers.pipeline_files import VERIFICATION_FILE
 
@@ -155,7 +155,7 @@ def keep_figures(pipeline: Path, verified: Verified) -> None:
 
 
 def require_packages(report: Path | None) -> None:
-    """Say at once, before long work that ends in a verification, what that lacks."""
+    """Raise an error before long work if packages for the verification at its end are missing."""
     from kcv2diffusers.verification import run
     from kcv2diffusers.verification.request import Request
 
@@ -163,7 +163,7 @@ def require_packages(report: Path | None) -> None:
 
 
 def require_verified(result: Verified | None) -> None:
-    """Exit code 1 with the reason in one line, unless all is within the bars."""
+    """Raise Error with the reason in one line if the verification failed."""
     if result is not None and not result.passed:
         raise Error(result.reason)
 
@@ -171,7 +171,7 @@ def require_verified(result: Verified | None) -> None:
 def verify_pipeline(
     pipeline: str | Path, *sources: str | Path, report: Path | None, **options: Any
 ) -> Verified:
-    """Verify with the options of `verify` in `verification.run`; those that are None have their defaults."""
+    """Verify with the options of `verification.run.verify`. Options that are None get their defaults."""
     from kcv2diffusers.verification.run import verify as run
 
     given = {name: value for name, value in options.items() if value is not None}
