@@ -80,6 +80,6 @@ def _configured() -> str | None:
 
 
 def _installed(package: str) -> bool:
-    with suppress(ValueError, ImportError):  # a half-imported module without a spec
+    with suppress(ValueError, ImportError):  # a partially imported module has no spec
         return find_spec(package) is not None
     return False

@@ -271,7 +271,7 @@ def convert(
         )
         keep_figures(out, verified)
     pushed = None
-    if push_to_hub and (verified is None or verified.passed):  # else it is wrong: do not publish
+    if push_to_hub and (verified is None or verified.passed):  # never publish a pipeline that failed
         pushed = publish(out, push_to_hub, license=license, private=private)
     if as_json:
         more = {"verified": verified, "pushed": pushed}

@@ -79,7 +79,7 @@ def check_sizes(path: Path, match: Match, config: Mapping[str, Any], remedy: str
     """Raise SourceError if the config at `path` describes a model with other tensor shapes than `match`.
 
     Only entries that determine shapes are compared: those with a size in the table, and the structural ones.
-    A missing entry has the value of Stable Diffusion.
+    A missing entry defaults to the value of Stable Diffusion.
     """
     table = match.spec.table
     wanted = config_of(table, match.version, match.dims, image_size=family_of([match.part]).image_size)

@@ -1,4 +1,4 @@
-"""Config entries that the weights of a non-standard model do not determine, from one of the same shape."""
+"""Config entries that the weights do not determine, taken from another model of the same shape."""
 
 from __future__ import annotations
 

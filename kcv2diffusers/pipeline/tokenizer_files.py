@@ -43,7 +43,7 @@ from kcv2diffusers.json_text import parse_object
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
-MERGES = 49152 - 256 - 2  # CLIP's file lists 262,144 merges. CLIP and KerasCV use only the first ones.
+MERGES = 49152 - 256 - 2  # CLIP's file lists 262,144 merges. CLIP and KerasCV use the first `MERGES`.
 LIMIT = 16 << 20  # The largest genuine file has about 4 MB. A small .gz file can unpack to any size.
 TOKENIZER_FILES = (
     "vocab.json",
