@@ -40,7 +40,7 @@ def test_a_unet_given_as_text_encoder(cli: Cli, parts: dict[str, Path], home: Pa
     message = cli.refuses(
         "convert", "--text-encoder", unet, "--base", "none", "--out", home / "out", watch=home, names=unet
     )
-    assert "holds a UNet, not a text encoder." in message and "Leave the option away" in message
+    assert "holds a UNet, not a text encoder." in message and "Omit --text-encoder" in message
 
 
 def full_size(path: Path, part: str, version: str) -> Path:
@@ -73,8 +73,11 @@ def test_parts_of_sd1_and_sd2(cli: Cli, tmp_path: Path, home: Path, one: str, ot
         "convert", unet, text_encoder, "--base", "none", "--out", home / "out", watch=home, names=unet
     )
     widths = {"sd1": 768, "sd2": 1024}
-    for path, version in ((unet, one), (text_encoder, other)):
-        assert f"{path} ({version.upper()}, text embeddings {widths[version]} wide)" in message
+    for path, label, version, size in (
+        (unet, "UNet", one, "context"),
+        (text_encoder, "text encoder", other, "width"),
+    ):
+        assert f"{path} ({label} {version.upper()}, {size} {widths[version]})" in message
     assert "do not belong together" in message and "of the same model" in message
 
 
