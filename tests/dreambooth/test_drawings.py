@@ -55,7 +55,8 @@ def test_prompts_are_drawn_some_at_a_time(bases: dict[str, Base], sizes: list[in
         Drawings(config, bases["float32"].sampler(), 64).draw(1)
         pictures.append(drawn(samples(tmp_path / str(at_once), 1)))
     assert sizes == [5, 2, 2, 1]
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    # Sums in batches of another size differ in the last bits; other noise would differ by a hundred.
+    assert np.abs(pictures[0] - pictures[1]).max() <= 8
 
 
 def test_class_pictures_are_drawn_some_at_a_time_in_16_bits(
