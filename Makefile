@@ -50,7 +50,7 @@ test-quick: venv venv-sprint venv-space
 PORTABLE := sources/test_fuzz sources/test_not_weights sources/test_tensor_bundle sources/test_bad_hdf5 \
 	sources/test_bad_archives sources/test_bad_bundles sources/test_bad_tensors targets/test_stream \
 	conversion/test_exactness conversion/test_round_trip conversion/test_bad_target system/test_portable \
-	cli/test_stopped
+	conversion/test_single_file conversion/test_hostile_single_file cli/test_stopped
 test-portable: venv venv-sprint
 	PYTHONPATH=$(CURDIR)/tests/support/portable $(PYTEST) -m 'not full_size' \
 		-k 'not (unet or vae or SavedModel or TensorFlow)' $(PORTABLE:%=tests/%.py)
