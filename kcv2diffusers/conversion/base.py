@@ -12,7 +12,7 @@ from kcv2diffusers.hub.address import SCHEME
 from kcv2diffusers.maps.parts import Family, family_of, label
 from kcv2diffusers.maps.tables import table_of
 from kcv2diffusers.sources.diffusers_pipeline import Component, is_pipeline, read_pipeline
-from kcv2diffusers.sources.gather import SourcePath, gather, version_of
+from kcv2diffusers.sources.gather import SourcePath, check_together, gather, left_out, version_of
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.recognise import Match
 
@@ -29,6 +29,61 @@ class Base:
 def bases_of(base: SourcePath | Sequence[SourcePath] | None) -> list[SourcePath]:
     """Return the given base or bases as a list."""
     return [] if base is None else [base] if isinstance(base, (str, PathLike)) else list(base)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The parts of a conversion, from the sources and from the base.
+
+    - `family`: the kind of pipeline
+    - `matches`: the parts by name, complete and of one model, in the family's order
+    - `missing`: the names of the family's parts that are not there
+    - `base`, `only_given`: as `find_base` returns them
+    - `paths`: the paths of the sources, with that of a sibling
+    - `used`: the paths of the base, if parts come from there
+    """
+
+    family: Family
+    matches: dict[str, Match]
+    missing: list[str]
+    base: Base
+    only_given: bool
+    paths: list[Path]
+    used: list[Path]
+
+
+def gather_with_base(
+    sources: Sequence[SourcePath],
+    paths: Sequence[Path],
+    named: Mapping[str, SourcePath | None],
+    base: SourcePath | Sequence[SourcePath] | None,
+    *,
+    variant: str | None,
+    with_sibling: bool,
+    notes: list[str],
+    unwanted: Collection[str] = (),
+    allow_pickle: bool = False,
+    ema: bool = False,
+) -> Gathered:
+    """Gather the parts of `sources`, which lie at `paths`, and those of `named`.
+
+    The base supplies the rest. The result has none of the `unwanted` parts. Remarks for the user are appended
+    to `notes`. Raises Error if parts are missing, incomplete or of different models.
+    """
+    held = gather(paths, named, allow_pickle=allow_pickle, ema=ema)
+    notes += left_out(held)
+    beside = find_sibling([*sources, *named.values()], held, with_sibling, notes)
+    if beside:
+        held |= gather(beside)
+    filling, only_given = find_base(base, held, variant, notes, unwanted)
+    used = [path for path in filling.paths if filling.parts.keys() - held.keys()]
+    held = {part: match for part, match in {**filling.parts, **held}.items() if part not in unwanted}
+    family = family_of(held)
+    missing = [part for part in family.parts if part not in held]
+    lacking = [part for part in missing if part not in unwanted]
+    check_missing(family, held, lacking, only_given, notes)
+    matches = check_together({p: held[p].require_complete() for p in family.parts if p in held})
+    return Gathered(family, matches, missing, filling, only_given, [*paths, *beside], used)
 
 
 def find_base(

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kcv2diffusers.conversion.base import Base
+from kcv2diffusers.hub.address import shown
 from kcv2diffusers.maps.parts import family_of
-from kcv2diffusers.pipeline.configs import LOADED, NOT_KEPT, check_sizes, config_of, require_heads, untold
+from kcv2diffusers.pipeline.configs import (
+    LOADED,
+    NOT_KEPT,
+    check_sizes,
+    config_of,
+    require_heads,
+    scheduler_with,
+    untold,
+    user_dtype,
+)
+from kcv2diffusers.pipeline.scheduler import SCHEDULER
 from kcv2diffusers.pipeline.shapes import same_shape, stated_beside
 from kcv2diffusers.pipeline.tokenizer_files import BOS, EOS, TokenizerFiles
 from kcv2diffusers.pipeline.vocabulary import check_ids
@@ -66,3 +78,24 @@ def _of_base(match: Match, base: Base) -> dict[str, Any]:
     if match.known or other is None or not same_shape(match, other):
         return {}
     return untold(table, component.config) if component else stated_beside(other)
+
+
+def scheduler_for(trained: Match | None, prediction_type: str | None) -> tuple[dict[str, Any] | None, str]:
+    """Return the scheduler config for the part `trained`, and its origin as text.
+
+    The config is the one that the part was trained with; a given `prediction_type` overrides its entry. The
+    config is None if `trained` is None.
+    """
+    if trained is None:
+        return None, ""
+    config, file = scheduler_with(trained)
+    stated = file.is_file() and config != SCHEDULER
+    origin = f"as {shown(file)} states" if stated else "as Stable Diffusion has it"
+    return config | ({"prediction_type": prediction_type} if prediction_type else {}), origin
+
+
+def stated_dtype(matches: Sequence[Match]) -> str | None:
+    """Return the dtype that the component had in the pipeline before `to_keras`, None if unknown."""
+    table = matches[0].spec.table
+    stated = {user_dtype(match.source.path, table) if match.keras else None for match in matches}
+    return stated.pop() if len(stated) == 1 else None

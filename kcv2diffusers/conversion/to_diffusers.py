@@ -13,21 +13,21 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import safe_open
 
-from kcv2diffusers.conversion.base import check_missing, find_base, find_sibling
-from kcv2diffusers.conversion.component_config import config_for
+from kcv2diffusers.conversion.base import gather_with_base
+from kcv2diffusers.conversion.component_config import config_for, scheduler_for, stated_dtype
 from kcv2diffusers.conversion.embeddings import embedding_files
 from kcv2diffusers.conversion.outline import SLACK, Moved, moved
 from kcv2diffusers.conversion.result import Converted
+from kcv2diffusers.conversion.to_single_file import check_format, to_single_file
 from kcv2diffusers.dtypes import ALIASES, DTYPES, full_name
 from kcv2diffusers.errors import Error, no_choice
 from kcv2diffusers.hub.address import shown, snapshots
 from kcv2diffusers.json_text import write_json
-from kcv2diffusers.maps.parts import Family, family_of
+from kcv2diffusers.maps.parts import Family
 from kcv2diffusers.maps.parts import parts as all_parts
 from kcv2diffusers.maps.tables import Table, tables, tables_of
-from kcv2diffusers.pipeline.configs import model_index, scheduler_with, user_dtype
+from kcv2diffusers.pipeline.configs import model_index
 from kcv2diffusers.pipeline.record import record
-from kcv2diffusers.pipeline.scheduler import SCHEDULER
 from kcv2diffusers.pipeline.tokenizer_files import TokenizerFiles, find_tokenizer, write_tokenizer
 from kcv2diffusers.pipeline.vocabulary import check_rows, check_tokenizer, homes
 from kcv2diffusers.pipeline_files import (
@@ -45,7 +45,7 @@ from kcv2diffusers.pipeline_files import (
 )
 from kcv2diffusers.progress import Progress, silent
 from kcv2diffusers.sources.diffusers_pipeline import PREDICTION_TYPES
-from kcv2diffusers.sources.gather import SourcePath, check_together, gather, left_out, version_of
+from kcv2diffusers.sources.gather import SourcePath, version_of
 from kcv2diffusers.sources.locate import locate, locate_all
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.system.output import check_free, check_target, new_folder
@@ -149,8 +149,6 @@ def convert(
     if vae is not None and vae != "none":
         parts = {**dict.fromkeys(_HALVES, vae), **{p: s for p, s in parts.items() if s is not None}}
 
-    from kcv2diffusers.conversion.to_single_file import check_format, to_single_file
-
     if check_format(target, format):
         if tokenizer is not None or placeholder_tokens:
             raise Error(
@@ -187,24 +185,24 @@ def convert(
     check_free(target, overwrite=overwrite, replaceable=is_output)
     notes: list[str] = []
     paths = [path for source in sources for path in locate_all(source)]
-    held = gather(paths, parts, allow_pickle=allow_pickle, ema=ema)
-    notes += left_out(held)
-    if beside := find_sibling([*sources, *parts.values()], held, with_sibling, notes):
-        paths += beside
-        held |= gather(beside)
-    filling, only_given = find_base(base, held, variant, notes)
-    used = [path for path in filling.paths if filling.parts.keys() - held.keys()]
-    held = {**filling.parts, **held}
-    family = family_of(held)
-    missing = [part for part in family.parts if part not in held]
-    check_missing(family, held, missing, only_given, notes)
-    complete = not missing and not only_given
-    matches = check_together({p: held[p].require_complete() for p in family.parts if p in held})
+    gathered = gather_with_base(
+        sources,
+        paths,
+        parts,
+        base,
+        variant=variant,
+        with_sibling=with_sibling,
+        notes=notes,
+        allow_pickle=allow_pickle,
+        ema=ema,
+    )
+    family, matches, filling = gathered.family, gathered.matches, gathered.base
+    complete = not gathered.missing and not gathered.only_given
     text = matches.get(family.tokenizer_part or "")
     check_merges(merges, matches.values())
     notes += [merge.text() for merge in merges]
-    given = [*paths, *filling.paths, *snapshots(paths)]
-    files = _tokenizer(family, text, tokenizer, given, placeholder_tokens, only_given)
+    given = [*gathered.paths, *filling.paths, *snapshots(gathered.paths)]
+    files = _tokenizer(family, text, tokenizer, given, placeholder_tokens, gathered.only_given)
     scheduler, scheduler_origin = scheduler_for(matches.get(family.scheduler_part or ""), prediction_type)
     components = [
         _component(table, mine, config_for(mine[0], filling, image_size, gelu, files), dtype, variant, merges)
@@ -228,7 +226,7 @@ def convert(
         sources={part: match.source.path for part, match in matches.items() if match.keras},
         base=filling.paths[0] if filling.components else None,
         dtypes={component.table.folder: component.dtype.name for component in components},
-        missing=missing,
+        missing=gathered.missing,
         bytes_read=sum(part.from_bytes for component in components for part in component.moved),
         bytes_written=needed,
         seconds=time.monotonic() - started,
@@ -258,7 +256,7 @@ def convert(
             )
             loras = [f"{merge.lora.path.name}:{merge.strength:g}" for merge in merges]
             there = Path(os.path.abspath(target))  # noqa: PTH100
-            write_json(folder / CONVERSION_FILE, record(matches, used, planned.dtypes, there, loras))
+            write_json(folder / CONVERSION_FILE, record(matches, gathered.used, planned.dtypes, there, loras))
     return replace(planned, bytes_read=total, seconds=time.monotonic() - started)
 
 
@@ -339,20 +337,6 @@ def _tokenizer(
     return files
 
 
-def scheduler_for(trained: Match | None, prediction_type: str | None) -> tuple[dict[str, Any] | None, str]:
-    """Return the scheduler config for the part `trained`, and its origin as text.
-
-    The config is the one that the part was trained with; a given `prediction_type` overrides its entry. The
-    config is None if `trained` is None.
-    """
-    if trained is None:
-        return None, ""
-    config, file = scheduler_with(trained)
-    stated = file.is_file() and config != SCHEDULER
-    origin = f"as {shown(file)} states" if stated else "as Stable Diffusion has it"
-    return config | ({"prediction_type": prediction_type} if prediction_type else {}), origin
-
-
 def _dtype(dtype: str | None, variant: str | None) -> str | None:
     """Return the full name of the requested dtype, from `dtype` or implied by `variant`; None if neither.
 
@@ -367,13 +351,6 @@ def _dtype(dtype: str | None, variant: str | None) -> str | None:
             "Omit one of the two, or give the variant another name."
         )
     return dtype or implied
-
-
-def stated_dtype(matches: Sequence[Match]) -> str | None:
-    """Return the dtype that the component had in the pipeline before `to_keras`, None if unknown."""
-    table = matches[0].spec.table
-    stated = {user_dtype(match.source.path, table) if match.keras else None for match in matches}
-    return stated.pop() if len(stated) == 1 else None
 
 
 def is_output(path: Path) -> bool:

@@ -11,16 +11,15 @@ from typing import Any
 
 from safetensors import safe_open
 
-from kcv2diffusers.conversion import to_diffusers as pipelines
-from kcv2diffusers.conversion.base import Base, bases_of, check_missing, find_base, find_sibling
-from kcv2diffusers.conversion.component_config import config_for
+from kcv2diffusers.conversion.base import Base, bases_of, gather_with_base
+from kcv2diffusers.conversion.component_config import config_for, scheduler_for, stated_dtype
 from kcv2diffusers.conversion.outline import Moved, moved
 from kcv2diffusers.conversion.result import Converted
 from kcv2diffusers.diffusion import PIXELS_PER_LATENT
 from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.errors import Error, no_choice
 from kcv2diffusers.maps.original import namings
-from kcv2diffusers.maps.parts import Family, family_of, label
+from kcv2diffusers.maps.parts import Family, label
 from kcv2diffusers.maps.tables import Table, tables_of
 from kcv2diffusers.pipeline.configs import carried
 from kcv2diffusers.pipeline.modelspec import OWN, modelspec, own_entry
@@ -28,7 +27,7 @@ from kcv2diffusers.pipeline.scheduler import SCHEDULER
 from kcv2diffusers.pipeline_files import RUN_FILE
 from kcv2diffusers.progress import Progress
 from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_header
-from kcv2diffusers.sources.gather import SourcePath, check_together, gather, left_out, version_of
+from kcv2diffusers.sources.gather import SourcePath, version_of
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.tensor import rows
@@ -88,21 +87,23 @@ def to_single_file(
     if folders:
         base = [*folders, *bases_of(base)]
         paths = [path for path in paths if path not in folders]
-    held = gather(paths, named, allow_pickle=allow_pickle, ema=ema)
-    notes += left_out(held)
-    if beside := find_sibling([*sources, *named.values()], held, with_sibling, notes):
-        held |= gather(beside)
-    filling, only_given = find_base(base, held, variant, notes, unwanted)
-    held = {part: match for part, match in {**filling.parts, **held}.items() if part not in unwanted}
-    family = family_of(held)
-    missing = [part for part in family.parts if part not in held]
-    lacking = [part for part in missing if part not in unwanted]
-    check_missing(family, held, lacking, only_given, notes)
-    matches = check_together({p: held[p].require_complete() for p in family.parts if p in held})
+    gathered = gather_with_base(
+        sources,
+        paths,
+        named,
+        base,
+        variant=variant,
+        with_sibling=with_sibling,
+        notes=notes,
+        unwanted=unwanted,
+        allow_pickle=allow_pickle,
+        ema=ema,
+    )
+    family, matches, filling = gathered.family, gathered.matches, gathered.base
     _check(out, family, matches)
     if (text := family.tokenizer_part) in matches and text is not None:
         matches[text] = _own_vocabulary(matches[text], notes)
-    scheduler, origin = pipelines.scheduler_for(matches.get(family.scheduler_part or ""), prediction_type)
+    scheduler, origin = scheduler_for(matches.get(family.scheduler_part or ""), prediction_type)
     check_merges(merges, matches.values())
     notes += [merge.text() for merge in merges]
     tensors, dtypes, outline = _plan(out, family, matches, dtype, merges)
@@ -121,12 +122,12 @@ def to_single_file(
     planned = Converted(
         out=out,
         version=version_of(matches),
-        complete=not missing,
+        complete=not gathered.missing,
         parts={part: f"{m.place} ({m.source.container})" for part, m in matches.items()},
         sources={part: match.source.path for part, match in matches.items() if match.keras},
         base=filling.paths[0] if filling.components else None,
         dtypes=dtypes,
-        missing=missing,
+        missing=gathered.missing,
         bytes_read=sum(part.from_bytes for part in outline),
         bytes_written=needed,
         seconds=time.monotonic() - started,
@@ -169,7 +170,7 @@ def _plan(
     dtypes: dict[str, str] = {}
     outline: list[Moved] = []
     for table, mine in _by_table(family, matches):
-        kept = dtype or pipelines.stated_dtype(mine)
+        kept = dtype or stated_dtype(mine)
         kind = DTYPES[kept] if kept else common_dtype(t for match in mine for t in match.found.values())
         dtypes[table.folder] = kind.name
         for match in mine:

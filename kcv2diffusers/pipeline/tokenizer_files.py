@@ -40,19 +40,12 @@ from typing import Any
 
 from kcv2diffusers.errors import Error, SourceError, TargetError
 from kcv2diffusers.json_text import parse_object
+from kcv2diffusers.pipeline_files import TOKENIZER_FILES
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
 MERGES = 49152 - 256 - 2  # CLIP's file lists 262,144 merges. CLIP and KerasCV use the first `MERGES`.
 LIMIT = 16 << 20  # The largest genuine file has about 4 MB. A small .gz file can unpack to any size.
-TOKENIZER_FILES = (
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
 
 
 @dataclass(frozen=True)
