@@ -1,6 +1,6 @@
 """Time and peak memory of a full-size SD1 conversion, interleaved with `cp` of the same files.
 
-    python benchmarks/convert.py [--work DIR] [--runs 9] [--space] [--json FILE]
+    python benchmarks/convert.py [--work DIR] [--runs 9] [--space] [--script FILE] [--json FILE]
 
 Makes genuine KerasCV files in DIR first if they are not there (6 GB of memory, 8.5 GB of disk), as legacy
 `.h5` and `.weights.h5`. Every run is a process of its own: wall time from start to exit; peak memory of it
@@ -8,7 +8,9 @@ and its children together, shared pages counted once (PSS, five times a second),
 of one of them as the kernel counts it, if that is more. One run of each kind in a round, in shuffled order;
 medians of the times, after one round of warm-up, in which the memory is watched (which takes time).
 `--space` adds what the former conversion Space did: build the Keras models, load, copy into torch modules,
-`save_pretrained` (UNet and text encoder only, as the Space; one run).
+`save_pretrained` (UNet and text encoder only, as the Space; one run). `--script` adds diffusers' own way from
+a pipeline to a single file, run on the same pipeline as our conversion (one run each): a copy of its
+scripts/convert_diffusers_to_original_stable_diffusion.py, which the package does not contain.
 """
 
 from __future__ import annotations
@@ -101,6 +103,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / ".cache" / "benchmark")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--space", action="store_true")
+    parser.add_argument("--script", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -111,14 +114,20 @@ def main() -> None:
     keras3 = [folder / "weights.weights.h5" for folder in folders]
     unet = legacy[0]
     out, copies = args.work / "out", args.work / "copies"
+    single = out / "model.safetensors"
     cli: list[str | Path] = [sys.executable, "-m", "kcv2diffusers"]
     convert = [*cli, "convert", "--out", out, "--base", "none"]
+    to_single = [*cli, "convert", "--out", single, "--base", "none", *legacy]
     kinds: dict[str, list[str | Path]] = {
         "cp of the legacy .h5 files": ["cp", *legacy, copies],
         "convert legacy .h5, fp32": [*convert, *legacy],
         "convert .weights.h5, fp32": [*convert, *keras3],
         "convert legacy .h5, fp16": [*convert, *legacy, "--dtype", "float16"],
         "convert .weights.h5, fp16": [*convert, *keras3, "--dtype", "float16"],
+        "convert to a single file, fp32": to_single,
+        "convert to a single file, fp16": [*to_single, "--dtype", "float16"],
+        "convert to a single file, fp32, --no-hash": [*to_single, "--no-hash"],
+        "convert to a single file, fp16, --no-hash": [*to_single, "--no-hash", "--dtype", "float16"],
         "kcv2diffusers --help": [*cli, "--help"],
         "inspect the UNet": [*cli, "inspect", unet],
     }
@@ -136,6 +145,8 @@ def main() -> None:
             for folder in (out, copies):
                 shutil.rmtree(folder, ignore_errors=True)
             copies.mkdir()
+            if single in command:
+                out.mkdir()
             done = run(command, watched=not round_)
             results[kind].append(done)
             print(
@@ -150,6 +161,21 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         same = [*convert, *legacy[:2]]
         results["convert legacy .h5, fp32 (UNet, text encoder)"] = [run(same)]
+    if args.script:
+        pipeline = args.work / "pipeline"
+        subprocess.run(
+            [*cli, "convert", *legacy, "--base", "none", "--out", pipeline, "--overwrite"], check=True
+        )
+        theirs = ["--model_path", pipeline, "--checkpoint_path", single, "--use_safetensors"]
+        ways = {
+            "diffusers' script: pipeline to a single file": [sys.executable, args.script, *theirs],
+            "convert a pipeline to a single file": [*cli, "convert", pipeline, "--out", single],
+        }
+        for kind, command in ways.items():
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            results[kind] = [run(command)]
+        shutil.rmtree(pipeline)
     for folder in (out, copies, named):
         shutil.rmtree(folder, ignore_errors=True)
     # The first of several runs is the warm-up: its time does not count, its memory does.
@@ -164,7 +190,8 @@ def main() -> None:
     ]
     for kind, times in seconds.items():
         typical = statistics.median(times)
-        ratio = f"{typical / base:.2f}" if kind.startswith(("cp", "convert")) and "(" not in kind else ""
+        compared = len(times) == args.runs and kind.startswith(("cp", "convert"))
+        ratio = f"{typical / base:.2f}" if compared else ""
         lines.append(f"| {kind} | {typical:.2f} | {ratio} | {peaks[kind]:.0f} |")
     print("\n".join(lines))
     (ROOT / ".cache" / "benchmark.md").write_text("\n".join(lines) + "\n")

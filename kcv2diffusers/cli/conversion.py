@@ -168,6 +168,14 @@ def convert(
         str | None,
         typer.Option(help="Trigger phrase in a single file's metadata.", rich_help_panel=RESULT),
     ] = None,
+    no_hash: Annotated[
+        bool,
+        typer.Option(
+            "--no-hash",
+            help="Write no SHA-256 of the tensors into a single file's metadata, which is faster.",
+            rich_help_panel=RESULT,
+        ),
+    ] = False,
     ema: Annotated[
         bool,
         typer.Option(
@@ -245,6 +253,7 @@ def convert(
             format=format.value if format else None,
             title=title,
             trigger_phrase=trigger_phrase,
+            hashed=not no_hash,
             lora=lora or (),
             allow_pickle=allow_pickle,
             ema=ema,

@@ -102,6 +102,7 @@ def convert(
     format: Literal["pipeline", "single-file"] | None = None,
     title: str | None = None,
     trigger_phrase: str | None = None,
+    hashed: bool = True,
     lora: SourcePath | Sequence[SourcePath] = (),
     allow_pickle: bool = False,
     ema: bool = False,
@@ -126,7 +127,7 @@ def convert(
     bfloat16, or fp32, fp16 or bf16 (default: the dtype of a `variant` fp16, bf16 or fp32, else as stored).
     `placeholder_tokens` are the names of extra token embeddings, in order. A single file can also be made
     from a pipeline folder. It has no VAE if `vae` is "none". `title` (default: the file's name) and
-    `trigger_phrase` are written into its metadata.
+    `trigger_phrase` are written into its metadata, and the SHA-256 of its tensors unless `hashed` is False.
 
     `image_size` is the pipeline's default height and width in pixels (default: 512). `gelu` is the activation
     of an SD2 text encoder (default: exact; see the documentation). `prediction_type` is "epsilon" or
@@ -169,6 +170,7 @@ def convert(
             prediction_type=prediction_type,
             title=title,
             trigger_phrase=trigger_phrase,
+            hashed=hashed,
             merges=merges,
             allow_pickle=allow_pickle,
             ema=ema,
@@ -177,9 +179,9 @@ def convert(
             dry_run=dry_run,
             progress=progress,
         )
-    if vae == "none" or title is not None or trigger_phrase is not None:
+    if vae == "none" or title is not None or trigger_phrase is not None or not hashed:
         raise Error(
-            "--vae none, --title and --trigger-phrase are for single files.\n"
+            "--vae none, --title, --trigger-phrase and --no-hash are for single files.\n"
             "Give --out a name that ends in .safetensors, or omit them."
         )
     check_free(target, overwrite=overwrite, replaceable=is_output)

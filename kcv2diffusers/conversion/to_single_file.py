@@ -67,6 +67,7 @@ def to_single_file(
     prediction_type: str | None,
     title: str | None,
     trigger_phrase: str | None,
+    hashed: bool,
     merges: Sequence[Merge],
     allow_pickle: bool,
     ema: bool,
@@ -142,7 +143,9 @@ def to_single_file(
         check_folder(out.absolute().parent, needed + _SLACK)
         return planned
     with new_file(out, overwrite=overwrite, replaceable=is_output, needed=needed + _SLACK) as file:
-        total = write_single_file(file, tensors, metadata, progress, allow_nonfinite=allow_nonfinite)
+        total = write_single_file(
+            file, tensors, metadata, progress, allow_nonfinite=allow_nonfinite, hashed=hashed
+        )
         with safe_open(file, framework="numpy") as opened:  # safetensors itself validates the header
             written = dict(opened.metadata())
     return replace(planned, bytes_read=total, metadata=written, seconds=time.monotonic() - started)

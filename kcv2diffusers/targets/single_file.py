@@ -43,14 +43,18 @@ def write_single_file(
     progress: Progress,
     *,
     allow_nonfinite: bool,
+    hashed: bool = True,
 ) -> int:
-    """Write the file, with the SHA-256 of its tensors in the metadata; return the number of source bytes.
+    """Write the file and return the number of source bytes.
 
-    `progress` is called with the bytes done and in total. Raises Error if values are not finite, unless
-    `allow_nonfinite` is set.
+    If `hashed` is set, the metadata contain the SHA-256 of the tensors. `progress` is called with the bytes
+    done and in total. Raises Error if values are not finite, unless `allow_nonfinite` is set.
     """
     # Larger dtypes come first, so that each tensor is aligned to its item size.
     ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    if not hashed:
+        jobs = write_stored(path, ordered, metadata)
+        return run_finite(jobs, progress, allow_nonfinite=allow_nonfinite)
     jobs = write_stored(path, ordered, {**metadata, _HASH: _NO_HASH})
     with Hashing(path, jobs) as hashing:
         total = run_finite(jobs, progress, allow_nonfinite=allow_nonfinite, after=hashing.after)

@@ -192,6 +192,13 @@ def test_a_title_cannot_take_the_place_of_the_hash(pipelines, tmp_path: Path) ->
     assert set(metadata(out)["modelspec.hash_sha256"]) != set("0x")
 
 
+def test_without_the_hash_the_tensors_are_the_same(pipelines, tmp_path: Path) -> None:
+    convert(pipelines["sd1"], out=tmp_path / "with.safetensors")
+    convert(pipelines["sd1"], out=tmp_path / "without.safetensors", hashed=False)
+    assert "modelspec.hash_sha256" not in metadata(tmp_path / "without.safetensors")
+    assert same(load_file(tmp_path / "without.safetensors"), load_file(tmp_path / "with.safetensors"))
+
+
 @pytest.mark.parametrize("epoch", ["", "x", "9" * 30, "-1"])
 def test_names_and_dates_that_are_none(epoch: str, pipelines, tmp_path: Path, monkeypatch) -> None:
     """Bytes that are no text in the name of the file, and a date that nobody can have."""
