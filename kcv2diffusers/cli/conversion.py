@@ -229,10 +229,11 @@ def convert(
         )
     if verify:
         require_packages(report)
-    if (verify or push_to_hub) and check_format(out, format.value if format else None):
+    single = check_format(out, format.value if format else None)
+    if push_to_hub and single:
         raise Error(
-            "--verify and --push-to-hub are for pipeline folders.\n"
-            "Write the pipeline with them, then the single file from it."
+            "--push-to-hub publishes pipeline folders.\n"
+            "Write the pipeline with it, then the single file from it."
         )
     if push_to_hub:
         log_in(push_to_hub, license)
@@ -278,7 +279,8 @@ def convert(
             prediction_type=prediction_type and prediction_type.value,
             level="images" if result.complete else "modules",
         )
-        keep_figures(out, verified)
+        if not single:
+            keep_figures(out, verified)
     pushed = None
     if push_to_hub and (verified is None or verified.passed):  # never publish a pipeline that failed
         pushed = publish(out, push_to_hub, license=license, private=private)

@@ -45,7 +45,11 @@ class Reference(StrEnum):
 @with_part_options
 def verify(
     pipeline: Annotated[
-        str, typer.Argument(metavar="PIPELINE", help="A diffusers pipeline folder, or hf://user/repo.")
+        str,
+        typer.Argument(
+            metavar="PIPELINE",
+            help="A diffusers pipeline folder, a single .safetensors file, or hf://user/repo.",
+        ),
     ],
     sources: Annotated[
         list[str] | None,

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.metadata import version
 from os import PathLike
@@ -32,6 +32,7 @@ from kcv2diffusers.verification.request import MULTIPLE, PROMPTS, Gelu, Request
 from kcv2diffusers.verification.result import Input, Verified
 from kcv2diffusers.verification.settings import check_settings
 from kcv2diffusers.verification.sides import Side, noise_of, open_sides, scheduler, source_paths
+from kcv2diffusers.verification.single_file import as_pipeline
 from kcv2diffusers.verification.tolerances import PSNR, PSNR_ATTRIBUTED
 
 _MOST_LATENTS = 256  # upper limit of the sample_size that a pipeline may state, in latents
@@ -59,14 +60,14 @@ def verify(
 ) -> Verified:
     """Compare a pipeline with the checkpoints it was made of.
 
-    `pipeline` is a folder or hf://user/repo. `sources` are the checkpoints. `parts` give the source of a
-    single part, such as `unet`. `base` is where the conversion took the other parts from. `variant` is the
-    preferred variant of the pipeline's weight files. `level` is the last level to check: weights, modules or
-    images. `reference` is the Keras side: our models, or KerasCV's own classes. Images are generated for each
-    of `prompts` with `seeds` seeds, in `steps` steps at the guidance scale `guidance`, `size` pixels high and
-    wide (default: the pipeline's own). `gelu` is the activation of an SD2 text encoder (default: as the
-    conversion infers it). `unet_gelu` is the GELU of the Keras UNet. `prediction_type` is what the UNet
-    predicts (default: as its source states).
+    `pipeline` is a folder, hf://user/repo, or a single file, which diffusers reads. `sources` are the
+    checkpoints. `parts` give the source of a single part, such as `unet`. `base` is where the conversion took
+    the other parts from. `variant` is the preferred variant of the pipeline's weight files. `level` is the
+    last level to check: weights, modules or images. `reference` is the Keras side: our models, or KerasCV's
+    own classes. Images are generated for each of `prompts` with `seeds` seeds, in `steps` steps at the
+    guidance scale `guidance`, `size` pixels high and wide (default: the pipeline's own). `gelu` is the
+    activation of an SD2 text encoder (default: as the conversion infers it). `unet_gelu` is the GELU of the
+    Keras UNet. `prediction_type` is what the UNet predicts (default: as its source states).
 
     A level above weights runs the Keras side, on the backend of KERAS_BACKEND (default: torch), then the
     diffusers side, each in its own process. Parts with missing or wrong tensors are left out. `report` is a
@@ -95,8 +96,14 @@ def verify(
         size=size,
     )
     require_packages(request, report)
-    folder = locate_all(pipeline, pipelines=True, variant=request.variant)[0]
-    request = replace(request, pipeline=str(folder))
+    path = locate_all(pipeline, pipelines=True, variant=request.variant)[0]
+    single = path.is_file() and path.suffix == ".safetensors"
+    with as_pipeline(path, request, progress) if single else nullcontext(path) as folder:
+        return _verify(replace(request, pipeline=str(folder)), report, progress)
+
+
+def _verify(request: Request, report: SourcePath | None, progress: StageProgress) -> Verified:
+    """Verify a pipeline folder."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "weights"):
         sides = open_sides(request)
