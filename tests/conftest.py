@@ -18,11 +18,6 @@ from support.servers import stop_all  # noqa: E402
 # five times as long. What is said of other backends is tested in processes of their own.
 os.environ.setdefault("KERAS_BACKEND", "torch")
 
-# Each process of the tests, and its children, has its share of the cores: where there are more threads than
-# cores, those of PyTorch wait for each other, and do so busily.
-_SHARE = (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _SHARE)))
-
 # One worker runs all tests of a file, and one worker all files that use KerasCV's processes most, so that
 # each of those is started once and builds a UNet once. The files that take longest come first; otherwise one
 # worker would wait for the other at the end.
@@ -60,6 +55,15 @@ FIRST = (
     "test_backends.py",
     "test_base.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Each process of the tests, and its children, has its share of the cores: where there are more threads
+    than cores, those of PyTorch wait for each other, and do so busily. The workers inherit the share.
+    """
+    share = (os.cpu_count() or 1) // (config.getoption("numprocesses", None) or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
