@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support.checkpoints import ROOT
+from support.servers import server
 
 from kcv2diffusers.dreambooth import devices
 
@@ -39,15 +40,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def step(library: Path, **options: Any) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, FAKE / "step.py", json.dumps(options)],
-        env={**os.environ, "LD_PRELOAD": str(library)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, FAKE / "step.py"]
+    found = server("fake_cuda", command, {**os.environ, "LD_PRELOAD": str(library)}).ask(json.dumps(options))
+    assert isinstance(found, dict), found
     return found
 
 

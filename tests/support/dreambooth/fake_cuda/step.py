@@ -1,11 +1,12 @@
-"""A training step on a CUDA device that is not there: fake tensors "on cuda:0", with shapes and no values.
+"""Training steps on a CUDA device that is not there: fake tensors "on cuda:0", with shapes and no values.
 
-    LD_PRELOAD=libguard.so python step.py '{"precision": "mixed_bfloat16", ...}'
+    LD_PRELOAD=libguard.so python step.py
 
-Prints as JSON what waited for the device (`waits`), what was copied to it (`copies`), each with the line that
-did it, the number of operations of each phase (`operations`), and what pictures and kernels are copied or
-turned round on the device (`moves`). The fake stands in for a GPU, which the tests do not have; what a kernel
-computes, and which one PyTorch chooses, it cannot show.
+A line of the standard input is a request, ['{"precision": "mixed_bfloat16", ...}'] in JSON. The answer of a
+fork is a line of JSON: what waited for the device (`waits`), what was copied to it (`copies`), each with the
+line that did it, the number of operations of each phase (`operations`), and what pictures and kernels are
+copied or turned round on the device (`moves`). The fake stands in for a GPU, which the tests do not have;
+what a kernel computes, and which one PyTorch chooses, it cannot show.
 """
 
 import collections
@@ -14,13 +15,25 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 os.environ |= {"KERAS_BACKEND": "torch", "KERAS_TORCH_DEVICE": "cuda:0"}
 sys.modules["jax"] = None
 
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from kcv2diffusers import models  # noqa: E402
+from kcv2diffusers.dreambooth import torch_updates  # noqa: E402
+from kcv2diffusers.dreambooth.config import Config  # noqa: E402
+from kcv2diffusers.dreambooth.lora import add_lora, store_frozen_as_computed  # noqa: E402
+from kcv2diffusers.dreambooth.model import DreamBooth  # noqa: E402
+from kcv2diffusers.dreambooth.optimizers import make_optimizer  # noqa: E402
+from kcv2diffusers.dreambooth.torch_step import TorchStep  # noqa: E402
+from kcv2diffusers.models.layers import dtype_policy, zeros  # noqa: E402
 
 VIEWS = {
     "view", "permute", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze",
@@ -73,8 +86,8 @@ class Watch(TorchDispatchMode):
         return result
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
+def step(options: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request."""
     # A CPU build cannot choose among CUDA's attention kernels: flash attention, as for 16 bits.
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -85,18 +98,6 @@ def main() -> None:
         return flash(q, k, v, 0.0, is_causal, False, scale=scale)[0]
 
     torch.nn.functional.scaled_dot_product_attention = attention
-    import numpy as np
-
-    from kcv2diffusers import models
-    from kcv2diffusers.dreambooth import torch_updates
-    from kcv2diffusers.dreambooth.config import Config
-    from kcv2diffusers.dreambooth.lora import add_lora, store_frozen_as_computed
-    from kcv2diffusers.dreambooth.model import DreamBooth
-    from kcv2diffusers.dreambooth.optimizers import make_optimizer
-    from kcv2diffusers.dreambooth.torch_step import TorchStep
-    from kcv2diffusers.models.layers import dtype_policy, zeros
-
-    keras = __import__("keras")
     keras.initializers.HeUniform.__call__ = lambda self, shape, dtype=None: keras.ops.zeros(shape, dtype)
     plant = options.pop("plant", False)
     lora, precision = options.pop("lora", 0), options.pop("precision", "mixed_bfloat16")
@@ -110,8 +111,8 @@ def main() -> None:
             model = DreamBooth(unet, snr_gamma=5.0)
         model.compile(make_optimizer(Config(learning_rate=1e-6, **options), ()), jit_compile=False)
         model.optimizer.build(model.trainable_variables)
-        step = TorchStep(model)
-        step.gradients = [torch.empty_like(variable.value) for variable in step.variables]
+        taken = TorchStep(model)
+        taken.gradients = [torch.empty_like(variable.value) for variable in taken.variables]
         rng = np.random.default_rng(0)
         batch = {
             "latents": rng.standard_normal((2, 8, 8, 4), dtype="float32"),
@@ -126,16 +127,31 @@ def main() -> None:
         model.optimizer.good_steps = 0
         with Watch() as watch:
             watch.phase = "gradients"
-            step.into_gradients(on_device)
+            taken.into_gradients(on_device)
             if plant:  # what the test of this file looks for
-                float(step.gradients[0].sum())
+                float(taken.gradients[0].sum())
                 torch.ones(3).to("cuda:0")
             watch.phase = "update"
-            torch_updates.update(model.optimizer, step.gradients, step.variables)
-    kernels = sum(len(variable.shape) > 1 for variable in step.variables)
+            torch_updates.update(model.optimizer, taken.gradients, taken.variables)
+    kernels = sum(len(variable.shape) > 1 for variable in taken.variables)
     found = {"waits": watch.waits, "copies": watch.copies, "operations": watch.counts, "kernels": kernels}
-    found["moves"] = watch.moves
-    print(json.dumps(found))
+    return {**found, "moves": watch.moves}
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for request in sys.stdin:
+        child = os.fork()
+        if not child:
+            try:
+                answer: Any = step(json.loads(*json.loads(request)))
+            except BaseException:
+                answer = traceback.format_exc()
+            print(json.dumps(answer), file=answers, flush=True)
+            os._exit(0)
+        if status := os.waitpid(child, 0)[1]:
+            print(json.dumps(f"the fork ended with {status}"), file=answers, flush=True)
 
 
 main()
