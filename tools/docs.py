@@ -162,6 +162,8 @@ def dreambooth_options() -> str:
 
     lines: list[str] = []
     for field in fields(Config):
+        if not field.metadata["command"]:
+            continue
         if title := training._GROUPS.get(field.name):
             lines += ["", f"### {title}", "", "| option | default | meaning |", "|---|---|---|"]
         default = field.default

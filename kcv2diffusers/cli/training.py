@@ -110,7 +110,7 @@ def dreambooth(**given: Any) -> None:
             report=report,
             base=config.base,
             unet_gelu=config.unet_gelu,
-            prompts=config.sample_prompt or [config.instance_prompt],
+            prompts=config.sample_prompt or [each.instance_prompt for each in config.every_subject],
             steps=config.sample_steps,
             guidance=config.guidance_scale,
             prediction_type=prediction_of(result.export),
@@ -156,6 +156,8 @@ def _dreambooth_signature() -> Signature:
     kinds: dict[str, Any] = get_type_hints(Config)
     choice: Any = StrEnum
     for f in fields(Config):
+        if not f.metadata["command"]:
+            continue
         kind = kinds[f.name]
         group = _GROUPS.get(f.name, group)
         usual = {int: "N", float: "NUMBER", str: "TEXT", list[str]: "TEXT"}.get(kind)

@@ -6,45 +6,69 @@ A resumed run therefore sees the same inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import keras
 import numpy as np
 
-from kcv2diffusers.diffusion import LATENT_CHANNELS, LATENT_SCALE, TRAIN_STEPS, Array
-from kcv2diffusers.dreambooth.photos import Photo, Size, bucket_of, read_photo
+from kcv2diffusers.diffusion import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT, TRAIN_STEPS, Array
+from kcv2diffusers.dreambooth.photos import Photo, Size, bucket_of, read_mask, read_photo
 
 Encode = Callable[[Array], Array]
 """Images (n, height, width, 3) in -1..1 to moments (n, height / 8, width / 8, 8): mean, log variance."""
+View = tuple[bool, tuple[float, float]]
+"""Whether an image is flipped, and the position of its crop, 0..1 down and across."""
+_MIDDLE = (0.5, 0.5)
+SIZED = ("latents", "noise", "mask")
+"""The inputs of a step whose shape depends on the size of its images."""
 
 
 @dataclass
 class Examples:
-    """Photos that share one prompt.
+    """Photos with their prompts.
 
     `encode` is the VAE encoder. With `cache` it encodes each photo once per size and may be None afterwards.
-    `condition` is the conditioning of every image: the prompt's embeddings (length, width) float32, or its
-    tokens (length,) int32 if the text encoder is trained.
+    `conditions` has the conditioning of each prompt: its embeddings (length, width) float32, or its tokens
+    (length,) int32 if the text encoder is trained. `masked` says whether the photos have masks.
     """
 
     photos: Sequence[Photo]
-    condition: Array
+    conditions: Mapping[str, Array]
     encode: Encode | None
     resolution: int
     flip: bool = False
     cache: bool = True
+    masked: bool = False
     _moments: dict[tuple[int, Size, bool], Array] = field(default_factory=dict)
+    _masks: dict[tuple[int, Size, bool], Array] = field(default_factory=dict)
 
-    def moments(self, number: int, size: Size, rng: np.random.Generator) -> Array:
-        """Moments of a photo. `rng` decides the horizontal flip and, without a cache, the crop."""
-        flip, place = self.flip and bool(rng.random() < 0.5), tuple(rng.random(2))
+    def view(self, rng: np.random.Generator) -> View:
+        """How to show a photo. `rng` decides the horizontal flip and, without a cache, the crop."""
+        flip, (down, across) = self.flip and bool(rng.random() < 0.5), rng.random(2)
+        return flip, _MIDDLE if self.cache else (float(down), float(across))
+
+    def moments(self, number: int, size: Size, view: View) -> Array:
+        """Moments of a photo."""
         if not self.cache:
-            return self._encoded(number, size, flip, (float(place[0]), float(place[1])))
-        key = (number, size, flip)
+            return self._encoded(number, size, *view)
+        key = (number, size, view[0])
         if key not in self._moments:
-            self._moments[key] = self._encoded(number, size, flip, (0.5, 0.5))
+            self._moments[key] = self._encoded(number, size, *view)
         return self._moments[key]
+
+    def mask(self, number: int, size: Size, view: View) -> Array:
+        """The weight of each latent of a photo in the loss: (height / 8, width / 8, 1) float32 of mean 1.
+
+        It is 0 everywhere if the mask leaves nothing of the crop.
+        """
+        if not self.masked:
+            return np.ones((size[0] // PIXELS_PER_LATENT, size[1] // PIXELS_PER_LATENT, 1), "float32")
+        key = (number, size, view[0])
+        if not self.cache or key not in self._masks:
+            mask = read_mask(self.photos[number], size, place=view[1], flip=view[0])
+            self._masks[key] = mask / (mask.mean() or 1)
+        return self._masks[key]
 
     def fill(self, wanted: Sequence[tuple[int, Size]], progress: Callable[[int, int], None]) -> None:
         """Encode the photos in `wanted`, given by number and size, into the cache.
@@ -54,7 +78,8 @@ class Examples:
         flips = (False, True) if self.flip else (False,)
         for done, (number, size) in enumerate(wanted, start=1):
             for flip in flips:
-                self._moments[number, size, flip] = self._encoded(number, size, flip, (0.5, 0.5))
+                self.moments(number, size, (flip, _MIDDLE))
+                self.mask(number, size, (flip, _MIDDLE))
             progress(done, len(wanted))
 
     def _encoded(self, number: int, size: Size, flip: bool, place: tuple[float, float]) -> Array:
@@ -68,8 +93,9 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
 
     It holds `latents` and `noise` (n, height / 8, width / 8, 4), `timesteps` (n,) int32, `condition` as in
     Examples and `prior` (n,) float32, 1 for a class image. All images of a step have one size. n is the batch
-    size, or twice that with prior preservation. Each epoch contains every photo of the subject at least once,
-    and as often as its folder name says.
+    size, or twice that with prior preservation. If the photos have masks there is `mask` (n, height / 8,
+    width / 8, 1) too. A share `caption_dropout` of all images has the empty prompt in place of its own. Each
+    epoch contains every photo of the subject at least once, and as often as its folder name says.
     """
 
     def __init__(
@@ -82,12 +108,13 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         start: int = 0,
         seed: int = 0,
         offset_noise: float = 0.0,
+        caption_dropout: float = 0.0,
         timesteps: int = TRAIN_STEPS,
     ) -> None:
         super().__init__()
         self.instance, self.classes, self.batch_size = instance, classes, batch_size
         self.steps, self.start, self.seed, self.offset_noise = steps, start, seed, offset_noise
-        self.timesteps = timesteps
+        self.timesteps, self.caption_dropout = timesteps, caption_dropout
         self.by_size: dict[Size, list[int]] = {}
         for number, photo in enumerate(instance.photos):
             numbers = self.by_size.setdefault(bucket_of(photo.size, instance.resolution), [])
@@ -108,20 +135,33 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         groups = [(self.instance, chosen)]
         if self.classes is not None:
             groups.append((self.classes, self._classes(number)))
-        moments = [examples.moments(n, size, rng) for examples, numbers in groups for n in numbers]
+        shown = [(examples, n, examples.view(rng)) for examples, numbers in groups for n in numbers]
+        moments = [examples.moments(n, size, view) for examples, n, view in shown]
         latents = np.stack([_draw(m, rng) for m in moments])
         noise = rng.standard_normal(latents.shape, dtype="float32")
         if self.offset_noise:
             noise += self.offset_noise * rng.standard_normal(
                 (len(noise), 1, 1, LATENT_CHANNELS), dtype="float32"
             )
-        return {
+        step = {
             "latents": latents,
             "noise": noise,
             "timesteps": rng.integers(0, self.timesteps, len(latents), dtype="int32"),
-            "condition": np.stack([examples.condition for examples, numbers in groups for _ in numbers]),
+            "condition": np.stack(
+                [
+                    examples.conditions["" if drop else examples.photos[n].prompt]
+                    for (examples, n, _), drop in zip(shown, self._dropped(number, len(shown)), strict=True)
+                ]
+            ),
             "prior": np.repeat(np.arange(len(groups), dtype="float32"), self.batch_size),
         }
+        if self.instance.masked:
+            step["mask"] = np.stack([examples.mask(n, size, view) for examples, n, view in shown])
+        return step
+
+    def _dropped(self, number: int, count: int) -> Array:
+        """Which of the `count` images of a step have the empty prompt: (count,) bool."""
+        return np.random.default_rng((self.seed, 4, number)).random(count) < self.caption_dropout
 
     def _epoch(self, epoch: int) -> list[tuple[Size, list[int]]]:
         """The batches of an epoch in order.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from kcv2diffusers.backend import BACKENDS
+from kcv2diffusers.dreambooth.subjects import Subject, check_subjects, read_subjects
 from kcv2diffusers.errors import Error, is_unicode, no_choice, plain
 from kcv2diffusers.system.home import expanded
 
@@ -21,8 +22,13 @@ def _option(
     metavar: str | None = None,
     choices: tuple[str, ...] = (),
     least: float | None = None,
+    most: float | None = None,
+    command: bool = True,
 ) -> Any:
-    metadata = {"help": help, "metavar": metavar, "choices": choices, "least": least}
+    metadata = {
+        "help": help, "metavar": metavar, "choices": choices, "least": least, "most": most,
+        "command": command,
+    }  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -43,6 +49,17 @@ class Config:
         "", "Folder with class images. Missing images are generated into it.", metavar="DIR"
     )
     num_class_images: int = _option(100, "Number of class images.", least=1)
+    subjects: list[Subject] = _option([], "Further subjects, only in a file.", command=False)
+    captions: bool = _option(
+        True,
+        "Describe a photo by its caption, if there is one: the text in NAME.txt beside it, or in "
+        "metadata.jsonl.",
+    )
+    masks: bool = _option(
+        False,
+        "Weight the loss of a photo by its mask: the brightness of NAME-mask.png beside it, else its "
+        "opacity.",
+    )
     base: list[str] = _option(
         [],
         "The model to fine-tune: a pipeline folder, a single .safetensors file, hf://user/repo, tiny, or "
@@ -92,6 +109,12 @@ class Config:
     prior_weight: float = _option(1.0, "Weight of the prior-preservation loss (class images).", least=0)
     snr_gamma: float = _option(0.0, "Gamma of min-SNR loss weighting (5 is usual). 0 turns it off.", least=0)
     offset_noise: float = _option(0.0, "Strength of offset noise (0.1 is usual).", least=0)
+    caption_dropout: float = _option(
+        0.0,
+        "Share of the prompts, also of class images, that is replaced by the empty prompt (0.1 is usual).",
+        least=0,
+        most=1,
+    )
     prediction_type: str = _option(
         "auto",
         "Prediction type of the base. auto: as its scheduler config states, epsilon for KerasCV checkpoints.",
@@ -160,17 +183,27 @@ class Config:
     @property
     def prior_preservation(self) -> bool:
         """Whether each step contains class images."""
-        return bool(self.class_prompt)
+        return any(subject.class_prompt for subject in self.every_subject)
+
+    @property
+    def every_subject(self) -> list[Subject]:
+        """The subject of the options, if they have one, and those of `subjects`."""
+        names = [f.name for f in fields(Subject)]
+        own = Subject(**{name: getattr(self, name) for name in names})
+        return [*([own] if own != Subject() else []), *self.subjects]
 
     def toml(self, *, public: bool = False) -> str:
         """The options that differ from their defaults, as a TOML file for `--config`.
 
         With `public`, only the options in `PUBLIC`, which reveal nothing about this machine.
         """
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name in PUBLIC or not public}
+        if public:
+            values["subjects"] = [subject.public for subject in self.subjects]
         lines = [
-            f"{f.name} = {_literal(getattr(self, f.name))}"
+            f"{f.name} = {_literal(values[f.name])}"
             for f in fields(self)
-            if getattr(self, f.name) != _default(f) and (f.name in PUBLIC or not public)
+            if f.name in values and values[f.name] != _default(f)
         ]
         return "\n".join(lines) + "\n"
 
@@ -203,10 +236,12 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
     values = read_options(file) | dict(given) if file is not None else dict(given)
     if "precision" in values:
         values["precision"] = _PRECISIONS.get(values["precision"], values["precision"])
+    values["subjects"] = read_subjects(values.get("subjects", []), "subjects")
     config = Config(**values)
+    own = not config.subjects or bool(config.instance_images or config.instance_prompt or config.class_prompt)
     for name, missing in (
-        ("instance_images", not config.instance_images),
-        ("instance_prompt", not config.instance_prompt),
+        ("instance_images", own and not config.instance_images),
+        ("instance_prompt", own and not config.instance_prompt),
         ("base", not config.base),
         ("out", not config.out),
     ):
@@ -215,9 +250,11 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
                 f"--{name.replace('_', '-')} is needed.\nGive it, or put {name} into the --config file."
             )
     for f in fields(config):
-        _check(f, getattr(config, f.name))
+        if f.metadata["command"]:
+            _check(f, getattr(config, f.name))
     if config.class_images and not config.class_prompt:
         raise Error("--class-images needs --class-prompt, the text that describes them.")
+    check_subjects(config.subjects)
     if config.verify and not config.export:
         raise Error("--verify compares the pipeline of --export; give that as well.")
     if not config.ema < 1:
@@ -242,7 +279,11 @@ def read_options(file: Path) -> dict[str, Any]:
     unknown = sorted(values.keys() - kinds.keys())
     if unknown:
         raise Error(f"{file}: unknown options {plain(', '.join(unknown))}.\nKnown are {', '.join(kinds)}.")
+    if "subjects" in values:
+        values["subjects"] = read_subjects(values["subjects"], str(file))
     for name, value in values.items():
+        if name == "subjects":
+            continue
         if kinds[name] is float and type(value) is int:
             values[name] = float(value)
         elif kinds[name] == list[str]:
@@ -263,9 +304,11 @@ def _check(f: Field[Any], value: Any) -> None:
             )
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise no_choice(option, value, f.metadata["choices"])
-    least = f.metadata["least"]
+    least, most = f.metadata["least"], f.metadata["most"]
     if least is not None and not value >= least:
         raise Error(f"{option} {value}: give at least {least}.")
+    if most is not None and not value <= most:
+        raise Error(f"{option} {value}: give at most {most}.")
 
 
 def _default(f: Field[Any]) -> Any:
@@ -273,6 +316,9 @@ def _default(f: Field[Any]) -> Any:
 
 
 def _literal(value: Any) -> str:
+    if isinstance(value, Subject):
+        entries = [f"{name} = {_literal(text)}" for name, text in asdict(value).items() if text]
+        return "{" + ", ".join(entries) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_literal, value)) + "]"
     if isinstance(value, bool):

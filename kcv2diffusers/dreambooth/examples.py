@@ -6,7 +6,8 @@ Missing class images are generated, and latents are encoded once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from kcv2diffusers.dreambooth.batches import Examples
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.memory import drawing_advice, memory_errors
-from kcv2diffusers.dreambooth.photos import Photo, bucket_of, find_photos
+from kcv2diffusers.dreambooth.photos import Photo, bucket_of, check_masks, find_photos
 from kcv2diffusers.errors import Error, plain
 from kcv2diffusers.models.base import Base
 from kcv2diffusers.models.sampler import PROMPT_LENGTH, initial_noise
@@ -42,9 +43,47 @@ def usable_photos(folder: Path, notes: list[str]) -> list[Photo]:
     return photos.found
 
 
+def subject_photos(config: Config, notes: list[str]) -> list[Photo]:
+    """The photos of every subject. The prompt of each is its caption or else that of its subject.
+
+    Raises Error for a folder without photos, a caption that cannot be read, and, with `config.masks`, a mask
+    that cannot be used.
+    """
+    photos: list[Photo] = []
+    captioned = 0
+    for subject in config.every_subject:
+        for photo in usable_photos(Path(subject.instance_images), notes):
+            caption = photo.prompt if config.captions else ""
+            photos.append(replace(photo, prompt=caption or subject.instance_prompt))
+            captioned += bool(caption)
+    if captioned:
+        notes.append(f"{captioned} of {len(photos)} photos have captions.")
+    if config.masks:
+        notes.append(f"{check_masks(photos)} of {len(photos)} photos have masks.")
+    elif masked := sum(photo.mask is not None for photo in photos):
+        notes.append(f"{masked} of {len(photos)} photos have masks, which are not used without --masks.")
+    return photos
+
+
 def class_photos(config: Config, base: Base, notes: list[str], progress: StageProgress) -> list[Photo]:
-    """The class images: those in the folder, plus generated ones up to the configured number."""
-    folder = Path(config.class_images or Path(config.out) / "class")
+    """The class images of every subject, each with its prompt.
+
+    Each class has those in its folder, plus generated ones up to the configured number. Subjects with the
+    same prompt and folder share a class.
+    """
+    wanted = [(subject.class_prompt, subject.class_images) for subject in config.every_subject]
+    classes = [each for each in dict.fromkeys(wanted) if each[0]]
+    photos: list[Photo] = []
+    for number, (prompt, given) in enumerate(classes):
+        folder = Path(given or Path(config.out) / f"class{f'-{number + 1}' if number else ''}")
+        drawn = _of_class(config, prompt, folder, base, notes, progress)
+        photos += [replace(photo, prompt=prompt, mask=None) for photo in drawn]
+    return photos
+
+
+def _of_class(
+    config: Config, prompt: str, folder: Path, base: Base, notes: list[str], progress: StageProgress
+) -> list[Photo]:
     folder.mkdir(parents=True, exist_ok=True)
     missing = config.num_class_images - len(find_photos(folder).found)
     numbers = (n for n in count() if not _class_path(folder, n).exists())
@@ -55,7 +94,7 @@ def class_photos(config: Config, base: Base, notes: list[str], progress: StagePr
         noise = np.concatenate([initial_noise(1, size, size, config.seed + number) for number in batch])
         with memory_errors(lambda: drawing_advice(at_once)):
             latents = sampler.sample(
-                [config.class_prompt] * len(batch),
+                [prompt] * len(batch),
                 noise,
                 steps=config.sample_steps,
                 guidance_scale=config.guidance_scale,
@@ -76,24 +115,30 @@ def _class_path(folder: Path, number: int) -> Path:
 def make_examples(
     config: Config, base: Base, photos: Sequence[Photo], classes: Sequence[Photo] | None
 ) -> tuple[Examples, Examples | None]:
-    """Examples of the subject and, with prior preservation, of the class, each with its prompt."""
+    """Examples of the subjects and, with prior preservation, of their classes, each with its prompt."""
     encoder = base.image_encoder
-
-    def condition(prompt: str) -> np.ndarray[Any, Any]:
-        if config.train_text_encoder:
-            return np.array(base.tokenizer.encode(prompt, PROMPT_LENGTH), dtype="int32")
-        return np.asarray(base.sampler().encode_prompts([prompt])[0], dtype="float32")
-
+    prompts = [photo.prompt for photo in (*photos, *(classes or ()))]
     make = partial(
         Examples,
+        conditions=_conditions(config, base, [*prompts, *([""] if config.caption_dropout else [])]),
         encode=lambda images: np.asarray(encoder.predict_on_batch(images), dtype="float32"),
         resolution=config.resolution or base.image_size,
         flip=config.flip,
         cache=config.cache,
     )
-    instance = make(photos, condition(config.instance_prompt))
-    prior = None if classes is None else make(classes, condition(config.class_prompt))
-    return instance, prior
+    return make(photos, masked=config.masks), None if classes is None else make(classes)
+
+
+def _conditions(config: Config, base: Base, prompts: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """The conditioning of each prompt, as in Examples."""
+    sampler = base.sampler()
+
+    def condition(prompt: str) -> np.ndarray[Any, Any]:
+        if config.train_text_encoder:
+            return np.array(base.tokenizer.encode(prompt, PROMPT_LENGTH), dtype="int32")
+        return np.asarray(sampler.encode_prompts([prompt])[0], dtype="float32")
+
+    return {prompt: condition(prompt) for prompt in dict.fromkeys(prompts)}
 
 
 def encode(instance: Examples, prior: Examples | None, progress: StageProgress) -> None:

@@ -114,7 +114,10 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         target = x["noise"]
         if self.prediction_type == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
             target = ops.sqrt(signal) * target - ops.sqrt(1 - signal) * x["latents"]
-        error = ops.mean(ops.square(y_pred - target), axis=(1, 2, 3))
+        square = ops.square(y_pred - target)
+        if "mask" in x:  # of mean 1, which makes this a weighted mean
+            square = square * x["mask"]
+        error = ops.mean(square, axis=(1, 2, 3))
         weight = ops.take(self.weight, x["timesteps"]) * (1 - x["prior"] + self.prior_weight * x["prior"])
         return ops.sum(weight * error) / ops.sum(1 - x["prior"])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from kcv2diffusers.diffusion import Array
+from kcv2diffusers.diffusion import PIXELS_PER_LATENT, Array
+from kcv2diffusers.dreambooth.captions import METADATA, caption_beside, listed_captions
 from kcv2diffusers.errors import Error, plain, reading
 
 Size = tuple[int, int]
@@ -24,6 +25,7 @@ _LONGEST = 2  # a bucket's longer side is at most this many times the resolution
 _MOST_PIXELS = 300_000_000  # phones reach 200 million; a small file that claims more is a decompression bomb
 _SPARE = 2  # a large photo is decoded at no less than this many times the required size
 
+_MASK = "-mask.png"
 _REPEATED = re.compile(r"(\d{1,3})_.+")  # kohya's folder names, "10_sks dog"
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
@@ -57,12 +59,15 @@ class Photo:
     """An image file that opens.
 
     `size` is the displayed size (EXIF orientation applied). `repeats` is how often an epoch contains the
-    photo.
+    photo. `prompt` describes it; of a photo that was found it is its caption, if there is one. `mask` is the
+    file NAME-mask.png beside it.
     """
 
     path: Path
     size: Size
     repeats: int = 1
+    prompt: str = ""
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ class Photos:
 def find_photos(folder: Path) -> Photos:
     """Open every file of `folder` and of the folders in it that are named as in kohya's scripts.
 
-    An epoch contains the photos of a folder named "10_sks dog" 10 times. Raises Error if `folder` is not a
-    folder.
+    An epoch contains the photos of a folder named "10_sks dog" 10 times. Captions and masks beside a photo
+    are its own. Raises Error if `folder` is not a folder, and for a caption that cannot be read.
     """
     photos = Photos([], [])
     with reading(folder):
@@ -85,35 +90,57 @@ def find_photos(folder: Path) -> Photos:
             if folder.exists():
                 raise Error(f"{plain(folder)}: a file, not a folder.\nGive the folder with the photos.")
             raise Error(f"{plain(folder)}: no such folder.\nCheck the path.")
-        for path in _find(folder, "", 1, photos):
+        listed: dict[str, str] = {}
+        for path in _find(folder, "", 1, photos, listed):
             match = _REPEATED.fullmatch(path.name)
             if match and int(match[1]):
-                inner = _find(path, f"{path.name}/", int(match[1]), photos)
+                inner = _find(path, f"{path.name}/", int(match[1]), photos, listed)
                 photos.skipped.extend(f"{plain(each.relative_to(folder))}/ (a folder)" for each in inner)
             else:
                 name = plain(path.name)
                 photos.skipped.append(f"{name}/ (a folder; give it, or name it 1_{name})")
+        found = {photo.path.relative_to(folder).as_posix() for photo in photos.found}
+        if left := sorted(listed.keys() - found):
+            names = plain(", ".join(left[:3])) + (", ..." if len(left) > 3 else "")
+            photos.skipped.append(f"{len(left)} captions in {METADATA} of other pictures ({names})")
     return photos
 
 
-def _find(folder: Path, place: str, repeats: int, photos: Photos) -> list[Path]:
+def _find(folder: Path, place: str, repeats: int, photos: Photos, listed: dict[str, str]) -> list[Path]:
     """Add the files of one folder to `photos`, and return its subfolders.
 
-    `place` is put before the names of skipped files.
+    `place` is put before the names of skipped files. `listed` are the captions in the metadata files so far,
+    by place and name; those of this folder are added.
     """
     folders = []
-    for path in sorted(folder.iterdir()):
+    paths = sorted(folder.iterdir())
+    stems = {path.stem for path in paths if path.suffix.lower() != ".txt"}
+    listed |= {place + name: text for name, text in listed_captions(folder).items()}
+    for path in paths:
         if path.is_dir():
             if not path.name.startswith("."):  # hidden folders hold thumbnails and the like
                 folders.append(path)
             continue
+        if path.name == METADATA or _belongs_to_a_photo(path, stems):
+            continue
         try:
             if not path.is_file():  # opening a pipe would block
                 raise ValueError("not a file")
-            photos.found.append(Photo(path, _load(path, 1)[1], repeats))
+            size = _load(path, 1)[1]
         except Exception as error:  # decoders raise any exception type; the run continues without the photo
             photos.skipped.append(f"{plain(place + path.name)} ({_reason(path, error)})")
+            continue
+        caption = caption_beside(path) or listed.get(place + path.name, "")
+        mask = path.with_name(f"{path.stem}{_MASK}")
+        photos.found.append(Photo(path, size, repeats, caption, mask if mask.is_file() else None))
     return folders
+
+
+def _belongs_to_a_photo(path: Path, stems: Iterable[str]) -> bool:
+    """Whether a file is the caption or the mask of another one, of which the name without suffix is given."""
+    if path.suffix.lower() == ".txt":
+        return path.stem in stems
+    return path.name.endswith(_MASK) and path.name.removesuffix(_MASK) in stems
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -163,21 +190,75 @@ def read_photo(
     It is scaled to cover `size` and cropped. `place` is the position of the crop, 0..1 down and across.
     Raises Error if the file cannot be read any more.
     """
+    return _fitted(photo.path, _on_white, size, place, flip) / 127.5 - 1
+
+
+def read_mask(
+    photo: Photo, size: Size, *, place: tuple[float, float] = (0.5, 0.5), flip: bool = False
+) -> Array:
+    """The mask of `read_photo`'s image, as (height / 8, width / 8, 1) float32 in 0..1.
+
+    It is the brightness of the photo's mask file or else the photo's own opacity, averaged over the pixels of
+    a latent. Raises Error if the file cannot be read any more.
+    """
+    side = PIXELS_PER_LATENT
+    pixels = _fitted(*_masked(photo), size, place, flip) / 255
+    blocks = pixels.reshape(size[0] // side, side, size[1] // side, side)
+    return np.asarray(blocks.mean((1, 3))[..., None])
+
+
+def check_masks(photos: Iterable[Photo]) -> int:
+    """The number of photos with a mask.
+
+    Raises Error for a mask that is damaged or black, or has another size than its photo.
+    """
+    count = 0
+    for photo in photos:
+        path, look = _masked(photo)
+        try:
+            mask, size = _load(path, min(photo.size), look)
+        except Exception as error:  # decoders raise any exception type
+            raise Error(
+                f"{plain(path)}: this mask cannot be used: {_reason(path, error)}.\n"
+                "Save it as a PNG, or remove it."
+            ) from error
+        if size != photo.size:
+            raise Error(
+                f"{plain(path)}: this mask has {size[1]} x {size[0]} pixels, its photo {photo.size[1]} x "
+                f"{photo.size[0]}.\nGive a mask of the photo's size."
+            )
+        values = np.asarray(mask)
+        if not values.any():
+            raise Error(f"{plain(path)}: masks all of the photo.\nWhat is to be learnt is white or opaque.")
+        count += photo.mask is not None or bool(values.min() < 255)
+    return count
+
+
+Look = Callable[[Image.Image], Image.Image]
+"""What to take of an image."""
+
+
+def _masked(photo: Photo) -> tuple[Path, Look]:
+    """The file that holds a photo's mask, and what it is in that file."""
+    return (photo.mask, _brightness) if photo.mask else (photo.path, _opacity)
+
+
+def _fitted(path: Path, look: Look, size: Size, place: tuple[float, float], flip: bool) -> Array:
+    """The image at `size` as float32 in 0..255: scaled to cover it, cropped at `place`, and mirrored."""
     height, width = size
     try:
-        image, _ = _load(photo.path, max(size))
+        image, _ = _load(path, max(size), look)
     except Exception as error:  # decoders raise any exception type
         raise Error(
-            f"{plain(photo.path)}: could be read before, and cannot now: {_reason(photo.path, error)}.\n"
+            f"{plain(path)}: could be read before, and cannot now: {_reason(path, error)}.\n"
             "Leave the photos of a run in their place until it ends; --resume goes on."
         ) from error
     image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=(place[1], place[0]))
-    values = np.asarray(ImageOps.mirror(image) if flip else image, dtype="float32")
-    return values / 127.5 - 1
+    return np.asarray(ImageOps.mirror(image) if flip else image, dtype="float32")
 
 
-def _load(path: Path, side: int) -> tuple[Image.Image, Size]:
-    """A file as an upright RGB image, transparency composited on white, and its displayed size.
+def _load(path: Path, side: int, look: Look | None = None) -> tuple[Image.Image, Size]:
+    """What `look` takes of a file, upright, and its displayed size; default: RGB, composited on white.
 
     A large image is reduced; both sides stay at least `_SPARE` times `side`. Raises Pillow's exceptions.
     """
@@ -195,7 +276,7 @@ def _load(path: Path, side: int) -> tuple[Image.Image, Size]:
         factor = min(picture.size) // least
         if factor > 1 and picture.mode in _REDUCIBLE:
             picture = picture.reduce(factor)
-        picture = _on_white(picture)
+        picture = (look or _on_white)(picture)
         if turn in _TURNS:
             picture = picture.transpose(_TURNS[turn])
         return picture, (width, height) if turn in _SWAPS else (height, width)
@@ -258,8 +339,22 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if "A" in image.getbands() or "transparency" in image.info:
+    if _has_opacity(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _opacity(image: Image.Image) -> Image.Image:
+    if _has_opacity(image):
+        return image.convert("RGBA").getchannel("A")
+    return Image.new("L", image.size, 255)
+
+
+def _brightness(image: Image.Image) -> Image.Image:
+    return image.convert("L")
+
+
+def _has_opacity(image: Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info

@@ -15,12 +15,12 @@ from typing import Any
 import keras
 
 from kcv2diffusers.conversion.to_diffusers import convert, is_output
-from kcv2diffusers.dreambooth.batches import Batches, Examples
+from kcv2diffusers.dreambooth.batches import SIZED, Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, least_bytes, saved_steps
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.devices import allow_tf32, attention_noted, best_precision, spread
 from kcv2diffusers.dreambooth.drawings import Drawings, samples
-from kcv2diffusers.dreambooth.examples import class_photos, encode, make_examples, usable_photos
+from kcv2diffusers.dreambooth.examples import class_photos, encode, make_examples, subject_photos
 from kcv2diffusers.dreambooth.follow import LOG, Follow, Unread, read_log
 from kcv2diffusers.dreambooth.lora import add_lora, store_frozen_as_computed
 from kcv2diffusers.dreambooth.memory import memory_errors, training_advice
@@ -79,8 +79,9 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
     _check_folders(config)
     config = _resolved(config)
     allow_tf32()
-    photos = usable_photos(Path(config.instance_images), notes)
+    photos = subject_photos(config, notes)
     files = _base_files(config)
+    files.check_prompts(*(photo.prompt for photo in photos))
     if done := _finished_before(config, files.prediction_type):
         return done
     matches = {part: match for part, (match, _) in files.parts.items()}
@@ -119,6 +120,7 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
             start=start,
             seed=config.seed,
             offset_noise=config.offset_noise,
+            caption_dropout=config.caption_dropout,
             timesteps=base.schedule.num_train_timesteps,
         )
         run = Follow(config, checkpoints, drawings, start, progress)
@@ -149,8 +151,9 @@ def _check_folders(config: Config) -> None:
         raise Error(f"{out}: holds a run already.\nUse --resume to go on with it, or another --out.")
     check_folder(out)
     read_log(out / LOG)
-    if config.class_images:
-        check_folder(Path(config.class_images))
+    for subject in config.every_subject:
+        if subject.class_images:
+            check_folder(Path(subject.class_images))
     if config.export:
         check_target(Path(config.export), overwrite=config.resume, replaceable=is_output, needed=0)
 
@@ -162,7 +165,8 @@ def _base_files(config: Config) -> BaseFiles:
     if config.prediction_type != "auto":
         files.prediction_type = config.prediction_type
     files.schedule.check(files.prediction_type)
-    files.check_prompts(config.instance_prompt, config.class_prompt, *config.sample_prompt)
+    given = [prompt for each in config.every_subject for prompt in (each.instance_prompt, each.class_prompt)]
+    files.check_prompts(*given, *config.sample_prompt)
     if not saved_steps(Path(config.out)):
         check_folder(Path(config.out), least_bytes(config, files.parts))
     return files
@@ -281,7 +285,7 @@ def _dataset(batches: Batches) -> Any:
     import tensorflow as tf
 
     spec = {
-        name: tf.TensorSpec([None] * value.ndim if name in ("latents", "noise") else value.shape, value.dtype)
+        name: tf.TensorSpec([None] * value.ndim if name in SIZED else value.shape, value.dtype)
         for name, value in batches.step(0).items()
     }
     steps = (batches[index] for index in range(len(batches)))

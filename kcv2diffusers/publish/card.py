@@ -47,7 +47,7 @@ def model_card(facts: Facts, repository: str) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "keras"]
-    prompts = [facts.run[name] for name in ("instance_prompt",) if name in facts.run]
+    prompts = facts.instance_prompts
     prompts += [prompt for prompt in facts.run.get("sample_prompt", []) if prompt not in prompts]
     data = ModelCardData(
         base_model=facts.base_model,
@@ -55,7 +55,7 @@ def model_card(facts: Facts, repository: str) -> str:
         pipeline_tag="text-to-image",
         tags=[*tags, *(["dreambooth"] if facts.run else []), *facts.tags],
         inference=True,
-        instance_prompt=facts.run.get("instance_prompt"),
+        instance_prompt=next(iter(facts.instance_prompts), None),
         widget=[{"text": prompt} for prompt in prompts] or None,
         **facts.license,  # type: ignore[arg-type]
     )
@@ -96,7 +96,7 @@ def _snippet(facts: Facts, repository: str) -> str:
     ]
     variants = {name.removesuffix(".safetensors").partition(".")[2] for name in weights}
     variant = "" if "" in variants else f', variant="{min(variants)}"'
-    prompt = json.dumps(facts.run.get("instance_prompt", "a photo of a cat"), ensure_ascii=False)
+    prompt = json.dumps(next(iter(facts.instance_prompts), "a photo of a cat"), ensure_ascii=False)
     return f"""```python
 from diffusers import StableDiffusionPipeline
 

@@ -53,6 +53,13 @@ class Facts:
         return None if "" in variants else min(variants)
 
     @property
+    def instance_prompts(self) -> list[str]:
+        """The prompts that name the subjects of a DreamBooth run."""
+        subjects = self.run.get("subjects", [])
+        prompts = [self.run.get("instance_prompt"), *(each.instance_prompt for each in subjects)]
+        return [prompt for prompt in prompts if prompt]
+
+    @property
     def old_stack(self) -> bool:
         """Whether a checkpoint was written by a Keras version that keras-cv before 0.5 ran on."""
         versions = [_numbers(part["keras"]) for part in self.checkpoints.values() if part["keras"]]

@@ -55,8 +55,8 @@ def space(
 
 def _demo(facts: Facts, repository: str, title: str | None, prompts: Sequence[str]) -> dict[str, Any]:
     """Return the content of demo.json, which app.py reads."""
-    trained = [*facts.run.get("sample_prompt", []), facts.run.get("instance_prompt")]
-    asked = [*prompts] or [prompt for prompt in trained if prompt] or ["a photo of a cat"]
+    trained = [*facts.run.get("sample_prompt", []), *facts.instance_prompts]
+    asked = [*prompts] or trained or ["a photo of a cat"]
     return {
         "model": repository,
         "variant": facts.variant,

@@ -27,7 +27,8 @@ class Recorded(Examples):
 
 
 def recorded(found: list[Photo], condition: int, **options) -> Recorded:
-    examples = Recorded(found, np.full((7, 3), condition, "float32"), lambda x: x, 128, **options)
+    conditions = {"": np.full((7, 3), condition, "float32"), "sks": np.full((7, 3), 9, "float32")}
+    examples = Recorded(found, conditions, lambda x: x, 128, **options)
     examples.asked = []
     return examples
 
@@ -102,7 +103,7 @@ def test_offset_noise_shifts_whole_channels() -> None:
 def test_cache(cache: bool) -> None:
     examples = recorded(photos((100, 100)), 1, cache=cache, flip=True)
     rng = np.random.default_rng(0)
-    got = [examples.moments(0, (128, 128), rng)[0, 0, 0] for _ in range(20)]
+    got = [examples.moments(0, (128, 128), examples.view(rng))[0, 0, 0] for _ in range(20)]
     assert set(got) == {0, 100}
     if cache:
         assert {entry[2:] for entry in examples.asked} == {(False, (0.5, 0.5)), (True, (0.5, 0.5))}
@@ -112,7 +113,7 @@ def test_cache(cache: bool) -> None:
 
 
 def test_latents_are_drawn_around_the_mean() -> None:
-    examples = Examples(photos((64, 64)), np.zeros((1, 1), "float32"), lambda x: x, 64)
+    examples = Examples(photos((64, 64)), {"": np.zeros((1, 1), "float32")}, lambda x: x, 64)
     moments = np.zeros((64, 64, 8), "float32")
     moments[..., :4], moments[..., 4:] = 2.0, np.log(0.25)
     examples._moments[0, (64, 64), False] = moments

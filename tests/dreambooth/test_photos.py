@@ -323,8 +323,8 @@ def test_folders_as_kohya_has_them(tmp_path: Path) -> None:
         ("a.png", 10),
         ("b.png", 2),
     ]
+    assert [photo.prompt for photo in found.found] == ["", "a caption", ""]
     assert found.skipped == [
-        "10_sks dog/a.txt (not a picture)",
         "2_other/deep/ (a folder)",
         "more/ (a folder; give it, or name it 1_more)",
     ]
