@@ -34,6 +34,16 @@ def _option(
     return field(default=default, metadata=metadata)
 
 
+# Of the options beta1, beta2 and epsilon, those that an optimizer has.
+MOMENTS = {
+    "adamw": ("beta1", "beta2", "epsilon"),
+    "adam_mini": ("beta1", "beta2", "epsilon"),
+    "lion": ("beta1", "beta2"),
+    "adafactor": (),
+}
+MOST_DECAY = 0.999999  # with 1 a moment would never change
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """The options of a DreamBooth run. Sizes are in pixels."""
@@ -80,15 +90,33 @@ class Config:
     )
     learning_rate: float = _option(5e-6, "Learning rate of the UNet (LoRA: 1e-4 is usual).", least=0)
     lr_schedule: str = _option(
-        "constant", "Learning-rate schedule.", choices=("constant", "linear", "cosine")
+        "constant",
+        "Learning-rate schedule.",
+        choices=("constant", "linear", "cosine", "cosine_with_restarts", "polynomial"),
     )
+    lr_cycles: int = _option(1, "Number of half cosines of cosine_with_restarts.", least=1)
+    lr_power: float = _option(1.0, "Power of the polynomial schedule; 1 is linear.", least=0)
     warmup_steps: int = _option(0, "Warm-up steps of the learning rate.", least=0)
     optimizer: str = _option(
         "adamw",
         "Optimizer. adam_mini and adafactor need the least memory.",
-        choices=("adamw", "adam_mini", "adafactor", "lion"),
+        choices=tuple(MOMENTS),
     )
     weight_decay: float = _option(0.01, "Decoupled weight decay.", least=0)
+    beta1: float = _option(
+        0.0, "Decay of the first moment. 0: that of the optimizer, 0.9.", least=0, most=MOST_DECAY
+    )
+    beta2: float = _option(
+        0.0,
+        "Decay of the second moment. 0: that of the optimizer, 0.999 (lion: 0.99).",
+        least=0,
+        most=MOST_DECAY,
+    )
+    epsilon: float = _option(
+        0.0,
+        "What is added to the root of the second moment. 0: that of the optimizer, 1e-7 (adam_mini: 1e-8).",
+        least=0,
+    )
     clip_norm: float = _option(
         1.0, "Maximum global norm of the gradients (clipping). 0 turns clipping off.", least=0
     )
@@ -261,6 +289,9 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
         raise Error(f"--ema {config.ema}: give a number below 1, such as 0.999.")
     if config.push_to_hub and not config.export:
         raise Error("--push-to-hub publishes --export.\nGive --export DIR.")
+    for name in ("beta1", "beta2", "epsilon"):
+        if getattr(config, name) and name not in MOMENTS[config.optimizer]:
+            raise Error(f"--{name} is not an option of {config.optimizer}.\nOmit it, or change --optimizer.")
     if config.resolution % 64:
         raise Error(f"--resolution {config.resolution}: give a multiple of 64.")
     return config

@@ -24,10 +24,15 @@ class AdamMini(keras.optimizers.Optimizer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, learning_rate: Any = 1e-3, beta_1: float = 0.9, beta_2: float = 0.999, **kwargs: Any
+        self,
+        learning_rate: Any = 1e-3,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-8,
+        **kwargs: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, **kwargs)
-        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, 1e-8
+        self.beta_1, self.beta_2, self.epsilon = beta_1, beta_2, epsilon
 
     def build(self, variables: list[keras.Variable]) -> None:
         if self.built:
@@ -60,6 +65,7 @@ class AdamMini(keras.optimizers.Optimizer):  # type: ignore[misc]
         variable.assign_sub(ops.cast(update, variable.dtype))
 
 
+_MOMENTS = {"beta1": "beta_1", "beta2": "beta_2", "epsilon": "epsilon"}  # names of Config and of Keras
 _CLASSES = {
     "adamw": keras.optimizers.Adam,
     "adam_mini": AdamMini,
@@ -69,14 +75,18 @@ _CLASSES = {
 
 
 class Course(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[misc]
-    """Learning-rate schedule: linear warm-up to `peak` over `warmup` steps, then one of three kinds.
+    """Learning-rate schedule: linear warm-up to `peak` over `warmup` steps, then one of several kinds.
 
-    The rate stays constant, or decays to 0 at `steps` linearly or along a half cosine. Steps are training
-    steps, also with gradient accumulation.
+    The rate stays constant, or decays to 0 at `steps`: linearly, as a `power` of what is left, along a half
+    cosine, or along `cycles` of them, each of which begins at `peak` (Loshchilov and Hutter 2017,
+    arXiv:1608.03983). Steps are training steps, also with gradient accumulation.
     """
 
-    def __init__(self, kind: str, peak: float, warmup: int, steps: int) -> None:
+    def __init__(
+        self, kind: str, peak: float, warmup: int, steps: int, *, cycles: int = 1, power: float = 1.0
+    ) -> None:
         self.kind, self.peak, self.warmup, self.steps = kind, peak, warmup, steps
+        self.cycles, self.power = cycles, power
 
     def __call__(self, step: Tensor) -> Tensor:
         return self.at(ops.cast(step, "float32"), ops)
@@ -89,11 +99,16 @@ class Course(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[m
             "constant": lambda: numeric.ones_like(left),
             "linear": lambda: left,
             "cosine": lambda: (1 - numeric.cos(math.pi * left)) / 2,
+            # The small number keeps rounding from ending a cycle a step late.
+            "cosine_with_restarts": lambda: (
+                (1 + numeric.cos(math.pi * numeric.mod(self.cycles * (1 - left) + 1e-6, 1.0))) / 2
+            ),
+            "polynomial": lambda: numeric.power(left, self.power),
         }[self.kind]()
         return self.peak * rise * fall
 
     def get_config(self) -> dict[str, Any]:
-        return {"kind": self.kind, "peak": self.peak, "warmup": self.warmup, "steps": self.steps}
+        return dict(vars(self))
 
 
 def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.optimizers.Optimizer:
@@ -108,7 +123,15 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
 
     kind: Any = type(_CLASSES[config.optimizer]())  # on PyTorch, Keras returns an instance of a faster class
     on_torch = keras.backend.backend() == "torch"
-    course = Course(config.lr_schedule, peak, config.warmup_steps, config.steps)
+    course = Course(
+        config.lr_schedule,
+        peak,
+        config.warmup_steps,
+        config.steps,
+        cycles=config.lr_cycles,
+        power=config.lr_power,
+    )
+    moments = {keras_name: getattr(config, name) for name, keras_name in _MOMENTS.items()}
 
     class TwoRates(kind):  # type: ignore[misc]
         """Updates the text encoder's variables at `factor` times the rate, and not after its last step.
@@ -164,6 +187,7 @@ def make_optimizer(config: Config, slower: Iterable[keras.Variable]) -> keras.op
         use_ema=config.ema > 0,
         ema_momentum=config.ema or 0.99,
         name=config.optimizer,
+        **{name: value for name, value in moments.items() if value},
     )
     return optimizer
 

@@ -64,6 +64,10 @@ def test_a_bad_file(tmp_path: Path, text: str, message: str) -> None:
         ({"optimizer": "sgd"}, "choose one of adamw"),
         ({"ema": 1.0}, "--ema 1.0"),
         ({"resolution": 100}, "multiple of 64"),
+        ({"beta1": 1.0}, "--beta1 1.0: give at most"),
+        ({"optimizer": "adafactor", "beta2": 0.9}, "--beta2 is not an option of adafactor"),
+        ({"optimizer": "lion", "epsilon": 1e-6}, "--epsilon is not an option of lion"),
+        ({"caption_dropout": 1.5}, "--caption-dropout 1.5: give at most 1"),
         ({"class_images": "dogs"}, "needs --class-prompt"),
         ({"verify": True}, "pipeline of --export; give that as well"),
         (

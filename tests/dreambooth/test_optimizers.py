@@ -9,19 +9,26 @@ import pytest
 
 from kcv2diffusers.dreambooth import torch_updates
 from kcv2diffusers.dreambooth.config import Config
-from kcv2diffusers.dreambooth.optimizers import make_optimizer
+from kcv2diffusers.dreambooth.optimizers import Course, make_optimizer
 
 RATE, DECAY = 0.01, 0.1
 
 
-def by_hand(value: np.ndarray, gradients: list[np.ndarray], axes: tuple[int, ...]) -> np.ndarray:
+def by_hand(
+    value: np.ndarray,
+    gradients: list[np.ndarray],
+    axes: tuple[int, ...],
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    epsilon: float = 1e-8,
+) -> np.ndarray:
     """Adam with bfloat16 first moments, and second moments shared along `axes`."""
     first, second = np.zeros_like(value), np.zeros_like(value)
     for step, gradient in enumerate(gradients, start=1):
-        mean = 0.9 * first + 0.1 * gradient
-        second = 0.999 * second + 0.001 * np.mean(gradient**2, axis=axes, keepdims=True)
+        mean = beta1 * first + (1 - beta1) * gradient
+        second = beta2 * second + (1 - beta2) * np.mean(gradient**2, axis=axes, keepdims=True)
         first = mean.astype(ml_dtypes.bfloat16).astype("float64")
-        update = mean / (1 - 0.9**step) / (np.sqrt(second / (1 - 0.999**step)) + 1e-8)
+        update = mean / (1 - beta1**step) / (np.sqrt(second / (1 - beta2**step)) + epsilon)
         value = value * (1 - RATE * DECAY) - RATE * update
     return value
 
@@ -36,10 +43,14 @@ def by_hand(value: np.ndarray, gradients: list[np.ndarray], axes: tuple[int, ...
     ],
     ids=["dense", "convolution", "embedding", "norm"],
 )
-def test_adam_mini(layer: keras.layers.Layer, shape: tuple[int, ...], axes: tuple[int, ...]) -> None:
-    layer.build(shape)
+@pytest.mark.parametrize("moments", [{}, {"beta1": 0.8, "beta2": 0.95, "epsilon": 0.1}], ids=["own", "given"])
+def test_adam_mini(
+    layer: keras.layers.Layer, shape: tuple[int, ...], axes: tuple[int, ...], moments: dict[str, float]
+) -> None:
+    if not layer.built:
+        layer.build(shape)
     (variable,) = layer.trainable_variables
-    config = Config(optimizer="adam_mini", learning_rate=RATE, weight_decay=DECAY, clip_norm=0)
+    config = Config(optimizer="adam_mini", learning_rate=RATE, weight_decay=DECAY, clip_norm=0, **moments)
     optimizer = make_optimizer(config, [])
     rng = np.random.default_rng(0)
     before = rng.standard_normal(variable.shape)
@@ -48,7 +59,7 @@ def test_adam_mini(layer: keras.layers.Layer, shape: tuple[int, ...], axes: tupl
     optimizer.build([variable])
     for gradient in gradients:
         optimizer.apply([keras.ops.convert_to_tensor(gradient, "float32")])
-    expected = by_hand(before, gradients, axes)
+    expected = by_hand(before, gradients, axes, **moments)
     assert np.abs(expected - before).max() > 2 * RATE
     np.testing.assert_allclose(keras.ops.convert_to_numpy(variable), expected, atol=2e-5)
 
@@ -69,7 +80,8 @@ def test_bytes_of_state_for_a_weight(name: str, stated: int) -> None:
 
 
 @pytest.mark.parametrize("clip", [0.0, 2e-4])
-def test_adamw_is_keras_own(clip: float) -> None:
+@pytest.mark.parametrize("moments", [{}, {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-4}])
+def test_adamw_is_keras_own(clip: float, moments: dict[str, float]) -> None:
     """Two groups of variables, one at half the rate, which stops after two steps; as AdamW of each rate."""
     rng = np.random.default_rng(0)
     values = [rng.standard_normal((3, 4)).astype("float32") for _ in range(2)]
@@ -77,11 +89,12 @@ def test_adamw_is_keras_own(clip: float) -> None:
     ours, theirs = ([keras.Variable(value) for value in values] for _ in range(2))
     config = Config(
         learning_rate=RATE, weight_decay=DECAY, clip_norm=clip, text_encoder_learning_rate=RATE / 2,
-        text_encoder_steps=2,
+        text_encoder_steps=2, **moments,
     )  # fmt: skip
+    named = {name.replace("beta", "beta_"): value for name, value in moments.items()}
     optimizer = make_optimizer(config, ours[1:])
     optimizer.build(ours)
-    plain = [keras.optimizers.AdamW(rate, weight_decay=DECAY) for rate in (RATE, RATE / 2)]
+    plain = [keras.optimizers.AdamW(rate, weight_decay=DECAY, **named) for rate in (RATE, RATE / 2)]
     for step, pair in enumerate(gradients):
         optimizer.apply([keras.ops.convert_to_tensor(gradient) for gradient in pair])
         for one, variable, gradient in zip(plain, theirs, pair, strict=True):
@@ -100,8 +113,9 @@ def test_lion_is_keras_own(monkeypatch: pytest.MonkeyPatch, together: int) -> No
     rng = np.random.default_rng(0)
     values = [rng.standard_normal(shape).astype("float32") for shape in ((3, 4), (5,), (2, 2, 3))]
     ours, theirs = ([keras.Variable(value) for value in values] for _ in range(2))
-    config = Config(optimizer="lion", learning_rate=RATE, weight_decay=DECAY, clip_norm=0)
-    optimizer, plain = make_optimizer(config, ()), keras.optimizers.Lion(RATE, weight_decay=DECAY)
+    config = Config(optimizer="lion", learning_rate=RATE, weight_decay=DECAY, clip_norm=0, beta1=0.8)
+    optimizer = make_optimizer(config, ())
+    plain = keras.optimizers.Lion(RATE, weight_decay=DECAY, beta_1=0.8)
     for _ in range(4):
         gradients = [rng.standard_normal(value.shape).astype("float32") for value in values]
         optimizer.apply([keras.ops.convert_to_tensor(gradient) for gradient in gradients], ours)
@@ -163,3 +177,38 @@ def test_clipping(name: str) -> None:
     assert min(norms) < 1 < max(norms)
     for variable, expected in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(*map(keras.ops.convert_to_numpy, (variable, expected)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("linear", {}),
+        ("cosine", {}),
+        ("polynomial", {"power": 2.5}),
+        ("cosine_with_restarts", {"cycles": 3}),
+    ],
+)
+def test_schedules_are_diffusers(kind: str, options: dict[str, float]) -> None:
+    """Without warm-up, which there begins at 0; computed by NumPy and by the backend."""
+    import torch
+    from diffusers import optimization as theirs
+
+    steps = 40
+    made = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    expected = {
+        "linear": lambda: theirs.get_linear_schedule_with_warmup(made, 0, steps),
+        "cosine": lambda: theirs.get_cosine_schedule_with_warmup(made, 0, steps),
+        "polynomial": lambda: theirs.get_polynomial_decay_schedule_with_warmup(
+            made, 0, steps, lr_end=0, **options
+        ),
+        "cosine_with_restarts": lambda: theirs.get_cosine_with_hard_restarts_schedule_with_warmup(
+            made, 0, steps, num_cycles=options["cycles"]
+        ),
+    }[kind]().lr_lambdas[0]
+    course = Course(kind, 0.5, 0, steps, **options)
+    for step in range(steps):
+        assert course.at(step) == pytest.approx(0.5 * expected(step), abs=1e-6)
+        assert float(course(step)) == pytest.approx(course.at(step), abs=1e-5)
+    warm = Course(kind, 0.5, 4, steps, **options)
+    assert [warm.at(step) for step in (0, 3)] == pytest.approx([0.1, 0.4])
+    assert Course.from_config(course.get_config()).at(7) == course.at(7)
