@@ -15,6 +15,8 @@ import numpy as np
 from kcv2diffusers.diffusion import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT, TRAIN_STEPS, Array
 from kcv2diffusers.dreambooth.photos import Photo, Size, bucket_of, read_mask, read_photo
 
+Batch = dict[str, Array]
+"""Inputs of a step, by name."""
 Encode = Callable[[Array], Array]
 """Images (n, height, width, 3) in -1..1 to moments (n, height / 8, width / 8, 8): mean, log variance."""
 View = tuple[bool, tuple[float, float]]
@@ -127,7 +129,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
     def __getitem__(self, index: int) -> tuple[dict[str, Array]]:
         return (self.step(self.start + index),)
 
-    def step(self, number: int) -> dict[str, Array]:
+    def step(self, number: int) -> Batch:
         """The inputs of step `number`, counted from 0."""
         epoch, position = divmod(number, self.epoch_length)
         size, chosen = self._epoch(epoch)[position]
@@ -137,7 +139,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
             groups.append((self.classes, self._classes(number)))
         shown = [(examples, n, examples.view(rng)) for examples, numbers in groups for n in numbers]
         moments = [examples.moments(n, size, view) for examples, n, view in shown]
-        latents = np.stack([_draw(m, rng) for m in moments])
+        latents = np.stack([drawn(m, rng) for m in moments])
         noise = rng.standard_normal(latents.shape, dtype="float32")
         if self.offset_noise:
             noise += self.offset_noise * rng.standard_normal(
@@ -187,7 +189,7 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         return [int(orders[i // count][i % count]) for i in places]
 
 
-def _draw(moments: Array, rng: np.random.Generator) -> Array:
+def drawn(moments: Array, rng: np.random.Generator) -> Array:
     """Scaled latents sampled from the encoder's posterior: mean + standard deviation * noise."""
     mean, log_variance = moments[..., :LATENT_CHANNELS], moments[..., LATENT_CHANNELS:]
     deviation = np.exp(np.clip(log_variance, -30, 20) / 2)

@@ -59,6 +59,12 @@ class Config:
         "", "Folder with class images. Missing images are generated into it.", metavar="DIR"
     )
     num_class_images: int = _option(100, "Number of class images.", least=1)
+    validation_images: str = _option(
+        "", "Folder with photos of the subject that are not trained on: their loss is logged.", metavar="DIR"
+    )
+    validation_every: int = _option(
+        100, "Steps between validations. 0: only before the first and after the last step.", least=0
+    )
     subjects: list[Subject] = _option([], "Further subjects, only in a file.", command=False)
     captions: bool = _option(
         True,
@@ -147,6 +153,11 @@ class Config:
         "auto",
         "Prediction type of the base. auto: as its scheduler config states, epsilon for KerasCV checkpoints.",
         choices=("auto", "epsilon", "v_prediction"),
+    )
+    zero_terminal_snr: bool = _option(
+        False,
+        "Rescale the noise schedule so that its last timestep is noise alone (zero terminal SNR), as the "
+        "scheduler of the export then says. Needs a base, or --prediction-type, of v_prediction.",
     )
     resolution: int = _option(
         0,
@@ -239,6 +250,7 @@ class Config:
 _OWN = (
     "instance_images",
     "class_images",
+    "validation_images",
     "base",
     "tokenizer",
     "out",

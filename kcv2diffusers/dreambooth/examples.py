@@ -49,19 +49,31 @@ def subject_photos(config: Config, notes: list[str]) -> list[Photo]:
     Raises Error for a folder without photos, a caption that cannot be read, and, with `config.masks`, a mask
     that cannot be used.
     """
+    folders = [(each.instance_images, each.instance_prompt) for each in config.every_subject]
+    return _described(config, folders, notes)
+
+
+def held_photos(config: Config, notes: list[str]) -> list[Photo]:
+    """The photos of every subject that are held out for validation, as `subject_photos`."""
+    folders = [(each.validation_images, each.instance_prompt) for each in config.every_subject]
+    return _described(config, [each for each in folders if each[0]], notes)
+
+
+def _described(config: Config, folders: Iterable[tuple[str, str]], notes: list[str]) -> list[Photo]:
+    """The photos of folders, each given with the prompt of the photos without captions."""
     photos: list[Photo] = []
     captioned = 0
-    for subject in config.every_subject:
-        for photo in usable_photos(Path(subject.instance_images), notes):
+    for folder, prompt in folders:
+        for photo in usable_photos(Path(folder), notes):
             caption = photo.prompt if config.captions else ""
-            photos.append(replace(photo, prompt=caption or subject.instance_prompt))
+            photos.append(replace(photo, prompt=caption or prompt))
             captioned += bool(caption)
     if captioned:
         notes.append(f"{captioned} of {len(photos)} photos have captions.")
-    if config.masks:
-        notes.append(f"{check_masks(photos)} of {len(photos)} photos have masks.")
-    elif masked := sum(photo.mask is not None for photo in photos):
-        notes.append(f"{masked} of {len(photos)} photos have masks, which are not used without --masks.")
+    masked = check_masks(photos) if config.masks else sum(photo.mask is not None for photo in photos)
+    if masked:
+        unused = "" if config.masks else ", which are not used without --masks"
+        notes.append(f"{masked} of {len(photos)} photos have masks{unused}.")
     return photos
 
 
@@ -113,11 +125,15 @@ def _class_path(folder: Path, number: int) -> Path:
 
 
 def make_examples(
-    config: Config, base: Base, photos: Sequence[Photo], classes: Sequence[Photo] | None
-) -> tuple[Examples, Examples | None]:
-    """Examples of the subjects and, with prior preservation, of their classes, each with its prompt."""
+    config: Config,
+    base: Base,
+    photos: Sequence[Photo],
+    classes: Sequence[Photo] | None,
+    held: Sequence[Photo] = (),
+) -> tuple[Examples, Examples | None, Examples | None]:
+    """Examples of the subjects, of their classes (with prior preservation), and of what is held out."""
     encoder = base.image_encoder
-    prompts = [photo.prompt for photo in (*photos, *(classes or ()))]
+    prompts = [photo.prompt for photo in (*photos, *(classes or ()), *held)]
     make = partial(
         Examples,
         conditions=_conditions(config, base, [*prompts, *([""] if config.caption_dropout else [])]),
@@ -126,7 +142,11 @@ def make_examples(
         flip=config.flip,
         cache=config.cache,
     )
-    return make(photos, masked=config.masks), None if classes is None else make(classes)
+    return (
+        make(photos, masked=config.masks),
+        None if classes is None else make(classes),
+        make(held, masked=config.masks) if held else None,
+    )
 
 
 def _conditions(config: Config, base: Base, prompts: Iterable[str]) -> dict[str, np.ndarray[Any, Any]]:
@@ -141,10 +161,15 @@ def _conditions(config: Config, base: Base, prompts: Iterable[str]) -> dict[str,
     return {prompt: condition(prompt) for prompt in dict.fromkeys(prompts)}
 
 
-def encode(instance: Examples, prior: Examples | None, progress: StageProgress) -> None:
+def encode(
+    instance: Examples, prior: Examples | None, held: Examples | None, progress: StageProgress
+) -> None:
     """Encode all that the steps need: each photo at its size, class images at every size of the photos."""
     sizes = [bucket_of(photo.size, instance.resolution) for photo in instance.photos]
     instance.fill(list(enumerate(sizes)), lambda done, total: progress("Encoding photos", done, total, ""))
+    if held is not None:
+        own = [bucket_of(photo.size, held.resolution) for photo in held.photos]
+        held.fill(list(enumerate(own)), lambda done, total: progress("Encoding held out", done, total, ""))
     if prior is not None:
         wanted = [(number, size) for size in sorted(set(sizes)) for number in range(len(prior.photos))]
         prior.fill(wanted, lambda done, total: progress("Encoding the class", done, total, ""))

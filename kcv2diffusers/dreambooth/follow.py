@@ -6,6 +6,7 @@ import csv
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.devices import together
 from kcv2diffusers.dreambooth.drawings import Drawings
 from kcv2diffusers.dreambooth.loggers import open_loggers
+from kcv2diffusers.dreambooth.validation import Validation
 from kcv2diffusers.errors import Error
 from kcv2diffusers.progress import StageProgress
 from kcv2diffusers.system.output import whole_file
@@ -34,9 +36,11 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         drawings: Drawings,
         start: int,
         progress: StageProgress,
+        validation: Validation | None = None,
     ) -> None:
         super().__init__()
         self.config, self.checkpoints, self.drawings, self.progress = config, checkpoints, drawings, progress
+        self.validation = validation
         self.start, self.step, self.stopped_by, self.problem = start, start, 0, ""
         self.loggers = open_loggers(config)
         self.log = Path(config.out) / LOG
@@ -55,9 +59,26 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         with self.checkpoints.averaged(), together():
             self.drawings.draw(self.step)
 
+    def validate(self) -> None:
+        """Log the validation loss with the weights that a checkpoint would hold now."""
+        assert self.validation is not None
+        trainer = self.checkpoints.trainer
+        if keras.backend.backend() == "jax":
+            trainer.jax_state_sync()
+        # Before the first step the moving averages are not those of the weights yet.
+        with self.checkpoints.averaged() if self.step else nullcontext(), together():
+            loss = self.validation.loss(trainer)
+        self.validation.add(self.step, loss)
+        for log in self.loggers:
+            log(self.step, {"validation_loss": loss})
+
     def losses(self) -> list[float]:
         """The loss of each step, including the steps before the run was resumed."""
         return [loss for _, loss, _ in self.rows]
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        if self.validation is not None and not self.validation.rows:
+            self.validate()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """`logs` holds the step's loss, which the device may still be computing."""
@@ -69,7 +90,8 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         ends = last or bool(self.stopped_by)
         saves = ends or bool(every and self.step % every == 0) or self._is_time_to_save()
         draws = bool(self.config.sample_every) and self.step % self.config.sample_every == 0 and not last
-        if not (saves or draws or time.monotonic() - self.read_at > _SECONDS_BETWEEN_READINGS):
+        validates = self.validation is not None and (last or self._is_step(self.config.validation_every))
+        if not (saves or draws or validates or time.monotonic() - self.read_at > _SECONDS_BETWEEN_READINGS):
             return
         self._read_losses()
         if self.problem:
@@ -79,10 +101,15 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
             _write_log(self.log, self.rows)  # before the save: a resume needs these rows
             self.saved_at = time.monotonic()
             self.checkpoints.save(self.step, last=ends)
+        if validates:
+            self.validate()
         if draws:
             self.draw()
         if self.stopped_by:
             self.model.stop_training = True
+
+    def _is_step(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
 
     def _is_time_to_save(self) -> bool:
         minutes = self.config.checkpoint_minutes

@@ -110,6 +110,11 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
 
     def loss_of(self, x: dict[str, Tensor], y_pred: Tensor) -> Tensor:
         """`compute_loss` without updating the metric."""
+        weight = 1 - x["prior"] + self.prior_weight * x["prior"]
+        return ops.sum(weight * self.errors(x, y_pred)) / ops.sum(1 - x["prior"])
+
+    def errors(self, x: dict[str, Tensor], y_pred: Tensor) -> Tensor:
+        """The mean squared error of each image, weighted by its mask and its timestep: (n,)."""
         signal = self._signal(x["timesteps"])
         target = x["noise"]
         if self.prediction_type == "v_prediction":  # Salimans and Ho 2022, arXiv:2202.00512
@@ -118,8 +123,7 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         if "mask" in x:  # of mean 1, which makes this a weighted mean
             square = square * x["mask"]
         error = ops.mean(square, axis=(1, 2, 3))
-        weight = ops.take(self.weight, x["timesteps"]) * (1 - x["prior"] + self.prior_weight * x["prior"])
-        return ops.sum(weight * error) / ops.sum(1 - x["prior"])
+        return ops.take(self.weight, x["timesteps"]) * error
 
     def _table(self, name: str, values: Array) -> keras.Variable:
         """A float32 variable with one value per timestep, on the device from the start."""

@@ -18,6 +18,7 @@ class Subject:
     instance_prompt: str = ""
     class_prompt: str = ""
     class_images: str = ""
+    validation_images: str = ""
 
     def __str__(self) -> str:
         return f"{self.instance_prompt} ({self.class_prompt})" if self.class_prompt else self.instance_prompt
@@ -25,7 +26,7 @@ class Subject:
     @property
     def public(self) -> Subject:
         """The subject without its folders, which are those of this machine."""
-        return replace(self, instance_images="", class_images="")
+        return replace(self, instance_images="", class_images="", validation_images="")
 
 
 def read_subjects(value: Any, where: str) -> list[Subject]:

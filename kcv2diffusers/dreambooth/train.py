@@ -15,18 +15,26 @@ from typing import Any
 import keras
 
 from kcv2diffusers.conversion.to_diffusers import convert, is_output
+from kcv2diffusers.diffusion import Schedule
 from kcv2diffusers.dreambooth.batches import SIZED, Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, least_bytes, saved_steps
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.devices import allow_tf32, attention_noted, best_precision, spread
 from kcv2diffusers.dreambooth.drawings import Drawings, samples
-from kcv2diffusers.dreambooth.examples import class_photos, encode, make_examples, subject_photos
+from kcv2diffusers.dreambooth.examples import (
+    class_photos,
+    encode,
+    held_photos,
+    make_examples,
+    subject_photos,
+)
 from kcv2diffusers.dreambooth.follow import LOG, Follow, Unread, read_log
 from kcv2diffusers.dreambooth.lora import add_lora, store_frozen_as_computed
 from kcv2diffusers.dreambooth.memory import memory_errors, training_advice
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
 from kcv2diffusers.dreambooth.record import keep_record
+from kcv2diffusers.dreambooth.validation import Validation
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models import rematerialise
 from kcv2diffusers.models.base import Base, BaseFiles, open_base
@@ -79,9 +87,9 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
     _check_folders(config)
     config = _resolved(config)
     allow_tf32()
-    photos = subject_photos(config, notes)
+    photos, held = subject_photos(config, notes), held_photos(config, notes)
     files = _base_files(config)
-    files.check_prompts(*(photo.prompt for photo in photos))
+    files.check_prompts(*(photo.prompt for photo in (*photos, *held)))
     if done := _finished_before(config, files.prediction_type):
         return done
     matches = {part: match for part, (match, _) in files.parts.items()}
@@ -91,14 +99,14 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
     keeps(f"what is in {out} is kept, and --resume goes on with it")
     drawings = Drawings(config, base.sampler(), base.image_size)
     classes = class_photos(config, base, notes, progress) if config.prior_preservation else None
-    instance, prior = make_examples(config, base, photos, classes)
+    instance, prior, kept_out = make_examples(config, base, photos, classes, held)
     if config.cache:
         with memory_errors(lambda: "Use a lower --resolution or --precision."):
-            encode(instance, prior, progress)
+            encode(instance, prior, kept_out, progress)
     with spread(config), memory_errors(lambda: training_advice(config, matches)):
         trained = _freeze(config, base)
         model = _trainer(config, base)
-        _release(config, base, drawings, instance, prior)
+        _release(config, base, drawings, instance, prior, kept_out)
         checkpoints = Checkpoints(
             out,
             model,
@@ -123,7 +131,13 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
             caption_dropout=config.caption_dropout,
             timesteps=base.schedule.num_train_timesteps,
         )
-        run = Follow(config, checkpoints, drawings, start, progress)
+        validation = None
+        if kept_out is not None:
+            count = base.schedule.num_train_timesteps
+            validation = Validation(
+                kept_out, out, batch_size=config.batch_size, timesteps=count, seed=config.seed, start=start
+            )
+        run = Follow(config, checkpoints, drawings, start, progress, validation)
         if start < config.steps:
 
             def advice() -> str:
@@ -137,6 +151,8 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
     finished = run.step >= config.steps
     result = Result(out, checkpoint_path(out, run.step), run.step, finished, run.stopped_by, notes=notes)
     chart(run.losses(), "loss").save(out / "loss.png")
+    if validation and validation.rows:
+        notes.append(validation.text())
     if result.finished:
         run.draw()
         if config.export:
@@ -164,12 +180,27 @@ def _base_files(config: Config) -> BaseFiles:
     files = open_base(*config.base, tokenizer=config.tokenizer or None, gelu=gelu)
     if config.prediction_type != "auto":
         files.prediction_type = config.prediction_type
+    if config.zero_terminal_snr:
+        files.schedule = _zero_terminal_snr(files.schedule, files.prediction_type)
     files.schedule.check(files.prediction_type)
     given = [prompt for each in config.every_subject for prompt in (each.instance_prompt, each.class_prompt)]
     files.check_prompts(*given, *config.sample_prompt)
     if not saved_steps(Path(config.out)):
         check_folder(Path(config.out), least_bytes(config, files.parts))
     return files
+
+
+def _zero_terminal_snr(schedule: Schedule, prediction_type: str) -> Schedule:
+    """The noise schedule with zero terminal SNR, sampled from its last timestep on (Lin et al. 2023).
+
+    See arXiv:2305.08891. Raises Error for a UNet that predicts noise.
+    """
+    if prediction_type != "v_prediction":
+        raise Error(
+            "--zero-terminal-snr needs a model that predicts v; this base predicts noise (epsilon).\n"
+            "Choose a base of v_prediction. With --prediction-type v_prediction this one learns it, slowly."
+        )
+    return replace(schedule, rescale_betas_zero_snr=True, timestep_spacing="trailing")
 
 
 def _finished_before(config: Config, prediction_type: str) -> Result | None:
@@ -253,14 +284,12 @@ def _trainer(config: Config, base: Base) -> DreamBooth:
     return model
 
 
-def _release(
-    config: Config, base: Base, drawings: Drawings, instance: Examples, prior: Examples | None
-) -> None:
+def _release(config: Config, base: Base, drawings: Drawings, *examples: Examples | None) -> None:
     """Delete the models that are no longer needed, to free their memory for training."""
     if config.cache:
-        instance.encode = None
-        if prior is not None:
-            prior.encode = None
+        for each in examples:
+            if each is not None:
+                each.encode = None
         del base.image_encoder
     if not config.train_text_encoder:
         if config.sample_prompt:

@@ -115,7 +115,9 @@ def _training(facts: Facts) -> str:
     rows = [(f"`{name}`", _plain(value)) for name, value in facts.run.items()]
     about = (
         "With `kcv2diffusers dreambooth` ([arXiv:2208.12242](https://arxiv.org/abs/2208.12242)), in Stable "
-        "Diffusion's own noise schedule. Options that are not at their defaults:"
+        "Diffusion's own noise schedule"
+        + (", rescaled to zero terminal SNR" if facts.run.get("zero_terminal_snr") else "")
+        + ". Options that are not at their defaults:"
     )
     return f"{about}\n\n" + _table(["option", "value"], rows)
 

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from diffusers import DDIMScheduler
 from PIL import Image
 
 from kcv2diffusers.dreambooth.config import make_config
-from kcv2diffusers.dreambooth.train import train
+from kcv2diffusers.dreambooth.train import _base_files, train
 from kcv2diffusers.errors import Error
 from kcv2diffusers.generation import generate
 from kcv2diffusers.models.base import BaseFiles
+from kcv2diffusers.pipeline.scheduler import SCHEDULER, deviations
 
 LONG = "a panda " * 40
 
@@ -79,6 +81,7 @@ def test_a_good_run_builds_its_models(run: Callable[..., Any], tmp_path: Path) -
         ({"export": "PHOTOS", "resume": True}, "not an earlier output"),
         ({"instance_images": "nowhere"}, "nowhere"),
         ({"base": ["nowhere"]}, "nowhere"),
+        ({"zero_terminal_snr": True}, "needs a model that predicts v; this base predicts noise"),
     ],
 )
 def test_a_run(
@@ -104,6 +107,23 @@ def test_a_disk_that_is_too_small(run: Callable[..., Any], monkeypatch: pytest.M
         run(steps=1000)
     with pytest.raises(Built):
         run(steps=1000, checkpoint_minutes=0.0, lora_rank=4)
+
+
+def test_zero_terminal_snr(run: Callable[..., Any], tmp_path: Path) -> None:
+    """What a checkpoint and its pipeline state is what was trained: diffusers' own rescaling of the betas."""
+    options = {"out": str(tmp_path / "out"), "zero_terminal_snr": True, "prediction_type": "v_prediction"}
+    with pytest.raises(Built):
+        run(**options)
+    usual = {"instance_images": "photos", "instance_prompt": "a sks dog", "base": ["tiny"]}
+    files = _base_files(make_config(usual | options))
+    assert files.schedule.alphas_cumprod[-1] == 0
+    stated = deviations(files.prediction_type, files.schedule)
+    assert stated["rescale_betas_zero_snr"] is True and stated["prediction_type"] == "v_prediction"
+    theirs = DDIMScheduler.from_config(SCHEDULER | stated)
+    assert theirs.config.timestep_spacing == "trailing"
+    np.testing.assert_allclose(files.schedule.alphas_cumprod, theirs.alphas_cumprod.numpy(), atol=1e-6)
+    theirs.set_timesteps(4)
+    np.testing.assert_array_equal(files.schedule.timesteps(4)[::-1], theirs.timesteps.numpy())
 
 
 @pytest.mark.parametrize(
