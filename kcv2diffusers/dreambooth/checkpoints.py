@@ -26,13 +26,15 @@ import numpy as np
 
 from kcv2diffusers.diffusion import Array
 from kcv2diffusers.dreambooth.config import Config
-from kcv2diffusers.dreambooth.lora import attention_projections, factors, write_lora
+from kcv2diffusers.dreambooth.lora import factors, lora_layers, write_lora
 from kcv2diffusers.dreambooth.memory import STATES
 from kcv2diffusers.dreambooth.snapshots import Snapshots, Values, current, dtype_of
+from kcv2diffusers.dreambooth.tokens import TABLE, added_tokens, with_added, with_rows
 from kcv2diffusers.errors import Error
 from kcv2diffusers.json_text import write_json
 from kcv2diffusers.models.base import read_values
-from kcv2diffusers.pipeline_files import CONFIG_FILE, LORA_FILE
+from kcv2diffusers.pipeline.tokenizer_files import TokenizerFiles, write_tokenizer
+from kcv2diffusers.pipeline_files import CONFIG_FILE, LORA_FILE, TOKENIZER
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.system.positioned import write_at
 from kcv2diffusers.targets.keras_h5 import WRITERS, lay_out
@@ -53,9 +55,9 @@ def saved_steps(folder: Path) -> list[int]:
 
 def least_bytes(config: Config, parts: Mapping[str, tuple[Match, Any]]) -> int:
     """A lower bound in bytes of a run's checkpoints on disk: those that are kept and the next one."""
-    trained = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
-    weights = sum(4 * math.prod(t.shape) for part in trained for _, t in parts[part][0].slots())
-    state = 0.0 if config.lora_rank else weights * (1 + STATES[config.optimizer] + bool(config.ema))
+    weights = sum(4 * math.prod(t.shape) for part in config.trained_parts for _, t in parts[part][0].slots())
+    few = config.lora_rank or config.train_token
+    state = 0.0 if few else weights * (1 + STATES[config.optimizer] + bool(config.ema))
     written = math.ceil(config.steps / config.checkpoint_every) if config.checkpoint_every else 1
     if config.checkpoint_minutes:
         written = config.steps  # upper bound
@@ -69,7 +71,8 @@ class Checkpoints:
     `files` are the base's files, by part; frozen weights are copied from them unchanged. `stated` is the
     content of the kcv2diffusers.json that a model of unusual widths needs. `names` maps the `id` of a
     variable to its diffusers name (both as in Base). `format` is "weights.h5" or "h5". `keep` is the number
-    of checkpoints to keep. `note` is called with a sentence for the user.
+    of checkpoints to keep. `note` is called with a sentence for the user. `tokenizer` is written beside the
+    weights; it is needed if tokens were added.
     """
 
     def __init__(
@@ -84,10 +87,11 @@ class Checkpoints:
         format: str = "weights.h5",
         keep: int = 2,
         note: Callable[[str], None] = lambda line: None,
+        tokenizer: TokenizerFiles | None = None,
     ) -> None:
         self.folder, self.trainer, self.parts, self.files = folder, trainer, parts, files
         self.stated, self.names = stated, names
-        self.format, self.keep, self.note = format, keep, note
+        self.format, self.keep, self.note, self.tokenizer = format, keep, note, tokenizer
         self.snapshots = Snapshots([variable for group in self._state() for variable in group])
         self._thread: Thread | None = None
         self._error: BaseException | None = None
@@ -199,10 +203,15 @@ class Checkpoints:
             for name, model in self.parts.items():
                 stem = name if self.format == "weights.h5" else f"{self.folder.name}-{name}"
                 path = folder / f"{stem}.{self.format}"
-                offsets = [job.offset for job in WRITERS[self.format](path, self.files[name])]
+                match, added = self.files[name], added_tokens(model)
+                match = match if added is None else with_rows(match, added.shape[0])
+                offsets = [job.offset for job in WRITERS[self.format](path, match)]
                 _fill(path, offsets, self._weights(name, model, averaged))
-            if any(p.lora_enabled for m in self.parts.values() for p in attention_projections(m)):
+            if any(map(lora_layers, self.parts.values())):
                 write_lora(folder / LORA_FILE, self.parts, self.names, averaged)
+            if self.tokenizer is not None:
+                length = self.files["text_encoder"].dims["length"]
+                write_tokenizer(self.tokenizer, folder / TOKENIZER, model_max_length=length)
             if self.stated:
                 write_json(folder / CONFIG_FILE, self.stated)
 
@@ -210,7 +219,8 @@ class Checkpoints:
         """The weights of a trained part in the order of its file, with low-rank updates merged in float32."""
         variables = {self.names[id(v)]: v for v in model.weights if id(v) in self.names}
         trained = {id(variable) for variable in self.trainer.trainable_variables}
-        updated = {id(layer._kernel): layer for layer in attention_projections(model) if layer.lora_enabled}
+        added = added_tokens(model)
+        updated = {id(layer._kernel): layer for layer in lora_layers(model)}
         for slot, tensor in self.files[part].slots():
             variable = variables[slot.target]
             if id(variable) in trained:
@@ -220,6 +230,8 @@ class Checkpoints:
             if layer := updated.get(id(variable)):
                 first, second = factors(layer, value)
                 frozen = frozen + first @ second
+            if added is not None and slot.target.endswith(TABLE):
+                frozen = with_added(frozen, value(added))
             yield frozen
 
     def restore(self, step: int) -> None:

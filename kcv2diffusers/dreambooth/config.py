@@ -137,8 +137,21 @@ class Config:
         0.0, "Learning rate of the text encoder. 0: the learning rate of the UNet.", least=0
     )
     text_encoder_steps: int = _option(0, "Steps after which the text encoder is frozen. 0: never.", least=0)
+    train_token: list[str] = _option(
+        [],
+        "Textual inversion: a new token in the prompts, whose embedding is all that is trained (a usual "
+        "learning rate: 5e-4). Repeat the option for more.",
+        metavar="TOKEN",
+    )
+    train_token_from: str = _option(
+        "", "Word that the embeddings of --train-token start from. Default: the letters of each token."
+    )
     lora_rank: int = _option(0, "Rank of a LoRA. 0 trains all weights.", least=0)
     lora_alpha: float = _option(0.0, "LoRA alpha (scale = alpha / rank). 0: the rank.", least=0)
+    lora_conv_rank: int = _option(
+        0, "Rank of the LoRA of the UNet's convolutions. 0: convolutions have none.", least=0
+    )
+    lora_conv_alpha: float = _option(0.0, "LoRA alpha of convolutions. 0: their rank.", least=0)
 
     prior_weight: float = _option(1.0, "Weight of the prior-preservation loss (class images).", least=0)
     snr_gamma: float = _option(0.0, "Gamma of min-SNR loss weighting (5 is usual). 0 turns it off.", least=0)
@@ -225,6 +238,13 @@ class Config:
         return any(subject.class_prompt for subject in self.every_subject)
 
     @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """The parts of the model that are trained, and that a checkpoint holds."""
+        if self.train_token:
+            return ("text_encoder",)
+        return ("unet", "text_encoder") if self.train_text_encoder else ("unet",)
+
+    @property
     def every_subject(self) -> list[Subject]:
         """The subject of the options, if they have one, and those of `subjects`."""
         names = [f.name for f in fields(Subject)]
@@ -301,6 +321,14 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
         raise Error(f"--ema {config.ema}: give a number below 1, such as 0.999.")
     if config.push_to_hub and not config.export:
         raise Error("--push-to-hub publishes --export.\nGive --export DIR.")
+    if config.lora_conv_rank and not config.lora_rank:
+        raise Error("--lora-conv-rank goes with --lora-rank, the rank of the attention layers. Give both.")
+    for name in ("train_text_encoder", "lora_rank"):
+        if config.train_token and getattr(config, name):
+            raise Error(
+                f"--train-token trains nothing but embeddings of new tokens.\n"
+                f"Omit --{name.replace('_', '-')}, or omit --train-token."
+            )
     for name in ("beta1", "beta2", "epsilon"):
         if getattr(config, name) and name not in MOMENTS[config.optimizer]:
             raise Error(f"--{name} is not an option of {config.optimizer}.\nOmit it, or change --optimizer.")

@@ -154,7 +154,7 @@ def _conditions(config: Config, base: Base, prompts: Iterable[str]) -> dict[str,
     sampler = base.sampler()
 
     def condition(prompt: str) -> np.ndarray[Any, Any]:
-        if config.train_text_encoder:
+        if "text_encoder" in config.trained_parts:
             return np.array(base.tokenizer.encode(prompt, PROMPT_LENGTH), dtype="int32")
         return np.asarray(sampler.encode_prompts([prompt])[0], dtype="float32")
 

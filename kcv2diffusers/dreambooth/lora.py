@@ -1,7 +1,8 @@
-"""LoRA on attention layers by Keras' `enable_lora`, and the LoRA file for diffusers."""
+"""LoRA on attention layers and convolutions by Keras' `enable_lora`, and the LoRA file for diffusers."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,18 +10,32 @@ import keras
 import numpy as np
 from safetensors.numpy import save_file
 
-from kcv2diffusers.diffusion import Array
+from kcv2diffusers.diffusion import LATENT_CHANNELS, Array
 from kcv2diffusers.dreambooth.snapshots import Values
 from kcv2diffusers.models.layers import Conv2D
+from kcv2diffusers.sources.lora import ADAPTER
+from kcv2diffusers.targets.lora import adapter_config
 
 
-def add_lora(model: keras.Model, rank: int, alpha: float, seed: int = 0) -> None:
+def add_lora(
+    model: keras.Model,
+    rank: int,
+    alpha: float,
+    seed: int = 0,
+    *,
+    conv_rank: int = 0,
+    conv_alpha: float = 0.0,
+) -> None:
     """Freeze `model` and add LoRA to the attention projections of its transformer blocks.
 
-    The updates have rank `rank` and are scaled by alpha / rank (Hu et al. 2021, arXiv:2106.09685).
+    The updates have rank `rank` and are scaled by alpha / rank (Hu et al. 2021, arXiv:2106.09685). With a
+    `conv_rank` convolutions have updates of that rank too, scaled by `conv_alpha` (0: the rank) / rank.
     """
     model.trainable = False
-    for number, layer in enumerate(attention_projections(model)):
+    wanted = [(layer, rank, alpha) for layer in attention_projections(model)]
+    if conv_rank:
+        wanted += [(layer, conv_rank, conv_alpha or conv_rank) for layer in convolutions(model)]
+    for number, (layer, rank, alpha) in enumerate(wanted):
         layer.trainable = True
         first = keras.initializers.HeUniform(seed=seed + number)
         layer.enable_lora(rank, lora_alpha=alpha, a_initializer=first)
@@ -75,8 +90,22 @@ def attention_projections(model: keras.Model) -> list[keras.layers.Dense]:
     ]
 
 
-def factors(layer: keras.layers.Dense, value: Values) -> tuple[Array, Array]:
-    """The two LoRA factors of a layer: (inputs, rank) and (rank, outputs), float32.
+def convolutions(model: keras.Model) -> list[Conv2D]:
+    """The convolutions of the UNet that may have a LoRA: all but those from and to latents."""
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, Conv2D) and LATENT_CHANNELS not in tuple(layer._kernel.shape[-2:])
+    ]
+
+
+def lora_layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers that have a LoRA."""
+    return [layer for layer in (*attention_projections(model), *convolutions(model)) if layer.lora_enabled]
+
+
+def factors(layer: keras.layers.Layer, value: Values) -> tuple[Array, Array]:
+    """The two LoRA factors of a layer, float32: (..., inputs, rank) as its kernel, and (rank, outputs).
 
     The scale alpha / rank is multiplied into the second. `value` reads their variables.
     """
@@ -90,11 +119,20 @@ def write_lora(path: Path, parts: Mapping[str, keras.Model], names: Mapping[int,
     `names` maps the `id` of a kernel to its diffusers name. The scale is multiplied into a factor, so every
     loader applies the same one.
     """
-    tensors = {}
+    tensors, ranks = {}, {}
     for part, model in parts.items():
-        for layer in attention_projections(model):
-            module = f"{part}.{names[id(layer._kernel)].removesuffix('.weight')}"
+        for layer in lora_layers(model):
+            module = names[id(layer._kernel)].removesuffix(".weight")
             first, second = factors(layer, value)
-            tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(first.T)
-            tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(second.T)
-    save_file(tensors, path, metadata={"format": "pt"})
+            if first.ndim == 4:  # a convolution: (rank, inputs, height, width) and (outputs, rank, 1, 1)
+                first, second = first.transpose(2, 0, 1, 3), second[None, None]
+                tensors[f"{part}.{module}.lora_A.weight"] = np.ascontiguousarray(first.transpose(3, 0, 1, 2))
+                tensors[f"{part}.{module}.lora_B.weight"] = np.ascontiguousarray(second.transpose(3, 2, 0, 1))
+            else:
+                tensors[f"{part}.{module}.lora_A.weight"] = np.ascontiguousarray(first.T)
+                tensors[f"{part}.{module}.lora_B.weight"] = np.ascontiguousarray(second.T)
+            ranks[part, module] = layer.lora_rank
+    metadata = {"format": "pt"}
+    if len(set(ranks.values())) > 1:  # not every version of diffusers then takes alpha for the rank
+        metadata[ADAPTER] = json.dumps(adapter_config(ranks, ranks), sort_keys=True)
+    save_file(tensors, path, metadata=metadata)

@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 
+from kcv2diffusers.diffusion import LATENT_CHANNELS
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models.layers import rematerialise
@@ -77,7 +78,7 @@ def drawing_advice(at_once: int) -> str:
 
 def savings(config: Config, files: Matches) -> dict[str, float]:
     """Options, each with the bytes it saves in weights, gradients and optimizer state."""
-    parts = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
+    parts = config.trained_parts
     taken = sum(training_bytes(config, files[part]) for part in parts)
     options = {
         f"--lora-rank {_LORA_RANK}": {"lora_rank": _LORA_RANK} if not config.lora_rank else {},
@@ -99,6 +100,8 @@ def training_bytes(config: Config, match: Match) -> float:
     These are gradients, optimizer state, moving averages, accumulated gradients and LoRA updates, less what
     frozen weights save when stored in 16 bits.
     """
+    if config.train_token:
+        return 0.0  # a few embeddings
     kept = 1 + STATES[config.optimizer] + bool(config.ema) + (config.accumulate > 1)
     if not config.lora_rank:
         return 4 * kept * _count(match)
@@ -107,8 +110,20 @@ def training_bytes(config: Config, match: Match) -> float:
         for slot, tensor in match.slots()
         if slot.target.removesuffix(".weight").endswith(_PROJECTIONS) and slot.target.endswith(".weight")
     ]
+    taken = config.lora_rank * sum(sizes) + config.lora_conv_rank * _of_convolutions(match)
     halved = 2 * _count(match) if config.precision.startswith("mixed") else 0
-    return 4 * (kept + 1) * config.lora_rank * sum(sizes) - halved
+    return 4 * (kept + 1) * taken - halved
+
+
+def _of_convolutions(match: Match) -> int:
+    """The weights that a LoRA of rank 1 has for the convolutions of a part, except those of latents."""
+    count = 0
+    for _, tensor in match.slots():
+        if len(tensor.shape) == 4 and match.part == "unet":
+            inputs, outputs = tensor.shape[-2:] if match.keras else tensor.shape[1::-1]
+            size = math.prod(tensor.shape) // (inputs * outputs)
+            count += (size * inputs + outputs) * (LATENT_CHANNELS not in (inputs, outputs))
+    return count
 
 
 def _count(match: Match) -> int:
@@ -132,7 +147,7 @@ def _of_pictures(config: Config, files: Matches, model: Any, batch: Any) -> dict
         one = {name: array[:: config.batch_size] for name, array in batch.items()}
         less, many = taken - step_bytes(model, one), config.batch_size * config.accumulate
         other = replace(config, accumulate=many)
-        parts = ["unet", "text_encoder"][: len(trained)]
+        parts = config.trained_parts
         sums = sum(training_bytes(other, files[part]) - training_bytes(config, files[part]) for part in parts)
         found[f"--batch-size 1 --accumulate {many}"] = less - sums
     return found

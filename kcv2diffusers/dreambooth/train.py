@@ -34,6 +34,7 @@ from kcv2diffusers.dreambooth.memory import memory_errors, training_advice
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
 from kcv2diffusers.dreambooth.record import keep_record
+from kcv2diffusers.dreambooth.tokens import add_tokens, name_tokens
 from kcv2diffusers.dreambooth.validation import Validation
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models import rematerialise
@@ -89,7 +90,10 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
     allow_tf32()
     photos, held = subject_photos(config, notes), held_photos(config, notes)
     files = _base_files(config)
-    files.check_prompts(*(photo.prompt for photo in (*photos, *held)))
+    prompts = [photo.prompt for photo in photos]
+    if config.train_token:
+        name_tokens(files, config.train_token, prompts)
+    files.check_prompts(*prompts, *(photo.prompt for photo in held))
     if done := _finished_before(config, files.prediction_type):
         return done
     matches = {part: match for part, (match, _) in files.parts.items()}
@@ -117,6 +121,7 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
             format=config.checkpoint_format,
             keep=config.keep_checkpoints,
             note=notes.append,
+            tokenizer=base.tokenizer.files if config.train_token else None,
         )
         start = _start(config, checkpoints)
         keep_record(config, start)
@@ -229,7 +234,8 @@ def _export(config: Config, step: int, prediction_type: str) -> Path:
         checkpoint,
         out=export,
         base=config.base,
-        tokenizer=config.tokenizer or None,
+        # That of the checkpoint knows the new tokens.
+        tokenizer=None if config.train_token else config.tokenizer or None,
         prediction_type=prediction_type,
         overwrite=config.resume,
     )
@@ -256,11 +262,22 @@ def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
     """Set which variables are trainable, and return the trained parts."""
     base.image_encoder.trainable = base.decoder.trainable = False
     base.text_encoder.trainable = config.train_text_encoder
-    trained = {"unet": base.unet} | ({"text_encoder": base.text_encoder} if config.train_text_encoder else {})
-    for model in trained.values():
+    trained = {part: getattr(base, part) for part in config.trained_parts}
+    if config.train_token:
+        base.unet.trainable = False
+        add_tokens(base.text_encoder, base.tokenizer, config.train_token, config.train_token_from)
+    for model in (base.unet, base.text_encoder):
         rematerialise(model, config.rematerialise)
+    for model in trained.values():
         if config.lora_rank:
-            add_lora(model, config.lora_rank, config.lora_alpha or config.lora_rank, config.seed)
+            add_lora(
+                model,
+                config.lora_rank,
+                config.lora_alpha or config.lora_rank,
+                config.seed,
+                conv_rank=config.lora_conv_rank,
+                conv_alpha=config.lora_conv_alpha,
+            )
     for part in (base.unet, base.text_encoder, base.decoder, base.image_encoder):
         store_frozen_as_computed(part)
     return trained
@@ -271,13 +288,14 @@ def _trainer(config: Config, base: Base) -> DreamBooth:
     with dtype_policy(config.precision):
         model = DreamBooth(
             base.unet,
-            base.text_encoder if config.train_text_encoder else None,
+            base.text_encoder if "text_encoder" in config.trained_parts else None,
             prediction_type=base.prediction_type,
             prior_weight=config.prior_weight,
             snr_gamma=config.snr_gamma,
             schedule=base.schedule,
         )
-    slower = base.text_encoder.trainable_variables if config.train_text_encoder else []
+    # Not `trainable_variables`, which is empty for a model that a LoRA has frozen.
+    slower = [v for v in base.text_encoder.variables if v.trainable] if config.train_text_encoder else []
     # On a CPU, XLA's convolutions are slower than TensorFlow's own; JAX has no alternative.
     model.compile(make_optimizer(config, slower), jit_compile=keras.backend.backend() == "jax")
     model.optimizer.build(model.trainable_variables)
@@ -291,7 +309,7 @@ def _release(config: Config, base: Base, drawings: Drawings, *examples: Examples
             if each is not None:
                 each.encode = None
         del base.image_encoder
-    if not config.train_text_encoder:
+    if "text_encoder" not in config.trained_parts:
         if config.sample_prompt:
             drawings.context = drawings.encode()
         del base.text_encoder, drawings.sampler.text_encoder

@@ -93,32 +93,48 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
     """A convolution. On a CPU it is one matrix product if the kernel is 1x1 or larger than the feature map.
 
     Keras' kernels are (height, width, inputs, outputs). PyTorch and XLA transpose them in every pass, which
-    takes most of the time of the coarser half of a UNet.
+    takes most of the time of the coarser half of a UNet. A low-rank update (Keras' `enable_lora`) is a
+    convolution to as many channels as its rank, as in `Dense`.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
+        return self._updated(inputs, self._convolve)
+
+    def on_torch_gpu(self, inputs: Tensor, pixels: int) -> Tensor:
+        """The convolution by PyTorch on a GPU, with `pixels` zeros of padding on each side."""
+        return self._updated(inputs, partial(self._by_torch, pixels=pixels))
+
+    def _updated(self, inputs: Tensor, convolve: Callable[..., Tensor]) -> Tensor:
+        outputs = convolve(inputs, self._kernel, self.bias)
+        if not self.lora_enabled:
+            return outputs
+        update = ops.matmul(convolve(inputs, self.lora_kernel_a, None), self.lora_kernel_b)
+        return outputs + self.lora_alpha / self.lora_rank * update
+
+    def _convolve(self, inputs: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         # A convolution padded on one side only has a large input anyway.
         symmetric = self.padding == "valid" or self.strides == (1, 1)
         if symmetric and _on_torch_gpu(inputs):
             if self.kernel_size == self.strides == (1, 1):
-                return self._as_product(inputs)
-            return self.on_torch_gpu(inputs, self.kernel_size[0] // 2 if self.padding == "same" else 0)
+                return self._as_product(inputs, kernel, bias)
+            pixels = self.kernel_size[0] // 2 if self.padding == "same" else 0
+            return self._by_torch(inputs, kernel, bias, pixels)
         known = all(isinstance(length, int) for length in inputs.shape)  # False while a model is built
         if symmetric and known and _turns_kernels(inputs):
             pixels = math.prod(inputs.shape[:3]) // math.prod(self.strides)
-            if self.kernel_size == (1, 1) or pixels <= 2 * self.filters:
-                return self._as_product(inputs)
-        return super().call(inputs)
+            if self.kernel_size == (1, 1) or pixels <= 2 * kernel.shape[-1]:
+                return self._as_product(inputs, kernel, bias)
+        outputs = self.convolution_op(inputs, kernel)
+        return outputs if bias is None else ops.add(outputs, bias)
 
-    def on_torch_gpu(self, inputs: Tensor, pixels: int) -> Tensor:
-        """The convolution by PyTorch on a GPU, with `pixels` zeros of padding on each side."""
+    def _by_torch(self, inputs: Tensor, kernel: Tensor, bias: Tensor | None, pixels: int) -> Tensor:
         from kcv2diffusers.models import torch_layers
 
-        bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
-        # Pass the kernel as stored: `self.kernel` would already be a copy, cast to the compute dtype.
-        return torch_layers.convolve(inputs, self._kernel._value, bias, self.strides[0], pixels)
+        bias = None if bias is None else ops.convert_to_tensor(bias)
+        # Pass the kernel as stored: converted, it would already be a copy, cast to the compute dtype.
+        return torch_layers.convolve(inputs, kernel._value, bias, self.strides[0], pixels)
 
-    def _as_product(self, inputs: Tensor) -> Tensor:
+    def _as_product(self, inputs: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         size, step = self.kernel_size[0], self.strides[0]
         if self.padding == "same" and size > 1:
             inputs = ops.pad(inputs, ((0, 0), *((size // 2, size // 2),) * 2, (0, 0)))
@@ -127,7 +143,7 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
             inputs[:, i : rows + i : step, j : columns + j : step] for i in range(size) for j in range(size)
         ]
         x = ops.concatenate(shifted, -1) if size > 1 else inputs
-        return product(x, ops.reshape(self.kernel, (-1, self.filters)), self.bias)
+        return product(x, ops.reshape(kernel, (-1, kernel.shape[-1])), bias)
 
 
 def _on_torch_gpu(inputs: Tensor) -> bool:

@@ -5,22 +5,47 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras import ops
 
+from kcv2diffusers.diffusion import Array
 from kcv2diffusers.models.config import TextEncoderConfig
 from kcv2diffusers.models.layers import ACTIVATIONS, Block, Tensor, attention, dense, dtype_policy, layer_norm
 
 
 class CLIPEmbedding(keras.layers.Layer):  # type: ignore[misc]
-    """Sum of token and position embeddings: (batch, length) integers to (batch, length, width)."""
+    """Sum of token and position embeddings: (batch, length) integers to (batch, length, width).
+
+    `added` are embeddings of further tokens, whose ids follow those of the vocabulary.
+    """
 
     def __init__(self, vocabulary: int, width: int, max_length: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.token_embedding = keras.layers.Embedding(vocabulary, width)
         self.position_embedding = keras.layers.Embedding(max_length, width)
+        self.added: keras.Variable | None = None
 
     def call(self, inputs: list[Tensor]) -> Tensor:
         tokens, positions = inputs
-        return self.token_embedding(tokens) + self.position_embedding(positions)
+        embedded = self.token_embedding(tokens) if self.added is None else self._with_added(tokens)
+        return embedded + self.position_embedding(positions)
+
+    def add_tokens(self, rows: Array) -> None:
+        """Add a trainable embedding for each of `rows` (tokens, width) float32, its first value.
+
+        The other embeddings are frozen.
+        """
+        self.trainable = True
+        self.token_embedding.trainable = self.position_embedding.trainable = False
+        self._tracker.unlock()
+        self.added = self.add_weight(name="embeddings", shape=rows.shape, dtype="float32")
+        self._tracker.lock()
+        self.added.assign(rows)
+
+    def _with_added(self, tokens: Tensor) -> Tensor:
+        first = self.token_embedding.input_dim
+        own = self.token_embedding(ops.minimum(tokens, first - 1))
+        added = ops.take(ops.convert_to_tensor(self.added), ops.maximum(tokens - first, 0), axis=0)
+        return ops.where((tokens >= first)[..., None], ops.cast(added, own.dtype), own)
 
 
 class CLIPEncoderLayer(Block):

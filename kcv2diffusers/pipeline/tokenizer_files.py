@@ -88,7 +88,7 @@ def write_tokenizer(
     Raises Error for an invalid placeholder token, TargetError if the folder cannot be written.
     """
     placeholders = [*files.placeholder_tokens, *placeholder_tokens]
-    _check_placeholders(placeholders, files.vocab)
+    check_placeholders(placeholders, files.vocab)
     added = {token: len(files.vocab) + n for n, token in enumerate(placeholders)}
     special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
     # "normalized": transformers searches for the token in the lower-cased prompt, as KerasCV does.
@@ -239,7 +239,7 @@ def _checked(
     return TokenizerFiles(vocab, merges, tuple(placeholders[n] for n in sorted(placeholders)), path)
 
 
-def _check_placeholders(tokens: Sequence[str], vocab: Mapping[str, int]) -> None:
+def check_placeholders(tokens: Sequence[str], vocab: Mapping[str, int]) -> None:
     """Raise Error for a placeholder that KerasCV's `SimpleTokenizer` would not encode as its single id."""
     earlier = [BOS, EOS]  # KerasCV tries its special tokens in this order and uses the first match.
     for token in tokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +52,11 @@ def lora_plan(lora: Lora, spelling: str) -> LoraPlan:
             down, up = (f"{update.component}.{update.module}.{factor}" for factor in _DIFFUSERS)
         tensors += [_stored(down, update.down), _stored(up, update.up)]
     if spelling == "diffusers" and any(u.alpha != u.rank for u in lora.updates.values()):
-        metadata[ADAPTER] = json.dumps(_adapter(lora.updates.values()), sort_keys=True)
+        config = adapter_config(
+            {key: update.rank for key, update in lora.updates.items()},
+            {key: update.alpha for key, update in lora.updates.items()},
+        )
+        metadata[ADAPTER] = json.dumps(config, sort_keys=True)
     # Larger dtypes come first, so that each tensor is aligned to its item size.
     return LoraPlan(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize), metadata)
 
@@ -74,22 +78,26 @@ def _alpha(update: Update) -> Tensor:
     return Tensor("alpha", (), value.dtype, update.down.path, None, load=lambda: value)
 
 
-def _adapter(updates: Iterable[Update]) -> dict[str, object]:
-    """Return PEFT's configs as diffusers stores them in the metadata."""
+def adapter_config(
+    ranks: Mapping[tuple[str, str], int], alphas: Mapping[tuple[str, str], float]
+) -> dict[str, object]:
+    """Return PEFT's configs as diffusers stores them in the metadata.
+
+    `ranks` and `alphas` are those of each module, by its component and name.
+    """
     entries: dict[str, object] = {}
-    every = list(updates)
     for component in KOHYA:
         # PEFT also matches names by their suffix. transformers 5 has no names that begin with text_model.
-        mine = {u.module.removeprefix("text_model."): u for u in every if u.component == component}
+        mine = {key[1].removeprefix("text_model."): key for key in ranks if key[0] == component}
         if not mine:
             continue
-        rank = Counter(update.rank for update in mine.values()).most_common(1)[0][0]
-        alpha = Counter(update.alpha for update in mine.values()).most_common(1)[0][0]
+        rank = Counter(ranks[key] for key in mine.values()).most_common(1)[0][0]
+        alpha = Counter(alphas[key] for key in mine.values()).most_common(1)[0][0]
         config = {
             "r": rank,
             "lora_alpha": alpha,
-            "rank_pattern": {name: u.rank for name, u in mine.items() if u.rank != rank},
-            "alpha_pattern": {name: u.alpha for name, u in mine.items() if u.alpha != alpha},
+            "rank_pattern": {name: ranks[key] for name, key in mine.items() if ranks[key] != rank},
+            "alpha_pattern": {name: alphas[key] for name, key in mine.items() if alphas[key] != alpha},
             "target_modules": sorted(mine),
         }
         entries |= {f"{component}.{name}": value for name, value in config.items()}

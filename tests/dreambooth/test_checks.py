@@ -81,6 +81,9 @@ def test_a_good_run_builds_its_models(run: Callable[..., Any], tmp_path: Path) -
         ({"export": "PHOTOS", "resume": True}, "not an earlier output"),
         ({"instance_images": "nowhere"}, "nowhere"),
         ({"base": ["nowhere"]}, "nowhere"),
+        ({"train_token": ["<dog>"]}, "--train-token <dog>: no photo's prompt has this token"),
+        ({"train_token": ["a b"], "instance_prompt": "a b"}, "is empty or has white space"),
+        ({"train_token": ["sks", "sks"]}, "is given twice"),
         ({"zero_terminal_snr": True}, "needs a model that predicts v; this base predicts noise"),
     ],
 )

@@ -78,6 +78,7 @@ def files() -> BaseFiles:
         {"optimizer": "adam_mini"},
         {"lora_rank": 3, "ema": 0.9},
         {"lora_rank": 3, "precision": "mixed_float16"},
+        {"lora_rank": 3, "lora_conv_rank": 2},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
@@ -88,7 +89,7 @@ def test_what_training_takes(files: BaseFiles, options: dict[str, Any]) -> None:
         model = build(getattr(files.config, part), None if config.precision == "auto" else config.precision)
         before = Snapshots(model.weights).bytes
         if config.lora_rank:
-            add_lora(model, config.lora_rank, config.lora_rank)
+            add_lora(model, config.lora_rank, config.lora_rank, conv_rank=config.lora_conv_rank)
             store_frozen_as_computed(model)
         trained = [v for layer in model._flatten_layers() for v in layer._trainable_variables if v.trainable]
         assert bool(config.lora_rank) == all("lora_kernel" in variable.path for variable in trained)

@@ -13,11 +13,12 @@ from support.models.backend_run import TEXT, UNET, gradients
 
 from kcv2diffusers import models
 from kcv2diffusers.diffusion import SD, Schedule, alphas_cumprod, timestep_embedding
+from kcv2diffusers.dreambooth import lora
 from kcv2diffusers.dreambooth.lora import add_lora, attention_projections, store_frozen_as_computed
 from kcv2diffusers.dreambooth.model import DreamBooth, embed
 from kcv2diffusers.dreambooth.snapshots import Snapshots
 from kcv2diffusers.dreambooth.torch_step import TorchStep
-from kcv2diffusers.models.layers import dense, dtype_policy
+from kcv2diffusers.models.layers import Conv2D, dense, dtype_policy
 
 RNG = np.random.default_rng(0)
 OPTIONS: dict[str, Any] = {"prior_weight": 0.3, "snr_gamma": 2.0, "prediction_type": "v_prediction"}
@@ -111,19 +112,19 @@ def test_the_unet_sees_the_noised_latents(unet: keras.Model) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("text", [False, True])
-def test_what_is_trained(lora: int, text: bool) -> None:
+def test_what_is_trained(rank: int, text: bool) -> None:
     unet = models.build_unet(UNET)
     text_encoder = models.build_text_encoder(TEXT) if text else None
-    if lora:
+    if rank:
         for part in filter(None, (unet, text_encoder)):
-            add_lora(part, lora, lora)
-            for layer in attention_projections(part):  # zeros at first, which gives A no gradient
+            add_lora(part, rank, rank, conv_rank=rank)
+            for layer in lora.lora_layers(part):  # zeros at first, which gives A no gradient
                 layer.lora_kernel_b.assign(0.1 * RNG.standard_normal(layer.lora_kernel_b.shape))
     model = DreamBooth(unet, text_encoder)
     names = {variable.path for variable in model.trainable_variables}
-    if lora:
+    if rank:
         assert names and all("lora_kernel" in name for name in names)
     else:
         assert len(names) == len(unet.weights) + (len(text_encoder.weights) if text_encoder else 0)
@@ -162,6 +163,58 @@ def test_lora_is_the_merged_kernel_and_has_its_gradients() -> None:
     for variable, gradient in zip(model.trainable_variables, found, strict=True):
         got = keras.ops.convert_to_numpy(gradient)
         np.testing.assert_allclose(got, expected[variable.name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "pixels"),
+    [(3, 1, "same", 8), (3, 1, "same", 2), (1, 1, "same", 8), (3, 2, "valid", 9)],
+    ids=["usual", "as a product", "1x1", "down"],
+)
+def test_lora_of_a_convolution_is_the_merged_kernel(
+    size: int, stride: int, padding: str, pixels: int
+) -> None:
+    """In the output and in the gradients; the gradient of the kernel itself by Keras."""
+    made = [Conv2D(7, size, strides=stride, padding=padding) for _ in range(2)]
+    given = keras.Input((None, None, 5), name="x")
+    ours, merged = (keras.Model({"x": given}, layer(given)) for layer in made)
+    x = RNG.standard_normal((3, pixels, pixels, 5), "float32")
+    first, second = RNG.standard_normal((size, size, 5, 2)), RNG.standard_normal((2, 7))
+    made[0].enable_lora(2, lora_alpha=6)
+    ours.predict_function = None
+    made[0].lora_kernel_a.assign(first)
+    made[0].lora_kernel_b.assign(second)
+    made[1].kernel.assign(keras.ops.convert_to_numpy(made[0]._kernel) + 3 * first @ second)
+    weight = RNG.standard_normal(merged.predict_on_batch({"x": x}).shape, "float32")
+    np.testing.assert_allclose(
+        ours.predict_on_batch({"x": x}), merged.predict_on_batch({"x": x}), rtol=1e-4, atol=1e-4
+    )
+    found, whole = (
+        {
+            variable.name: keras.ops.convert_to_numpy(gradient)
+            for variable, gradient in zip(
+                model.trainable_variables,
+                gradients(model, {"x": x}, lambda output: keras.ops.sum(keras.ops.multiply(output, weight))),
+                strict=True,
+            )
+        }
+        for model in (ours, merged)
+    )
+    of_kernel = whole["kernel"]
+    expected = {
+        "bias": whole["bias"],
+        "lora_kernel_a": 3 * of_kernel @ second.T,
+        "lora_kernel_b": 3 * np.einsum("hwir,hwio->ro", first, of_kernel),
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-3)
+
+
+def test_what_has_a_lora(unet: keras.Model) -> None:
+    """Convolutions but for those from and to latents."""
+    convolutions = [v for v in unet.weights if len(v.shape) == 4]
+    assert len(lora.convolutions(unet)) == len(convolutions) - 2
+    assert lora.lora_layers(unet) == []
 
 
 @pytest.mark.slow

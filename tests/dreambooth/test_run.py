@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from support.checkpoints import small_base
 from support.dreambooth.run import PROMPTS, command, environment, run
 
-from kcv2diffusers import convert, inspect
+from kcv2diffusers import Error, convert, inspect
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +48,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image = Image.fromarray(rng.integers(0, 255, (64, 64, 3), "uint8"))
     image.save(folder / "3_sks car" / "2.jpg", exif=odd)
     (folder / "notes.txt").write_text("no picture")
+    (folder / "0.txt").write_text("a red sks car")
+    Image.fromarray(rng.integers(0, 255, (64, 64), "uint8")).save(folder / "0-mask.png")
     return folder
 
 
@@ -135,8 +137,10 @@ def test_its_record_repeats_it(whole: Path, base: Path, photos: Path, tmp_path: 
 
 EVERYTHING = [
     "--train-text-encoder", "--text-encoder-learning-rate", "1e-4", "--text-encoder-steps", "4",
-    "--ema", "0.9", "--accumulate", "2", "--lr-schedule", "cosine", "--warmup-steps", "2",
-    "--snr-gamma", "5", "--offset-noise", "0.1", "--flip", "--no-cache",
+    "--ema", "0.9", "--accumulate", "2", "--lr-schedule", "cosine_with_restarts", "--lr-cycles", "2",
+    "--warmup-steps", "2", "--snr-gamma", "5", "--offset-noise", "0.1", "--flip", "--no-cache", "--masks",
+    "--caption-dropout", "0.3", "--validation-every", "2", "--zero-terminal-snr", "--prediction-type",
+    "v_prediction",
 ]  # fmt: skip
 
 
@@ -148,8 +152,9 @@ EVERYTHING = [
         [*EVERYTHING, "--lora-rank", "2", "--optimizer", "lion"],
         ["--optimizer", "adafactor"],
         ["--optimizer", "adam_mini", "--precision", "mixed_float16"],
+        ["--train-token", "sks", "--train-token", "<car>", "--ema", "0.9"],
     ],
-    ids=["plain", "everything", "lora", "adafactor", "mini"],
+    ids=["plain", "everything", "lora", "adafactor", "mini", "tokens"],
 )
 def test_resuming_reaches_the_same_weights(
     base: Path, photos: Path, whole: Path, tmp_path: Path, options: list[str]
@@ -158,6 +163,10 @@ def test_resuming_reaches_the_same_weights(
     between two updates.
     """
     common = [*COMMON, "--class-images", whole / "class", *options, "--checkpoint-every", "3", "--steps", "4"]
+    if "--train-token" in options:
+        common += ["--instance-prompt", "a sks <car>", "--no-captions"]
+    if options == EVERYTHING:
+        common += ["--validation-images", photos]
     done = run(base, photos, tmp_path / "whole", *common)
     assert done.returncode == 0, done.stderr
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
@@ -170,6 +179,14 @@ def test_resuming_reaches_the_same_weights(
     records = [(tmp_path / out / "config.toml").read_text() for out in ("whole", "parts")]
     assert records[0] == records[1] and 'backend = "torch"' in records[0] and "precision" in records[0]
     assert [leg["start"] for leg in json.loads((tmp_path / "parts" / "legs.json").read_text())] == [0, 3]
+    if options == EVERYTHING:
+        losses = [(tmp_path / out / "validation.csv").read_text() for out in ("whole", "parts")]
+        assert losses[0] == losses[1] and losses[0].split()[1:] != [] and "nan" not in losses[0]
+        stated = json.loads(
+            (tmp_path / "whole" / "checkpoints" / "step-000004" / "kcv2diffusers.json").read_text()
+        )
+        assert stated["scheduler"]["rescale_betas_zero_snr"] is True
+        assert "1 of 3 photos have captions" in done.stdout and "1 of 3 photos have masks." in done.stdout
     early = weights(tmp_path / "whole" / "checkpoints" / "step-000003")
     assert different(one, early)
     if "--train-text-encoder" in options:
@@ -185,6 +202,8 @@ def test_the_lora_file_is_the_merged_weights(
 
     options = ["--class-images", whole / "class", "--lora-rank", "2", "--lora-alpha", "6", "--steps", "4"]
     options += ["--learning-rate", "1e-1", "--export", tmp_path / "pipeline"]
+    if text:
+        options += ["--lora-conv-rank", "3", "--lora-conv-alpha", "1.5"]
     done = run(base, photos, tmp_path / "out", *COMMON, *options, *(["--train-text-encoder"] if text else []))
     assert done.returncode == 0, done.stderr
     convert(base, out=tmp_path / "base")
@@ -197,6 +216,8 @@ def test_the_lora_file_is_the_merged_weights(
         latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
         pictures.append(pipe("a sks car", latents=latents, num_inference_steps=2, output_type="np").images[0])
     merged, loaded, untrained = pictures
+    names = load_file(tmp_path / "pipeline" / "pytorch_lora_weights.safetensors")
+    assert sum(".conv1." in name for name in names) == (44 if text else 0)
     assert np.abs(merged - loaded).max() < 2e-3
     assert np.abs(merged - untrained).max() > 2e-2
 
@@ -224,6 +245,44 @@ def test_what_a_lora_run_leaves_alone_is_the_base(
         update = trained[name] - before[name]
         nearest = min(np.abs(update - one).max() for one in products if one.shape == update.shape)
         assert nearest < 1e-6 < np.abs(update).max()
+
+
+def test_a_token_that_was_trained(base: Path, photos: Path, tmp_path: Path) -> None:
+    """Nothing else has changed, and the export has the embedding in a file of its own."""
+    from diffusers import StableDiffusionPipeline
+
+    options = ["--instance-prompt", "a <car>", "--no-captions", "--train-token", "<car>", "--steps", "2"]
+    options += ["--train-token-from", "red", "--export", tmp_path / "pipeline", "--checkpoint-format", "h5"]
+    done = run(base, photos, tmp_path / "out", *options, "--learning-rate", "0.1", "--weight-decay", "0")
+    assert done.returncode == 0, done.stderr
+    convert(base, out=tmp_path / "base")
+    found, before = (
+        load_file(tmp_path / name / "text_encoder" / "model.safetensors") for name in ("pipeline", "base")
+    )
+    table = "text_model.embeddings.token_embedding.weight"
+    assert found.keys() == before.keys() and len(found[table]) == len(before[table]) + 1
+    for name, value in before.items():
+        np.testing.assert_array_equal(found[name][: len(value)], value)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "base")
+    (red,) = pipe.tokenizer("red").input_ids[1:-1]
+    # AdamW moves a weight by the learning rate in its first steps.
+    assert np.abs(found[table][-1] - before[table][red]).max() == pytest.approx(0.2, rel=0.3)
+    pipe.load_textual_inversion(tmp_path / "pipeline" / "learned_embeds.safetensors")
+    (own,) = pipe.tokenizer("<car>").input_ids[1:-1]
+    learnt = pipe.text_encoder.get_input_embeddings().weight[own].detach().numpy()
+    np.testing.assert_array_equal(learnt, found[table][-1])
+    exported = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert exported.tokenizer("a red <car>").input_ids[-2] == len(before[table])
+    with pytest.raises(Error, match="beyond the vocabulary's"):
+        shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-000002" / "tokenizer")
+        convert(tmp_path / "out" / "checkpoints" / "step-000002", out=tmp_path / "unnamed", base=base)
+    again = convert(
+        tmp_path / "out" / "checkpoints" / "step-000002", out=tmp_path / "named", base=base,
+        placeholder_tokens=["<car>"],
+    )  # fmt: skip
+    assert (again.out / "learned_embeds.safetensors").read_bytes() == (
+        tmp_path / "pipeline" / "learned_embeds.safetensors"
+    ).read_bytes()
 
 
 def test_legacy_checkpoints(base: Path, photos: Path, whole: Path, tmp_path: Path) -> None:
