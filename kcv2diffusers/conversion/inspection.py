@@ -14,7 +14,7 @@ from kcv2diffusers.pipeline.modelspec import PREFIX
 from kcv2diffusers.sources.leftovers import summary
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.open import open_all
-from kcv2diffusers.sources.recognise import recognise_all
+from kcv2diffusers.sources.recognise import Match, recognise_all
 
 _LENGTH = 400  # characters kept of a metadata text
 # The metadata entries to show: their names in modelspec, and their labels.
@@ -86,6 +86,15 @@ class Inspected:
         return "\n".join([*lines, *([self.problems] if self.problems else [])])
 
 
+def _sizes(match: Match) -> dict[str, int]:
+    """Return the sizes, and the number of blocks with each property that only some blocks have."""
+    sizes = {name: value for name, value in match.dims.items() if name.isidentifier()}
+    blocks = {
+        f: sum(v for n, v in match.dims.items() if n.startswith(f"{f}.")) for f in match.spec.table.flags
+    }
+    return sizes | blocks
+
+
 def inspect(source: str | PathLike[str], *, allow_pickle: bool = False) -> list[Inspected]:
     """Return one entry for each part at `source`. Raises SourceError if it cannot be read.
 
@@ -106,7 +115,7 @@ def inspect(source: str | PathLike[str], *, allow_pickle: bool = False) -> list[
                 tensors=len(tensors),
                 parameters=sum(t.nbytes // t.dtype.itemsize for t in tensors),
                 bytes=sum(t.nbytes for t in tensors),
-                sizes=match.dims,
+                sizes=_sizes(match),
                 standard=match.known,
                 problems=match.report() if match.problems or match.strangers else None,
                 inside=opened.inside,

@@ -23,7 +23,7 @@ from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.system.output import check_free_file, new_file
 from kcv2diffusers.targets.lora import lora_plan, write_lora
-from kcv2diffusers.targets.lora_merge import float_values, kernel_view
+from kcv2diffusers.targets.lora_merge import float_values, keras_axes, kernel_view
 from kcv2diffusers.targets.stream import run_finite
 
 AUTO = "auto"
@@ -206,7 +206,7 @@ def _values(found: _Found) -> np.ndarray:
     match, slot, tensor = found
     values = float_values(tensor)
     if slot.variable.name == "kernel":
-        return kernel_view(values, match.keras and slot.variable.reverses)
+        return kernel_view(values, keras_axes(match, slot))
     return values
 
 

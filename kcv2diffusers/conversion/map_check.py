@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +14,8 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.maps.layouts import LAYOUTS, core, reverse
 from kcv2diffusers.maps.original import naming, namings
 from kcv2diffusers.maps.parts import family_of, label
-from kcv2diffusers.maps.tables import Spec, Table, specs, tables
+from kcv2diffusers.maps.sizes import Size
+from kcv2diffusers.maps.tables import Share, Spec, Table, specs, tables
 from kcv2diffusers.pipeline.configs import config_of
 
 
@@ -47,9 +47,18 @@ def show(name: str, version: str | None = None) -> str:
         for slot in spec.existing(dims):
             turn = "reversed" if slot.variable.reverses else "as is"
             shapes = [[size.value(dims) for size in side] for side in (slot.shape, slot.diffusers_shape)]
-            lines.append(f"{slot.keras_name} {shapes[0]} -> {turn} -> {slot.target} {shapes[1]}")
+            shares = [_range(slot.columns, "columns", dims), _range(slot.rows, "rows", dims)]
+            left, right = (f"{shape}{share}" for shape, share in zip(shapes, shares, strict=True))
+            lines.append(f"{slot.keras_name} {left} -> {turn} -> {slot.target} {right}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def _range(share: Share | None, what: str, dims: Mapping[str, int]) -> str:
+    if share is None:
+        return ""
+    first, count = share.first.value(dims) or 0, share.count.value(dims) or 0
+    return f" {what} {first} to {first + count - 1}"
 
 
 @dataclass
@@ -129,15 +138,14 @@ def _check(table: Table, version: str) -> Checked:
         dims = spec.nominal
         slots = spec.existing(dims)
         result.tensors += len(slots)
-        for problem in (*_twice("source", (s.keras_name for s in slots)), *_unused_blocks(spec)):
-            result.problems.append(problem)
+        sides = ((s.keras_name, s.shape[-1:], s.columns) for s in slots)
+        others = ((s.target, s.diffusers_shape[:1], s.rows) for s in slots)
+        result.problems += [*_shared(sides, dims), *_shared(others, dims), *_unused_blocks(spec)]
         for slot in slots:
             unknown = [s for s in (*slot.shape, *slot.diffusers_shape) if s.value(dims) is None]
             if unknown:
                 result.problems.append(f"{slot.target}: size {unknown[0]} is not defined")
                 continue
-            if slot.target in targets:
-                result.problems.append(f"target {slot.target} is produced twice")
             targets[slot.target] = tuple(size.value(dims) or 0 for size in slot.diffusers_shape)
     result.problems += _not_inverse()
     expected = _expected(table, version)
@@ -153,26 +161,48 @@ def _check(table: Table, version: str) -> Checked:
     return result
 
 
-def _twice(what: str, names: Iterator[str]) -> list[str]:
-    return [f"{what} {name} is used twice" for name, count in Counter(names).items() if count > 1]
+def _shared(
+    slots: Iterable[tuple[str, tuple[Size, ...], Share | None]], dims: Mapping[str, int]
+) -> list[str]:
+    """Return the tensors that slots use twice, or not wholly.
+
+    A slot is given by the name of its tensor on one side, the shared axis, and its share of that axis.
+    """
+    used: dict[str, list[tuple[int, int]]] = {}
+    wholes: dict[str, int] = {}
+    for name, axis, share in slots:
+        wholes[name] = (axis[0].value(dims) or 0) if axis else 1
+        first, count = (
+            (share.first.value(dims) or 0, share.count.value(dims) or 0) if share else (0, wholes[name])
+        )
+        used.setdefault(name, []).append((first, first + count))
+    problems = []
+    for name, ranges in used.items():
+        ends = [0, *(end for _, end in sorted(ranges))]
+        if [start for start, _ in sorted(ranges)] != ends[:-1] or ends[-1] != wholes[name]:
+            problems.append(f"{name} is used twice, or only in part")
+    return problems
 
 
 def _unused_blocks(spec: Spec) -> list[str]:
-    used = {row.layer for rows in spec.table.parts.values() for row in rows}
+    used = {row.block for rows in spec.table.parts.values() for row in rows}
     return [f"block {name} is used by no row" for name in spec.table.blocks if name not in used]
 
 
 def _not_inverse() -> list[str]:
     """Return the layouts for which a round trip does not give the same array."""
-    sizes = {"1": 1, "size": 3, "in": 5, "out": 7, "width": 5, "rows": 4}
+    sizes = {"size": 3, "in": 5, "out": 7, "width": 5, "rows": 4, "heads": 2, "head": 3, "side": 4}
     problems = []
     for name, layout in LAYOUTS.items():
         for variable in layout.variables:
-            keras, other = (tuple(sizes[s] for s in side) for side in (variable.keras, variable.diffusers))
+            keras, other = (
+                tuple(Size.parse(size).value(sizes) or 0 for size in side)
+                for side in (variable.keras, variable.diffusers)
+            )
             array = np.arange(np.prod(keras)).reshape(keras)
             if variable.reverses:
-                there = reverse(array, core(keras), other)
-                back = reverse(there, core(keras)[::-1], keras)
+                there = reverse(array, core(other), other)
+                back = reverse(there, core(other)[::-1], keras)
                 if not np.array_equal(array, back) or there.shape != other:
                     problems.append(f"layout {name}: {variable.name} is not inverted")
             elif np.prod(keras) != np.prod(other):

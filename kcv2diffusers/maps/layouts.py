@@ -1,13 +1,15 @@
 """Layouts: how the variables of one kind of Keras layer are stored in diffusers, as invertible data.
 
-A layout either keeps the bytes of a variable or reverses three axes,
+A layout either keeps the bytes of a variable or, for a kernel, reverses three axes,
 (spatial, in, out) <-> (out, in, spatial), which is its own inverse. A Dense kernel is the case of
-one spatial position; HWIO <-> OIHW is the case of H*W positions.
+one spatial position; HWIO <-> OIHW is the case of H*W positions. In a kernel with an axis of heads, that axis
+and the next one together are the inputs or the outputs.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +31,7 @@ class Variable:
     @property
     def reverses(self) -> bool:
         """Whether the conversion reverses the axes; otherwise it keeps the bytes."""
-        return self.keras != self.diffusers
+        return self.name == "kernel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +64,25 @@ LAYOUTS: dict[str, Layout] = {
     "group_norm": _layout("group_normalization", "width", *_NORM),
     "layer_norm": _layout("layer_normalization", "width", *_NORM),
     "embedding": _layout("embedding", "rows width", ("embeddings", "weight", "rows width", "rows width")),
+    "heads_out": _layout(
+        "einsum_dense",
+        "in heads head",
+        ("kernel", "weight", "in heads head", "heads*head in"),
+        ("bias", "bias", "heads head", "heads*head"),
+    ),
+    "heads_in": _layout(
+        "einsum_dense", "heads head out", ("kernel", "weight", "heads head out", "out heads*head"), _BIAS
+    ),
+    "scale": _layout("rms_normalization", "width", ("scale", "weight", "width", "width")),
+    "position_grid": _layout(
+        "position_embedding", "side width", ("embeddings", "", "side*side width", "1 side*side width")
+    ),
 }
 
 
-def core(keras_shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """The shape (spatial, in, out) of a kernel with a Keras shape (..., in, out); spatial is a product."""
-    return math.prod(keras_shape[:-2]), keras_shape[-2], keras_shape[-1]
+def core(diffusers_shape: Sequence[int]) -> tuple[int, int, int]:
+    """The shape (spatial, in, out) of a kernel whose shape in diffusers is (out, in, ...)."""
+    return math.prod(diffusers_shape[2:]), diffusers_shape[1], diffusers_shape[0]
 
 
 def reverse(array: np.ndarray, shape: tuple[int, int, int], target: tuple[int, ...]) -> np.ndarray:

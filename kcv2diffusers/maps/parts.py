@@ -97,9 +97,16 @@ def folders() -> list[Path]:
 def table_data() -> dict[str, dict[str, Any]]:
     """The TOML data of each table by name: the shipped ones in alphabetical order, then the user's.
 
-    Raises SourceError for a file that is not TOML.
+    A table that is `like` another one has what that table has, except for its own entries and sections.
+    Raises SourceError for a file that is not TOML, or for an unknown table in `like`.
     """
-    return _read("*.toml")
+    found = _read("*.toml")
+    for name, data in found.items():
+        if (other := data.get("like")) is not None:
+            if other == name or "like" in found.get(other, {"like": other}):
+                raise invalid(f"{name}.toml", ValueError(f"there is no table {other} that it could be like"))
+            found[name] = found[other] | data
+    return found
 
 
 @cache

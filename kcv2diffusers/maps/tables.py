@@ -4,113 +4,96 @@ The rows of a table map each KerasCV layer, in model order, to its diffusers mod
 name and layout of each variable inside a layer. Shapes are written in symbols (c0, width, ...), which are
 solved from the checkpoint, so that one table serves every width. Expanding a table for a part and a version
 gives `Slot`s. The same slots are used for Keras -> diffusers and diffusers -> Keras.
+
+Keras may store several diffusers tensors as one variable, side by side along its last axis, or the pieces of
+a tensor in another order. Then a slot is the share of the variable (`Slot.columns`) that is a tensor or a
+share of its first axis (`Slot.rows`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
 
 from kcv2diffusers.maps.layouts import LAYOUTS, Layout, Variable
 from kcv2diffusers.maps.parts import Family, invalid, table_data
+from kcv2diffusers.maps.sizes import Size, solved
 
 REPEAT = "repeat"
-Condition = tuple["Size", "Size"]
+_LAYERS = "layers"
+Condition = tuple[Size, Size]
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
-    """A sum of symbols with integer factors, such as 4*c0 or c3+c2; the symbol "" stands for the number 1."""
+class Share:
+    """A range of an axis: its first index and its length."""
 
-    terms: tuple[tuple[str, int], ...]
+    first: Size
+    count: Size
 
-    @classmethod
-    @cache
-    def parse(cls, text: str) -> Size:
-        """Parse a size such as "4*c0" or "c3+c2". Raises ValueError for anything else."""
-        terms: dict[str, int] = {}
-        for term in text.split("+"):
-            *factor, last = term.split("*")
-            count = int(factor[0]) if factor else 1
-            if last.isdigit():
-                count, last = count * int(last), ""
-            elif not last.isidentifier():
-                raise ValueError(f"not a size: {text!r}")
-            terms[last] = terms.get(last, 0) + count
-        return cls(tuple(sorted(terms.items())))
 
-    def substitute(self, values: Mapping[str, Size]) -> Size:
-        """The size with symbols replaced by sizes."""
-        if len(self.terms) == 1 and self.terms[0][1] == 1:  # most sizes are one symbol
-            return values.get(self.terms[0][0], self)
-        terms: dict[str, int] = {}
-        for symbol, count in self.terms:
-            inner = values[symbol].terms if symbol in values else ((symbol, 1),)
-            for name, factor in inner:
-                terms[name] = terms.get(name, 0) + count * factor
-        return Size(tuple(sorted(terms.items())))
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A piece of the last axis of a Keras variable, and the diffusers module it belongs to.
 
-    def value(self, dims: Mapping[str, int]) -> int | None:
-        """The value for the symbols in `dims`, or None if one of its symbols is not among them."""
-        total = 0
-        for symbol, count in self.terms:
-            if symbol and symbol not in dims:
-                return None
-            total += count * (dims[symbol] if symbol else 1)
-        return total
+    `order` is its number among the pieces of that module along the first axis of the diffusers tensor.
+    """
 
-    def solve(self, value: int) -> tuple[str, int] | None:
-        """The symbol and its value, given the value of the size.
-
-        None unless the size is one symbol with a factor that divides `value`.
-        """
-        if len(self.terms) == 1:
-            symbol, count = self.terms[0]
-            if symbol and value % count == 0:
-                return symbol, value // count
-        return None
-
-    def __str__(self) -> str:
-        return "+".join(
-            (f"{count}*{symbol}" if count > 1 else symbol) if symbol else str(count)
-            for symbol, count in self.terms
-        )
+    module: str
+    size: Size
+    order: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """One layer inside a block: its path in Keras and its module in diffusers, both relative to the block.
+    """One layer inside a block: its path in Keras and its modules in diffusers, relative to the block.
 
-    It exists only in `version` (None: in all) and only if the two sizes of `condition` differ (None: always).
+    - `sizes`: the sizes of the layout; if there are several `pieces`, all but the last one
+    - `pieces`: one for each module or part of a module, in Keras' order
+    - `versions`: those that have the layer; None: all
+    - `conditions`: pairs of sizes that must differ
+    - `flags`: for each name whether the blocks that have the layer are those with that property
+    - `ends`: for "first" and "last" whether the layer is in that block of a repeated row, or in the others
     """
 
     path: str
     attribute: str
-    module: str
     layout: Layout
     sizes: tuple[Size, ...]
-    condition: Condition | None
-    version: str | None
+    pieces: tuple[Piece, ...]
+    versions: frozenset[str] | None = None
+    conditions: tuple[Condition, ...] = ()
+    flags: tuple[tuple[str, bool], ...] = ()
+    ends: tuple[tuple[str, bool], ...] = ()
+
+    def stands(self, repeat: int | None, count: int | None) -> bool:
+        """Whether the layer is in block number `repeat` of `count` (None: unknown) of a repeated row."""
+        there = {"first": repeat == 0, "last": count is not None and repeat == count - 1}
+        return all(there[end] == wanted for end, wanted in self.ends)
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """One tensor on both sides.
+    """One tensor on both sides, or a piece of one.
 
     On the Keras side:
 
+    - `group`: the name of the group of layers in a `.weights.h5` file, "layers" or ""
     - `layer`, `ordinal`: the outer layer is number `ordinal` (from 0) of the class `layer`
     - `path`: the inner layer within it; `attribute` is the same path as TensorFlow spells it
     - `stem`, `rank`: the inner layer is number `rank` (from 0) of the class `stem` within the outer layer
     - `index`: the variable's number in the inner layer; `variable.name` is its name
-    - `shape`: the Keras shape in symbols
+    - `shape`: the Keras shape of the variable in symbols
+    - `columns`: the slot's share of its last axis; None: all
 
-    On the diffusers side `target` is the name and `diffusers_shape` the shape in symbols. The tensor exists
-    if the two sizes of `condition` differ, or if there is no condition.
+    On the diffusers side `target` is the name, `diffusers_shape` the shape in symbols, and `rows` the slot's
+    share of the first axis (None: all). The tensor exists if the sizes of each of `conditions` differ, and if
+    each of `flags` has the given value.
     """
 
+    group: str
     layer: str
     ordinal: int
     path: str
@@ -122,30 +105,58 @@ class Slot:
     target: str
     shape: tuple[Size, ...]
     diffusers_shape: tuple[Size, ...]
-    condition: Condition | None
+    conditions: tuple[Condition, ...] = ()
+    flags: tuple[tuple[str, bool], ...] = ()
+    columns: Share | None = None
+    rows: Share | None = None
 
     @property
     def keras_name(self) -> str:
         """The variable's path in a .weights.h5 file of Keras 3."""
         number = f"_{self.ordinal}" if self.ordinal else ""
         inner = f"{self.path}/" if self.path else ""
-        return f"layers/{self.layer}{number}/{inner}vars/{self.index}"
+        outer = f"{self.group}/" if self.group else ""
+        return f"{outer}{self.layer}{number}/{inner}vars/{self.index}"
+
+    def has(self, flags: Mapping[str, int]) -> bool:
+        """Whether a block with these flags (0 or 1 by name) has the tensor."""
+        return all(bool(flags.get(name)) == wanted for name, wanted in self.flags)
 
     def exists(self, dims: Mapping[str, int]) -> bool:
-        """Whether a model with the sizes `dims` has the tensor."""
-        if self.condition is None:
-            return True
-        left, right = (size.value(dims) for size in self.condition)
-        return left != right
+        """Whether a model with the sizes and flags `dims` has the tensor."""
+        return self.has(dims) and all(
+            left.value(dims) != right.value(dims) for left, right in self.conditions
+        )
+
+    def part_shape(self, dims: Mapping[str, int], *, keras: bool) -> tuple[int, ...]:
+        """The shape of the slot's share of the tensor on one side; 0 for a size that `dims` lacks."""
+        whole = [size.value(dims) or 0 for size in (self.shape if keras else self.diffusers_shape)]
+        share = self.columns if keras else self.rows
+        if share is not None:
+            whole[-1 if keras else 0] = share.count.value(dims) or 0
+        return tuple(whole)
 
 
 @dataclass(frozen=True)
 class Row:
-    """A KerasCV layer, in model order, and its diffusers module; {i} in the module marks a repeated layer."""
+    """A Keras layer, in model order, and its diffusers module; {i} in the module marks a repeated layer.
 
+    `block` is the name of its leaves. `layer` is its class in snake case, with the name of the list that it
+    is in ("blocks/res_net_block"), or, if `fixed`, its own name.
+    """
+
+    block: str
     layer: str
+    fixed: bool
     module: str
     sizes: tuple[Size, ...]
+
+    @classmethod
+    def parse(cls, layer: str, module: str, sizes: str) -> Row:
+        """Parse an entry of `rows`."""
+        kind, _, name = layer.partition("@")
+        found = tuple(Size.parse(size) for size in sizes.split())
+        return cls(kind.rpartition("/")[2], name or kind, bool(name), module, found)
 
     @property
     def repeated(self) -> bool:
@@ -155,11 +166,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Version:
-    """Stable Diffusion 1 or 2: the sizes that identify its checkpoints, and its config entries."""
+    """One version of a model, such as SD1: the sizes that identify its checkpoints, and its config entries.
+
+    `blocks` are the numbers of the blocks with each property that leaves are tagged with.
+    """
 
     name: str
     dims: Mapping[str, int]
     config: Mapping[str, Any]
+    blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,12 +203,17 @@ class Table:
     - `weights`: the weight file in that folder
     - `diffusers`: its class as "library.Class"
     - `parts`: the rows of each Keras model that it consists of
-    - `keras`: the KerasCV class of each part by version
+    - `keras`: the Keras class of each part by version
+    - `places`: the group that holds a part in the `.weights.h5` file of a whole model, "" if it has none
+    - `groups`: the group inside it that holds the layers of a part
     - `blocks`: the parameters and leaves of each kind of layer
     - `config`: the entries of config.json
     - `entries`: properties of these entries
     - `nominal`: sizes of the released models that are not used to identify a version
     - `aliases`: other spellings of diffusers' names, which are read but not written
+    - `names`: other names of Keras layers, which are read but not written
+    - `equal`: products of symbols that are equal to a symbol
+    - `stated`: symbols whose values config.json states, and the names of its entries
     """
 
     name: str
@@ -206,8 +226,13 @@ class Table:
     blocks: Mapping[str, tuple[tuple[str, ...], tuple[Leaf, ...]]]
     config: Mapping[str, Any]
     entries: Entries
+    places: Mapping[str, str] = field(default_factory=dict)
+    groups: Mapping[str, str] = field(default_factory=dict)
     nominal: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    equal: Mapping[str, str] = field(default_factory=dict)
+    stated: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def known_entries(self) -> frozenset[str]:
@@ -221,7 +246,15 @@ class Table:
 
     def leaves(self, layer: str, version: str) -> tuple[Leaf, ...]:
         """The layers inside a block in a version."""
-        return tuple(leaf for leaf in self.blocks[layer][1] if leaf.version in (None, version))
+        return tuple(
+            leaf for leaf in self.blocks[layer][1] if leaf.versions is None or version in leaf.versions
+        )
+
+    @cached_property
+    def flags(self) -> frozenset[str]:
+        """The names of the properties that some blocks of a repeated row have and others have not."""
+        leaves = (leaf for _, leaves in self.blocks.values() for leaf in leaves)
+        return frozenset(name for leaf in leaves for name, _ in leaf.flags)
 
     def rename(self, name: str) -> str | None:
         """Resolve aliases in the name of a diffusers tensor; None for a tensor that carries no weight."""
@@ -255,8 +288,19 @@ class Spec:
 
     @property
     def nominal(self) -> dict[str, int]:
-        """The sizes of the released model of this version."""
-        return {**self.table.nominal, **self.table.versions[self.version].dims}
+        """The sizes and flags of the released model of this version."""
+        version = self.table.versions[self.version]
+        flags = {
+            flag(name, i): int(i in version.blocks.get(name, ()))
+            for name in self.table.flags
+            for i in range(version.dims.get(REPEAT, 0))
+        }
+        return solved({**self.table.nominal, **version.dims}, self.table.equal) | flags
+
+    @property
+    def place(self) -> str:
+        """The group that holds the part in the `.weights.h5` file of a whole model, "" if it has none."""
+        return self.table.places.get(self.part, "")
 
     def existing(self, dims: Mapping[str, int]) -> list[Slot]:
         """The slots of a model with the sizes `dims`."""
@@ -266,45 +310,63 @@ class Spec:
     def repeated_layer(self) -> str | None:
         return next((row.layer for row in self.rows if row.repeated), None)
 
-    def block(self, row: Row, ordinal: int, repeat: int | None = None) -> list[Slot]:
-        """The slots of one layer: `ordinal` is its number in its class, `repeat` that in a repeated row."""
-        params, _ = self.table.blocks[row.layer]
+    def block(
+        self, row: Row, ordinal: int, repeat: int | None = None, count: int | None = None
+    ) -> list[Slot]:
+        """The slots of one layer: `ordinal` is its number in its class, `repeat` that in a repeated row.
+
+        `count` is the number of layers of the repeated row (None: unknown).
+        """
+        params, _ = self.table.blocks[row.block]
         bound = dict(zip(params, row.sizes, strict=True))
         module = row.module.replace("{i}", str(repeat))
         slots, ranks = [], dict[str, int]()
-        for leaf in self.table.leaves(row.layer, self.version):
+        for leaf in self.table.leaves(row.block, self.version):
+            if not leaf.stands(repeat, count):
+                continue
             rank = ranks.get(leaf.layout.layer, 0)
             ranks[leaf.layout.layer] = rank + 1
-            sizes = {
-                name: size.substitute(bound) for name, size in zip(leaf.layout.sizes, leaf.sizes, strict=True)
-            }
-            condition = leaf.condition and (
-                leaf.condition[0].substitute(bound),
-                leaf.condition[1].substitute(bound),
-            )
+            *names, last = leaf.layout.sizes
+            sizes = dict(zip(names, leaf.sizes, strict=True)) | {last: _sum(p.size for p in leaf.pieces)}
+            sizes = {name: size.substitute(bound) for name, size in sizes.items()}
             for index, variable in enumerate(leaf.layout.variables):
-                slots.append(
-                    Slot(
-                        layer=row.layer,
-                        ordinal=ordinal,
-                        path=leaf.path,
-                        attribute=leaf.attribute,
-                        stem=leaf.layout.layer,
-                        rank=rank,
-                        index=index,
-                        variable=variable,
-                        target=".".join(p for p in (module, leaf.module, variable.suffix) if p),
-                        shape=tuple(Size.parse(s).substitute(sizes) for s in variable.keras),
-                        diffusers_shape=tuple(Size.parse(s).substitute(sizes) for s in variable.diffusers),
-                        condition=condition,
+                for number, piece in enumerate(leaf.pieces):
+                    mine = [other for other in leaf.pieces if other.module == piece.module]
+                    whole = _sum(other.size for other in mine).substitute(bound)
+                    inner = sizes | {last: whole}
+                    slots.append(
+                        Slot(
+                            group=self.table.groups.get(self.part, _LAYERS),
+                            layer=row.layer,
+                            ordinal=ordinal,
+                            path=leaf.path,
+                            attribute=leaf.attribute,
+                            stem=leaf.layout.layer,
+                            rank=rank,
+                            index=index,
+                            variable=variable,
+                            target=".".join(p for p in (module, piece.module, variable.suffix) if p),
+                            shape=tuple(Size.parse(s).substitute(sizes) for s in variable.keras),
+                            diffusers_shape=tuple(
+                                Size.parse(s).substitute(inner) for s in variable.diffusers
+                            ),
+                            conditions=tuple(
+                                (left.substitute(bound), right.substitute(bound))
+                                for left, right in leaf.conditions
+                            ),
+                            flags=tuple((flag(name, repeat), wanted) for name, wanted in leaf.flags),
+                            columns=_share(leaf.pieces[:number], piece, bound) if leaf.pieces[1:] else None,
+                            rows=_share([p for p in mine if p.order < piece.order], piece, bound)
+                            if mine[1:]
+                            else None,
+                        )
                     )
-                )
         return slots
 
     @cache  # noqa: B019  (specs live as long as the process)
     def slots(self, repeat: int) -> tuple[Slot, ...]:
         """All slots in Keras' weight order, with repeated rows expanded `repeat` times."""
-        return tuple(slot for layer in self.layers(repeat) for slot in self.block(*layer))
+        return tuple(slot for layer in self.layers(repeat) for slot in self.block(*layer, repeat))
 
     def layers(self, repeat: int) -> Iterator[tuple[Row, int, int | None]]:
         """Each layer in Keras' order: its row, its number within its class, and its repetition.
@@ -314,26 +376,54 @@ class Spec:
         ordinals: dict[str, int] = {}
         for row in self.rows:
             for i in range(repeat) if row.repeated else (None,):
-                ordinal = ordinals.get(row.layer, 0)
+                ordinal = 0 if row.fixed else ordinals.get(row.layer, 0)
                 ordinals[row.layer] = ordinal + 1
                 yield row, ordinal, i
 
 
-def _leaf(entry: list[str], lists: Mapping[str, list[str]]) -> Leaf:
-    path, module, layout, sizes, *tag = entry
-    version, condition = (tag[0] if tag else None), None
-    if version and version.startswith("if "):
-        left, right = version.removeprefix("if ").split(" != ")
-        version, condition = None, (Size.parse(left), Size.parse(right))
-    return Leaf(
-        path=path,
-        attribute=_attribute(path, lists),
-        module=module,
-        layout=LAYOUTS[layout],
-        sizes=tuple(Size.parse(s) for s in sizes.split()),
-        condition=condition,
-        version=version,
-    )
+def flag(name: str, repeat: int | None) -> str:
+    """The flag that says whether block number `repeat` has the property `name`."""
+    return f"{name}.{repeat}"
+
+
+def _sum(sizes: Iterable[Size]) -> Size:
+    first, *rest = sizes
+    for size in rest:
+        first += size
+    return first
+
+
+def _share(before: Sequence[Piece], piece: Piece, bound: Mapping[str, Size]) -> Share:
+    first = _sum(p.size for p in before).substitute(bound) if before else Size(())
+    return Share(first, piece.size.substitute(bound))
+
+
+def _leaf(entry: list[str], lists: Mapping[str, list[str]], versions: Collection[str]) -> Leaf:
+    path, modules, layout, sizes, *tags = entry
+    kind, found = LAYOUTS[layout], [Size.parse(size) for size in sizes.split()]
+    names = modules.split() or [""]
+    fixed, sizes_of_pieces = found[: len(kind.sizes) - 1], found[len(kind.sizes) - 1 :]
+    if len(names) > 1 and any(variable.keras[-1] != kind.sizes[-1] for variable in kind.variables):
+        raise ValueError(f"{path}: layers of layout {layout} have no pieces")
+    pieces = [
+        Piece(name.partition("[")[0], size, int(name.partition("[")[2].removesuffix("]") or 0))
+        for name, size in zip(names, sizes_of_pieces, strict=True)
+    ]
+    leaf = Leaf(path, _attribute(path, lists), kind, tuple(fixed), tuple(pieces))
+    for tag in tags:
+        word, _, rest = tag.partition(" ")
+        if word not in ("if", "unless"):
+            if unknown := set(tag.split()) - set(versions):
+                raise ValueError(f"{path}: no version {min(unknown)}")
+            leaf = replace(leaf, versions=frozenset(tag.split()))
+        elif " != " in rest:
+            left, right = rest.split(" != ")
+            leaf = replace(leaf, conditions=(*leaf.conditions, (Size.parse(left), Size.parse(right))))
+        elif rest in ("first", "last"):
+            leaf = replace(leaf, ends=(*leaf.ends, (rest, word == "if")))
+        else:
+            leaf = replace(leaf, flags=(*leaf.flags, (rest, word == "if")))
+    return leaf
 
 
 def _attribute(path: str, lists: Mapping[str, list[str]]) -> str:
@@ -350,19 +440,19 @@ def _load(name: str, data: Mapping[str, Any]) -> Table:
         folder=data["folder"],
         weights=data["weights"],
         diffusers=data["diffusers"],
-        versions={n: Version(n, v["dims"], v["config"]) for n, v in data["versions"].items()},
+        versions={
+            n: Version(n, v["dims"], v["config"], v.get("blocks", {})) for n, v in data["versions"].items()
+        },
         parts={
-            part: tuple(
-                Row(layer, module, tuple(Size.parse(s) for s in sizes.split()))
-                for layer, module, sizes in entry["rows"]
-            )
-            for part, entry in data["parts"].items()
+            part: tuple(Row.parse(*row) for row in entry["rows"]) for part, entry in data["parts"].items()
         },
         keras={part: entry["keras"] for part, entry in data["parts"].items()},
+        places={part: entry.get("within", "") for part, entry in data["parts"].items()},
+        groups={part: entry.get("group", _LAYERS) for part, entry in data["parts"].items()},
         blocks={
             name: (
                 tuple(block["params"]),
-                tuple(_leaf(entry, block.get("lists", {})) for entry in block["leaves"]),
+                tuple(_leaf(entry, block.get("lists", {}), data["versions"]) for entry in block["leaves"]),
             )
             for name, block in data["blocks"].items()
         },
@@ -370,6 +460,9 @@ def _load(name: str, data: Mapping[str, Any]) -> Table:
         entries=_entries(data.get("entries", {})),
         nominal=data.get("nominal", {}),
         aliases=data.get("aliases", {}),
+        names=data.get("names", {}),
+        equal=data.get("equal", {}),
+        stated=data.get("stated", {}),
     )
 
 
@@ -413,6 +506,16 @@ def specs() -> tuple[Spec, ...]:
 def layer_classes() -> frozenset[str]:
     """The classes of all layers that have a row in some table, in snake case."""
     return frozenset(row.layer for spec in specs() for row in spec.rows)
+
+
+@cache
+def open_places() -> dict[str, frozenset[str]]:
+    """The places of parts whose layers are in no group, and the names of their lists of layers."""
+    return {
+        spec.place: frozenset(row.layer.partition("/")[0] for row in spec.rows if "/" in row.layer)
+        for spec in specs()
+        if spec.place and not spec.table.groups[spec.part]
+    }
 
 
 def table_of(part: str) -> Table:

@@ -222,7 +222,7 @@ def read_values(match: Match, slot: Slot, tensor: Tensor, shape: tuple[int, ...]
     """
     values = values_of(tensor)
     if not match.keras and slot.variable.reverses:
-        values = reverse(values, core(shape)[::-1], shape)
+        values = reverse(values, core(slot.part_shape(match.dims, keras=False))[::-1], shape)
     if values.shape != shape:
         raise Error(f"{match.source.path}: {tensor.name} is {list(values.shape)}, not {list(shape)}.")
     return values.astype("float32", copy=False)

@@ -14,7 +14,8 @@ from kcv2diffusers.dtypes import DTYPES
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.json_text import parse_object
 from kcv2diffusers.maps.parts import Family, family_of
-from kcv2diffusers.maps.tables import Size, Table, tables_of
+from kcv2diffusers.maps.sizes import Size, solved
+from kcv2diffusers.maps.tables import REPEAT, Table, flag, tables_of
 from kcv2diffusers.pipeline.modelspec import OWN, own_sections, prediction_in
 from kcv2diffusers.pipeline.scheduler import SCHEDULER, read_scheduler, scheduler_of
 from kcv2diffusers.pipeline_files import CONFIG_FILE, SCHEDULER_FILE
@@ -52,7 +53,8 @@ def config_of(
 ) -> dict[str, Any]:
     """Return config.json of a component: the entries of its table with sizes filled in.
 
-    `dims` are the values of the table's symbols. "words" is the vocabulary size without placeholder tokens;
+    `dims` are the values of the table's symbols and flags. A flag without a block number becomes the list of
+    the blocks that have it. "words" is the vocabulary size without placeholder tokens;
     "bos" and "eos" are the ids of its special tokens (default: its last two). `image_size` is in pixels.
     `overrides` replace entries.
     """
@@ -66,8 +68,17 @@ def config_of(
     }
     module, name = table.diffusers.split(".")
     own = {"_class_name": name} if module == "diffusers" else LOADED
-    entries = {**table.config, **table.versions[version].config, **(overrides or {})}
-    return own | {key: _value(value, sizes) for key, value in entries.items()}
+    stated = overrides or {}
+    sizes |= {
+        symbol: stated[entry] for symbol, entry in table.stated.items() if type(stated.get(entry)) is int
+    }
+    sizes = solved(sizes, table.equal)
+    blocks = {
+        f"${name}": [i for i in range(sizes.get(REPEAT, 0)) if sizes.get(flag(name, i))]
+        for name in table.flags
+    }
+    entries = {**table.config, **table.versions[version].config, **stated}
+    return own | {name: _value(value, sizes, blocks) for name, value in entries.items()}
 
 
 def untold(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +108,8 @@ def require_heads(match: Match, overrides: Mapping[str, Any]) -> None:
     """Raise Error for a model of non-standard widths if its number of heads is missing or invalid."""
     folder, entries = match.spec.table.folder, match.spec.table.entries
     heads = entries.heads
-    if not heads or (match.known and heads not in overrides):
+    told = next((symbol for symbol, entry in match.spec.table.stated.items() if entry == heads), None)
+    if not heads or ((match.known or told in match.dims) and heads not in overrides):
         return
     if heads not in overrides:
         raise Error(
@@ -118,11 +130,11 @@ def require_heads(match: Match, overrides: Mapping[str, Any]) -> None:
         )
 
 
-def _value(value: Any, dims: Mapping[str, int]) -> Any:
+def _value(value: Any, dims: Mapping[str, int], blocks: Mapping[str, list[int]]) -> Any:
     if isinstance(value, list):
-        return [_value(item, dims) for item in value]
+        return [_value(item, dims, blocks) for item in value]
     if isinstance(value, str) and value.startswith("$"):
-        return Size.parse(value[1:]).value(dims)
+        return blocks[value] if value in blocks else Size.parse(value[1:]).value(dims)
     return value
 
 

@@ -13,10 +13,12 @@ import shutil
 import tempfile
 import zipfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from kcv2diffusers.errors import SourceError
 from kcv2diffusers.json_text import parse_object
+from kcv2diffusers.maps.tables import open_places
 from kcv2diffusers.sources.foreign import reason
 from kcv2diffusers.sources.hdf5 import Tree, read_tree
 from kcv2diffusers.sources.legacy_h5 import split_number
@@ -37,11 +39,15 @@ def read(tree: Tree, container: str = ".weights.h5") -> list[Source]:
     found: dict[tuple[str, str], dict[str, dict[str, Tensor]]] = {}
     others = []
     for path, tensor in tree.tensors.items():
-        if match := _PATH.match(path):
+        if match := _open_places().match(path):
+            inside, kind = match[1], "layers"
+            layer, variable = _in_list(match[1], match[2])
+        elif match := _PATH.match(path):
             inside, kind, layer, variable = match.groups()
-            found.setdefault((inside.rstrip("/"), kind), {}).setdefault(layer, {})[variable] = tensor
         else:
             others.append(tensor)
+            continue
+        found.setdefault((inside.rstrip("/"), kind), {}).setdefault(layer, {})[variable] = tensor
     # Keras 3 stores every layer's name beside its variables, tf-keras does not.
     named = any("name" in attributes for attributes in tree.attributes.values())
     models: list[Source] = []
@@ -59,6 +65,23 @@ def read(tree: Tree, container: str = ".weights.h5") -> list[Source]:
             )
         )
     return models
+
+
+@cache
+def _open_places() -> re.Pattern[str]:
+    """Matches the path of a variable in a part whose layers are in no group: the part's place, the rest."""
+    places = "|".join(map(re.escape, open_places()))
+    return re.compile(rf"^((?:.+/|)(?:{places}))/((?:.+/)?vars/\d+)$" if places else r"(?!)")
+
+
+def _in_list(place: str, path: str) -> tuple[str, str]:
+    """The outer layer in the path of a variable, with its list if it is in one, and the path inside it."""
+    first, _, rest = path.partition("/")
+    lists = next(names for name, names in open_places().items() if f"/{place}".endswith(f"/{name}"))
+    if first in lists:
+        layer, _, rest = rest.partition("/")
+        return f"{first}/{layer}", rest
+    return first, rest
 
 
 def _layer(name: str, tensors: dict[str, Tensor], keras2: bool) -> StoredLayer:

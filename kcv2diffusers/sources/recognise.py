@@ -10,18 +10,19 @@ tensor: it belongs to a part, is of a known kind that no pipeline has (`leftover
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kcv2diffusers.errors import PlanError, SourceError, plain
 from kcv2diffusers.hub.address import shown
-from kcv2diffusers.maps.parts import label
-from kcv2diffusers.maps.tables import REPEAT, Slot, Spec, specs
+from kcv2diffusers.maps.parts import label, parts
+from kcv2diffusers.maps.sizes import solved
+from kcv2diffusers.maps.tables import REPEAT, Share, Slot, Spec, specs
 from kcv2diffusers.sources.leftovers import EMA, described, is_average, kind_of
 from kcv2diffusers.sources.pieces import pieces_of
 from kcv2diffusers.sources.source import KEYS, Source, StoredLayer, Style
-from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.sources.tensor import Tensor, columns, rows
 
 _LISTED = 8
 _MAX_REPEAT = 1000  # layers of one kind; the limit guards against a layer named NAME_999999999
@@ -32,7 +33,8 @@ class Match:
     """A source fitted to a part.
 
     - `dims`: the solved sizes by symbol of the table
-    - `found`: the tensors by slot, in Keras' weight order
+    - `found`: the tensors by slot, in Keras' weight order; for a piece of a stored tensor that piece
+    - `stored`: the tensors of the source that these are or are taken from
     - `missing`, `unexpected`, `mismatched`: descriptions of the tensors that do not fit
     - `keras`: whether the tensors have Keras' layout; False means that of diffusers
     - `leftovers`: the tensors of the checkpoint that belong to no part but are of a known kind, by kind
@@ -51,6 +53,7 @@ class Match:
     keras: bool = True
     leftovers: dict[str, list[Tensor]] = field(default_factory=dict)
     strangers: list[str] = field(default_factory=list)
+    stored: list[Tensor] = field(default_factory=list)
 
     @property
     def part(self) -> str:
@@ -77,6 +80,17 @@ class Match:
         """Whether the sizes are those of a released model."""
         nominal = self.spec.table.versions[self.version].dims
         return all(self.dims.get(name) == value for name, value in nominal.items() if name != "latent")
+
+    @property
+    def named(self) -> bool:
+        """Whether the name of the file is one that people give to the part."""
+        hint = parts()[self.part].hint
+        return hint is not None and hint.search(self.source.path.name) is not None
+
+    @property
+    def likeness(self) -> int:
+        """The number of sizes that are those of the released model of this version."""
+        return sum(self.dims.get(name) == value for name, value in self.spec.nominal.items())
 
     @property
     def problems(self) -> int:
@@ -141,13 +155,23 @@ def recognise(source: Source) -> Match:
 
 def _best(source: Source) -> Match | None:
     matches = [fit(source, spec) for spec in specs() if _may_be(source, spec)]
-    best = max(matches, key=lambda m: (len(m.found) - m.problems, m.known))
+    best = max(matches, key=lambda m: (len(m.found) - m.problems, m.known, m.named, m.likeness))
     return best if len(best.found) > best.problems else None
 
 
 def _may_be(source: Source, spec: Spec) -> bool:
-    """Whether the part and version that the reader of a source has determined, if any, allow `spec`."""
-    return source.part in (None, spec.part) and source.version in (None, spec.version)
+    """Whether the part and version that the reader of a source has determined, if any, allow `spec`.
+
+    So must its place in the checkpoint, if that is the place of some part in a whole model.
+    """
+    if source.part not in (None, spec.part) or source.version not in (None, spec.version):
+        return False
+    stands = any(_is_at(source, other) for other in specs())
+    return _is_at(source, spec) if stands else bool(spec.table.groups[spec.part])
+
+
+def _is_at(source: Source, spec: Spec) -> bool:
+    return bool(spec.place) and f"/{source.inside}".endswith(f"/{spec.place}")
 
 
 def _unknown(path: Path, count: int, whose: str = "KerasCV ") -> SourceError:
@@ -176,8 +200,8 @@ def _checkpoint(path: Path, models: list[Source]) -> list[Match]:
         whose = "" if all(model.style is Style.NAMED for model in models) else "KerasCV "
         raise _unknown(path, sum(len(model.tensors) for model in models), whose)
     kept = [match for match in matches if not _is_copy(match, matches)]
-    used = {id(tensor) for match in kept for tensor in match.found.values()}
-    stored = {(t.crc32c, t.shape) for match in kept for t in match.found.values() if t.crc32c is not None}
+    used = {id(tensor) for match in kept for tensor in match.stored}
+    stored = {(t.crc32c, t.shape) for match in kept for t in match.stored if t.crc32c is not None}
     leftovers: dict[str, list[Tensor]] = {}
     strangers: list[Tensor] = []
     for model in models:
@@ -231,28 +255,56 @@ def fit(source: Source, spec: Spec) -> Match:
     if source.style is Style.FLAT:
         source = _split(source, spec)
     layers = _classified(source, spec)
+    layers |= {(spec.table.names.get(name, name), number): layer for (name, number), layer in layers.items()}
     repeat = max((o + 1 for name, o in layers if name == spec.repeated_layer and o < _MAX_REPEAT), default=0)
-    expected = spec.slots(repeat)
     key = KEYS[source.style]
     found: dict[Slot, Tensor] = {}
-    used: set[int] = set()
-    for slot in expected:
+    for slot in spec.slots(repeat):
         layer = layers.get((slot.layer, slot.ordinal))
         tensor = layer.tensors.get(key(slot)) if layer else None
         if tensor is not None:
             found[slot] = tensor
-            used.add(id(tensor))
-    match = Match(spec, source, _dims(found, spec, repeat, keras=True), found)
+    match, expected = _matched(
+        spec, source, found, repeat, lambda slot: (slot.layer, slot.ordinal, key(slot)), keras=True
+    )
     short = _short_layers(source, layers, expected, match)
     _check(match, [slot for slot in expected if slot.layer not in short])
+    used = {id(tensor) for tensor in match.stored}
     match.unexpected.extend(described(t) for t in source.tensors if id(t) not in used)
     return match
 
 
-def fit_diffusers(source: Source, spec: Spec) -> Match:
+def _matched(
+    spec: Spec,
+    source: Source,
+    found: Mapping[Slot, Tensor],
+    repeat: int,
+    place: Callable[[Slot], object],
+    *,
+    keras: bool,
+    stated: Mapping[str, int] | None = None,
+) -> tuple[Match, list[Slot]]:
+    """The match of the stored tensors `found`, not yet checked, and the slots that it should have.
+
+    `place` identifies the stored tensor of a slot. `stated` are sizes that the shapes do not determine.
+    """
+    # A block has a property if it has a tensor that only blocks with this property have.
+    slots, flags = spec.slots(repeat), dict[str, int]()
+    without = {place(slot) for slot in slots for _, wanted in slot.flags if not wanted}
+    for slot in slots:
+        for name, wanted in slot.flags:
+            flags[name] = flags.get(name, 0) | int(wanted and slot in found and place(slot) not in without)
+    expected = [slot for slot in slots if slot.has(flags)]
+    mine = {slot: found[slot] for slot in expected if slot in found}
+    dims = _dims(mine, spec, repeat, stated or {}, keras=keras) | flags
+    whole = list({id(tensor): tensor for tensor in mine.values()}.values())
+    return Match(spec, source, dims, mine, keras=keras, stored=whole), expected
+
+
+def fit_diffusers(source: Source, spec: Spec, stated: Mapping[str, int] | None = None) -> Match:
     """Fit the tensors of a diffusers file (`source.flat`) or a NAMED source to the slots of a part, by name.
 
-    Tensors that belong to other parts are ignored.
+    Tensors that belong to other parts are ignored. `stated` are sizes that config.json states.
     """
     by_name: Mapping[str | None, Tensor] = {spec.table.rename(tensor.name): tensor for tensor in source.flat}
     if source.style is Style.NAMED:
@@ -263,25 +315,28 @@ def fit_diffusers(source: Source, spec: Spec) -> Match:
         first = spec.block(row, 0, 0)[0].target
         while first.replace(".0.", f".{repeat}.", 1) in by_name:
             repeat += 1
-    expected = spec.slots(repeat)
-    found = {slot: by_name[slot.target] for slot in expected if slot.target in by_name}
-    match = Match(spec, source, _dims(found, spec, repeat, keras=False), found, keras=False)
+    found = {slot: by_name[slot.target] for slot in spec.slots(repeat) if slot.target in by_name}
+    match, expected = _matched(
+        spec, source, found, repeat, lambda slot: slot.target, keras=False, stated=stated
+    )
     _check(match, expected)
     return match
 
 
-def _dims(found: dict[Slot, Tensor], spec: Spec, repeat: int, *, keras: bool) -> dict[str, int]:
+def _dims(
+    found: dict[Slot, Tensor], spec: Spec, repeat: int, stated: Mapping[str, int], *, keras: bool
+) -> dict[str, int]:
     """The value of each symbol, by majority over the axes whose size is that symbol times a factor."""
     votes: dict[str, Counter[int]] = {}
     for slot, tensor in found.items():
         shape = slot.shape if keras else slot.diffusers_shape
         if len(shape) == len(tensor.shape):
             for size, value in zip(shape, tensor.shape, strict=True):
-                solved = size.solve(value)
-                if solved and solved[1]:  # a model has no size of 0
-                    votes.setdefault(solved[0], Counter())[solved[1]] += 1
+                vote = size.solve(value)
+                if vote and vote[1]:  # a model has no size of 0
+                    votes.setdefault(vote[0], Counter())[vote[1]] += 1
     dims = {symbol: counter.most_common(1)[0][0] for symbol, counter in votes.items()}
-    return dims | ({REPEAT: repeat} if spec.repeated_layer else {})
+    return solved({**stated, **dims}, spec.table.equal) | ({REPEAT: repeat} if spec.repeated_layer else {})
 
 
 def _check(match: Match, expected: Iterable[Slot]) -> None:
@@ -300,6 +355,16 @@ def _check(match: Match, expected: Iterable[Slot]) -> None:
             match.unexpected.append(described(tensor))
         elif tensor.shape != tuple(size.value(dims) for size in shape):
             match.mismatched.append(f"{described(tensor)}, expected {wanted}{other}")
+        else:
+            match.found[slot] = _piece(tensor, slot.columns if match.keras else slot.rows, match)
+
+
+def _piece(tensor: Tensor, share: Share | None, match: Match) -> Tensor:
+    """The share of a stored tensor that belongs to a slot."""
+    if share is None:
+        return tensor
+    cut = columns if match.keras else rows
+    return cut(tensor, share.first.value(match.dims) or 0, share.count.value(match.dims) or 0)
 
 
 def _short_layers(
@@ -324,7 +389,8 @@ def _short_layers(
 def _classified(source: Source, spec: Spec) -> dict[tuple[str, int], StoredLayer]:
     """Layers by (class, number); if the container has no class names, the variables determine the class."""
     if source.style is not Style.ATTRIBUTE:
-        return {(layer.layer or "", layer.ordinal or 0): layer for layer in source.layers}
+        named = {(layer.name, 0): layer for layer in source.layers} if source.style is Style.PATH else {}
+        return named | {(layer.layer or "", layer.ordinal or 0): layer for layer in source.layers}
     key = KEYS[source.style]
     keys = {row.layer: {key(slot) for slot in spec.block(row, 0, 0)} for row in spec.rows}
     counts: Counter[str] = Counter()
@@ -354,7 +420,7 @@ def _split(source: Source, spec: Spec) -> Source:
         if at < len(source.flat) and leaf != skipped and _could_be(slot, source.flat[at]):
             tensors.setdefault((slot.layer, slot.ordinal), {})[key(slot)] = source.flat[at]
             at += 1
-        elif slot.condition is None:
+        elif not slot.conditions:
             break
         else:
             skipped = leaf

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -83,11 +84,19 @@ def lay_out(path: Path, arrays: Iterable[tuple[str, tuple[int, ...], np.dtype]])
 
 def _lay_out(file: h5py.File, path: Path, match: Match, name: Callable[[Slot], str]) -> Iterator[Job]:
     create = _creator(file)
+    offsets: dict[str, int] = {}
     for slot, tensor in match.slots():
-        shape = tuple(size.value(match.dims) or 0 for size in slot.shape)
-        offset = create(name(slot), shape, np.dtype(_DTYPE))
-        turned = core(shape)[::-1] if slot.variable.reverses and not match.keras else None
-        yield Job(slot.target, tensor, turned, np.dtype(_DTYPE), path, offset)
+        shape, place = tuple(size.value(match.dims) or 0 for size in slot.shape), name(slot)
+        if place not in offsets:
+            offsets[place] = create(place, shape, np.dtype(_DTYPE))
+        turned = slot.variable.reverses and not match.keras
+        axes = core(slot.part_shape(match.dims, keras=False))[::-1] if turned else None
+        job = Job(slot.target, tensor, axes, np.dtype(_DTYPE), path, offsets[place])
+        if slot.columns is not None:
+            first = slot.columns.first.value(match.dims) or 0
+            pitch = shape[-1] if len(shape) > 1 else None
+            job = replace(job, offset=job.offset + first * _DTYPE.itemsize, pitch=pitch)
+        yield job
 
 
 def _creator(file: h5py.File) -> Callable[[str, tuple[int, ...], np.dtype], int]:

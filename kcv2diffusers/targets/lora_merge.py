@@ -106,13 +106,14 @@ def merged(match: Match, merges: Sequence[Merge]) -> Match:
         place = _place(match, slot)
         changes = [(m.lora.updates[place], m.strength) for m in merges if place and place in m.lora.updates]
         if changes:
-            turned = match.keras and slot.variable.reverses
+            axes = keras_axes(match, slot)
             found[slot] = replace(
                 tensor,
                 dtype=DTYPES["float32"],
                 offset=None,
-                load=partial(_load, tensor, turned, changes),
+                load=partial(_load, tensor, axes, changes),
                 crc32c=None,
+                pitch=None,
             )
         else:
             found[slot] = tensor
@@ -140,17 +141,25 @@ def float_values(tensor: Tensor) -> np.ndarray:
     return np.array(stored, np.float32, order="C")
 
 
-def kernel_view(values: np.ndarray, turned: bool) -> np.ndarray:
-    """Return a view of a kernel as (outputs, inputs, positions). `turned` means that it has Keras' layout."""
-    if turned:
-        return values.reshape(core(values.shape)).transpose(2, 1, 0)
+def keras_axes(match: Match, slot: Slot) -> tuple[int, int, int] | None:
+    """Return the axes (positions, inputs, outputs) of a kernel in Keras' layout; None for diffusers'."""
+    turned = match.keras and slot.variable.reverses
+    return core(slot.part_shape(match.dims, keras=False)) if turned else None
+
+
+def kernel_view(values: np.ndarray, axes: tuple[int, int, int] | None) -> np.ndarray:
+    """Return a view of a kernel as (outputs, inputs, positions). `axes` are as in `keras_axes`."""
+    if axes:
+        return values.reshape(axes).transpose(2, 1, 0)
     return values.reshape(*values.shape[:2], -1)
 
 
-def _load(tensor: Tensor, turned: bool, changes: Sequence[tuple[Update, float]]) -> np.ndarray:
-    """Return the weight with its updates, float32, in the layout of `tensor` (Keras' if `turned`)."""
+def _load(
+    tensor: Tensor, axes: tuple[int, int, int] | None, changes: Sequence[tuple[Update, float]]
+) -> np.ndarray:
+    """Return the weight with its updates, float32, in the layout of `tensor` (Keras' if it has `axes`)."""
     values = float_values(tensor)
-    weight = kernel_view(values, turned)
+    weight = kernel_view(values, axes)
     outputs, inputs, positions = weight.shape
     step = max(1, _BLOCK // (4 * inputs * positions))
     for update, strength in changes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,25 +24,41 @@ from kcv2diffusers.targets.transfer import Job
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a target file: its name and shape there, and its source.
+    """One tensor of a target file, or a piece of one: its name and shape there, and its source.
 
-    `core` are the three axes of the source to reverse, None if the values keep their order.
+    `core` are the three axes of the source to reverse, None if the values keep their order. A piece begins at
+    row `first` of the tensor.
     """
 
     name: str
     shape: tuple[int, ...]
     tensor: Tensor
     core: tuple[int, int, int] | None
+    first: int = 0
 
 
 def diffusers_entries(match: Match) -> list[Entry]:
-    """Return the diffusers tensors of a part, which may come from Keras or from diffusers."""
+    """Return the diffusers tensors of a part, or their pieces; it may come from Keras or from diffusers."""
     entries = []
     for slot, tensor in match.slots():
         turned = match.keras and slot.variable.reverses
-        shape = tuple(size.value(match.dims) or 0 for size in slot.diffusers_shape)
-        entries.append(Entry(slot.target, shape, tensor, core(tensor.shape) if turned else None))
+        shape = slot.part_shape(match.dims, keras=False)
+        first = slot.rows.first.value(match.dims) or 0 if slot.rows else 0
+        entries.append(Entry(slot.target, shape, tensor, core(shape) if turned else None, first))
     return entries
+
+
+def together(entries: Iterable[Entry], dtype: np.dtype) -> list[Stored]:
+    """Return the tensors that entries are, or that their pieces make up, in the order of first occurrence."""
+    pieces: dict[str, list[Entry]] = {}
+    for entry in entries:
+        pieces.setdefault(entry.name, []).append(entry)
+    tensors = []
+    for name, held in pieces.items():
+        held.sort(key=lambda entry: entry.first)
+        shape = (sum(entry.shape[0] for entry in held), *held[0].shape[1:]) if held[1:] else held[0].shape
+        tensors.append(Stored(name, shape, dtype, tuple(held)))
+    return tensors
 
 
 def common_dtype(tensors: Iterable[Tensor]) -> np.dtype:
@@ -69,7 +85,7 @@ class Stored:
 
 def write_safetensors(path: Path, entries: Sequence[Entry], dtype: np.dtype) -> list[Job]:
     """Allocate the file, write its header, and return the jobs that fill it."""
-    return write_stored(path, [Stored(entry.name, entry.shape, dtype, (entry,)) for entry in entries])
+    return write_stored(path, together(entries, dtype))
 
 
 def write_stored(
@@ -99,4 +115,4 @@ def write_stored(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         allocate(file.fileno(), start + offset)
-    return [Job(j.name, j.tensor, j.core, j.dtype, j.target, start + j.offset) for j in jobs]
+    return [replace(job, offset=start + job.offset) for job in jobs]

@@ -44,7 +44,8 @@ class Job:
     """The transfer of one tensor: write `tensor` to `offset` (bytes) of `target` as `dtype`.
 
     `core` are the three axes to reverse (source order), None if the values keep their order. `name` is used
-    in messages.
+    in messages. If `pitch` is given, the values become a range of columns of a larger tensor: `pitch` is the
+    distance of its rows in elements.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Job:
     dtype: np.dtype
     target: Path
     offset: int
+    pitch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +114,18 @@ class Worker:
 
     @contextmanager
     def values(self, tensor: Tensor) -> Iterator[np.ndarray]:
-        """Yield the values of a tensor as a 1-d array, valid inside the block: loaded or memory-mapped."""
+        """Yield the values of a tensor, loaded or memory-mapped: one axis, or rows of a larger tensor.
+
+        They are valid inside the block.
+        """
         if tensor.load is not None:
             yield np.ascontiguousarray(tensor.load()).reshape(-1).view(tensor.dtype)
             return
         mapped, offset = self.files.read[tensor.path], tensor.offset or 0
-        if offset + tensor.nbytes > len(mapped):
+        if offset + tensor.extent > len(mapped):
             raise SourceError(tensor.path, f"{tensor.name}: the file ends within it.")
         first = offset - offset % mmap.PAGESIZE
-        pages = first, offset + tensor.nbytes - first
+        pages = first, offset + tensor.extent - first
         advise = hasattr(mmap, "MADV_DONTNEED")  # not on Windows
         if advise and sys.platform == "linux":
             try:
@@ -129,14 +134,25 @@ class Worker:
                 if error.errno == errno.EFAULT:  # reading these pages would kill the process (SIGBUS)
                     problem = f"{tensor.name}: cannot be read; the file was cut meanwhile, or its disk fails."
                     raise SourceError(tensor.path, problem) from error
-        yield np.frombuffer(mapped, np.uint8, tensor.nbytes, offset).view(tensor.dtype)
+        yield tensor.view(mapped, offset)
         if advise:
             mapped.madvise(mmap.MADV_DONTNEED, *pages)
 
     def write(self, job: Job, values: np.ndarray, start: int) -> None:
-        """Write contiguous values into the target, from element `start` of the tensor on."""
-        fd, offset = self.files.write[job.target], job.offset + start * values.itemsize
-        view = memoryview(values.reshape(-1).view(np.uint8).data)
+        """Write contiguous values into the target, from element `start` of the tensor on.
+
+        If the target's rows lie apart, the values must be whole rows.
+        """
+        if job.pitch is None:
+            self.put(job, values, job.offset + start * values.itemsize)
+            return
+        first = start // values.shape[-1]
+        for number, row in enumerate(values, first):
+            self.put(job, row, job.offset + number * job.pitch * values.itemsize)
+
+    def put(self, job: Job, values: np.ndarray, offset: int) -> None:
+        """Write contiguous values into the target file at a byte offset."""
+        fd, view = self.files.write[job.target], memoryview(values.reshape(-1).view(np.uint8).data)
         while view:
             done = write_at(fd, view[:_WRITE], offset)
             view, offset = view[done:], offset + done
@@ -156,12 +172,16 @@ class Worker:
 
     def copy(self, job: Job, source: np.ndarray) -> None:
         """Transfer values in their stored order, cast to the target's dtype."""
-        step = _SLICE // job.dtype.itemsize
-        for start in range(0, source.size, step):
+        width = 1
+        if source.ndim > 1 or job.pitch is not None:
+            width = job.tensor.shape[-1]
+            source = source.reshape(-1, width)
+        step = max(1, _SLICE // (job.dtype.itemsize * width))
+        for start in range(0, len(source), step):
             part = source[start : start + step]
             target = self.buffer("target", part.shape, job.dtype)
             self.bring(part, target)
-            self.write(job, target, start)
+            self.write(job, target, start * width)
 
     def reverse(self, job: Job, source: np.ndarray) -> None:
         """Transpose (few, rows, columns) to (columns, rows, few): matrices, and kernels to diffusers.

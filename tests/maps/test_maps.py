@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kcv2diffusers.conversion import map_check
 from kcv2diffusers.errors import Error
 from kcv2diffusers.maps import original, parts, tables
-from kcv2diffusers.maps.tables import Size
+from kcv2diffusers.maps.sizes import Size
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from kcv2diffusers.conversion.map_check import _not_inverse
 from kcv2diffusers.errors import Error, SourceError
 from kcv2diffusers.maps.layouts import LAYOUTS, core, reverse
+from kcv2diffusers.maps.sizes import Size
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.system.processes import FORKS
 from kcv2diffusers.targets import stream, transfer
@@ -66,11 +67,14 @@ def test_any_shape(tmp_path_factory, shape, source, target, turned, block, seed)
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_are_inverted_by_the_stream_too(tmp_path: Path, layout: str) -> None:
-    sizes = {"1": 1, "size": 3, "in": 6, "out": 4, "width": 5, "rows": 7}
+    sizes = {"size": 3, "in": 6, "out": 4, "width": 5, "rows": 7, "heads": 2, "head": 8, "side": 3}
     for variable in LAYOUTS[layout].variables:
-        shape = tuple(sizes[s] for s in variable.keras)
+        shape, target = (
+            tuple(Size.parse(s).value(sizes) or 0 for s in side)
+            for side in (variable.keras, variable.diffusers)
+        )
         values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        axes = core(shape) if variable.reverses else None
+        axes = core(target) if variable.reverses else None
         there, _ = through(tmp_path, values, axes, np.dtype("<f4"))
         back, _ = through(tmp_path, there, axes[::-1] if axes else None, np.dtype("<f4"))
         np.testing.assert_array_equal(back.reshape(shape), values)
