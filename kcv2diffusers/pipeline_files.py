@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +17,9 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "spiece.model",
 )
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 CARD = "README.md"
 CONFIG_FILE = "kcv2diffusers.json"
 """Beside a checkpoint: config entries that cannot be inferred from the weights."""
@@ -44,6 +47,13 @@ def variant_of(name: str) -> str:
     return name.rsplit("/")[-1].removesuffix(".safetensors").partition(".")[2]
 
 
+def index_name(name: str) -> str:
+    """Return the name of the index of a sharded weight file: model.fp16.safetensors ->
+    model.safetensors.index.fp16.json, as diffusers and transformers name it."""
+    stem, *variant, suffix = name.rsplit(".", 2) if name.count(".") > 1 else name.split(".")
+    return ".".join([stem, suffix, "index", *variant, "json"])
+
+
 def weight_names(name: str, variant: str | None, there: Iterable[str]) -> list[str]:
     """Return the possible names of the weight file `name` of a component, best first.
 
@@ -51,6 +61,7 @@ def weight_names(name: str, variant: str | None, there: Iterable[str]) -> list[s
     other variants, EMA weights come before "non_ema" ones.
     """
     stem, suffix = name.rsplit(".", 1)
-    others = [file for file in sorted(there) if file.startswith(f"{stem}.") and file.endswith(f".{suffix}")]
+    whole = (file for file in sorted(there) if not _SHARD.search(file))
+    others = [file for file in whole if file.startswith(f"{stem}.") and file.endswith(f".{suffix}")]
     others.sort(key=lambda file: "non_ema" in file)
     return list(dict.fromkeys([with_variant(name, variant), name, *others]))

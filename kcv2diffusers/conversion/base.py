@@ -80,7 +80,8 @@ def gather_with_base(
     held = {part: match for part, match in {**filling.parts, **held}.items() if part not in unwanted}
     family = family_of(held)
     missing = [part for part in family.parts if part not in held]
-    lacking = [part for part in missing if part not in unwanted]
+    lacking = [part for part in missing if part not in unwanted and part not in family.optional]
+    check_family(family, held)
     check_missing(family, held, lacking, only_given, notes)
     matches = check_together({p: held[p].require_complete() for p in family.parts if p in held})
     return Gathered(family, matches, missing, filling, only_given, [*paths, *beside], used)
@@ -151,6 +152,17 @@ def find_sibling(
     if wanted:
         raise Error(f"--with-sibling: no hf:// source has a {label(text)} in a repository beside it.")
     return []
+
+
+def check_family(family: Family, parts: Mapping[str, Match]) -> None:
+    """Raise Error if a part belongs to another kind of pipeline than most of them."""
+    strange = next((match for part, match in parts.items() if part not in family.parts), None)
+    if strange is not None:
+        own = next(match for part, match in parts.items() if part in family.parts)
+        raise Error(
+            f"{strange.place} ({strange.label}) and {own.place} ({own.label}) do not belong together.\n"
+            f"Give parts of one family: {family.label} has {', '.join(map(label, family.parts))}."
+        )
 
 
 def check_missing(

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from kcv2diffusers.conversion.base import Base
+from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import shown
-from kcv2diffusers.maps.parts import family_of
+from kcv2diffusers.maps.parts import Family, family_of
 from kcv2diffusers.pipeline.configs import (
     LOADED,
     NOT_KEPT,
@@ -80,17 +81,21 @@ def _of_base(match: Match, base: Base) -> dict[str, Any]:
     return untold(table, component.config) if component else stated_beside(other)
 
 
-def scheduler_for(trained: Match | None, prediction_type: str | None) -> tuple[dict[str, Any] | None, str]:
+def scheduler_for(
+    family: Family, trained: Match | None, prediction_type: str | None
+) -> tuple[dict[str, Any] | None, str]:
     """Return the scheduler config for the part `trained`, and its origin as text.
 
     The config is the one that the part was trained with; a given `prediction_type` overrides its entry. The
-    config is None if `trained` is None.
+    config is None if `trained` is None. Raises Error for a `prediction_type` that the family does not have.
     """
     if trained is None:
         return None, ""
+    if family.scheduler and prediction_type:
+        raise Error(f"--prediction-type: {family.label} has only one.\nOmit the option.")
     config, file = scheduler_with(trained)
-    stated = file.is_file() and config != SCHEDULER
-    origin = f"as {shown(file)} states" if stated else "as Stable Diffusion has it"
+    stated = file.is_file() and config != (family.scheduler or SCHEDULER)
+    origin = f"as {shown(file)} states" if stated else f"as {family.label} has it"
     return config | ({"prediction_type": prediction_type} if prediction_type else {}), origin
 
 

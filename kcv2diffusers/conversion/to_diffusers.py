@@ -19,17 +19,16 @@ from kcv2diffusers.conversion.embeddings import embedding_files
 from kcv2diffusers.conversion.outline import SLACK, Moved, moved
 from kcv2diffusers.conversion.result import Converted
 from kcv2diffusers.conversion.to_single_file import check_format, to_single_file
+from kcv2diffusers.conversion.tokenizers import plan_tokenizers
 from kcv2diffusers.dtypes import ALIASES, DTYPES, full_name
 from kcv2diffusers.errors import Error, no_choice
 from kcv2diffusers.hub.address import shown, snapshots
 from kcv2diffusers.json_text import write_json
-from kcv2diffusers.maps.parts import Family
+from kcv2diffusers.maps.parts import families
 from kcv2diffusers.maps.parts import parts as all_parts
 from kcv2diffusers.maps.tables import Table, tables, tables_of
 from kcv2diffusers.pipeline.configs import model_index
 from kcv2diffusers.pipeline.record import record
-from kcv2diffusers.pipeline.tokenizer_files import TokenizerFiles, find_tokenizer, write_tokenizer
-from kcv2diffusers.pipeline.vocabulary import check_rows, check_tokenizer, homes
 from kcv2diffusers.pipeline_files import (
     COMPONENT_CONFIG,
     CONVERSION_FILE,
@@ -39,18 +38,23 @@ from kcv2diffusers.pipeline_files import (
     RUN_FILE,
     SAMPLES_FILE,
     SCHEDULER_FILE,
-    TOKENIZER,
     VERIFICATION_FILE,
     with_variant,
 )
 from kcv2diffusers.progress import Progress, silent
 from kcv2diffusers.sources.diffusers_pipeline import PREDICTION_TYPES
 from kcv2diffusers.sources.gather import SourcePath, version_of
-from kcv2diffusers.sources.locate import locate, locate_all
+from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.system.output import check_free, check_target, new_folder
 from kcv2diffusers.targets.lora_merge import Merge, check_merges, merged, read_merges
-from kcv2diffusers.targets.safetensors import Entry, common_dtype, diffusers_entries, write_safetensors
+from kcv2diffusers.targets.safetensors import (
+    Entry,
+    common_dtype,
+    diffusers_entries,
+    write_safetensors,
+    write_shards,
+)
 from kcv2diffusers.targets.stream import run_finite
 from kcv2diffusers.targets.transfer import Job
 
@@ -58,7 +62,6 @@ from kcv2diffusers.targets.transfer import Job
 _OUTPUT = (
     MODEL_INDEX,
     SCHEDULER_FILE.parent.name,
-    TOKENIZER,
     CONVERSION_FILE,
     EMBEDDINGS_PATTERN,
     LORA_FILE,
@@ -199,21 +202,26 @@ def convert(
         ema=ema,
     )
     family, matches, filling = gathered.family, gathered.matches, gathered.base
-    complete = not gathered.missing and not gathered.only_given
+    complete = set(gathered.missing) <= set(family.optional) and not gathered.only_given
     text = matches.get(family.tokenizer_part or "")
     check_merges(merges, matches.values())
     notes += [merge.text() for merge in merges]
     given = [*gathered.paths, *filling.paths, *snapshots(gathered.paths)]
-    files = _tokenizer(family, text, tokenizer, given, placeholder_tokens, gathered.only_given)
-    scheduler, scheduler_origin = scheduler_for(matches.get(family.scheduler_part or ""), prediction_type)
-    components = [
-        _component(table, mine, config_for(mine[0], filling, image_size, gelu, files), dtype, variant, merges)
-        for table in tables_of(family)
-        if (mine := [matches[part] for part in table.parts if part in matches])
-    ]
+    tokenizers = plan_tokenizers(family, matches, tokenizer, given, placeholder_tokens, gathered.only_given)
+    scheduler, scheduler_origin = scheduler_for(
+        family, matches.get(family.scheduler_part or ""), prediction_type
+    )
+    components = []
+    for table in tables_of(family):
+        if mine := [matches[part] for part in table.parts if part in matches]:
+            vocabulary = next((t.files for t in tokenizers.values() if t.folder.part in table.parts), None)
+            config = config_for(mine[0], filling, image_size, gelu, vocabulary)
+            components.append(_component(table, mine, config, dtype, variant, merges))
+    first = tokenizers.get(family.tokenizer_part or "")
+    files = first.files if first else None
     earlier = files.placeholder_tokens if files and text and not text.of_pipeline else ()
     embeddings = embedding_files(text, [*earlier, *placeholder_tokens])
-    notes += _remarks(components, complete, dtype)
+    notes += _remarks(components, complete and "safety_checker" in family.index, dtype)
     for match in matches.values():
         if match.source.path.resolve().is_relative_to(target.resolve()):
             raise Error(
@@ -235,7 +243,7 @@ def convert(
         notes=notes,
         moved=[part for component in components for part in component.moved],
         scheduler=f"{scheduler['_class_name']}, {scheduler_origin}" if complete and scheduler else None,
-        tokenizer=shown(files.origin) if files else None,
+        tokenizer=shown(first.origin) if first and first.origin else None,
         dry_run=dry_run,
     )
     if dry_run:
@@ -247,15 +255,13 @@ def convert(
         for path in {job.target for job in jobs}:
             with safe_open(path, framework="numpy"):  # safetensors itself validates the header
                 pass
-        if files is not None:
-            length = text.dims["length"] if text else 77
-            write_tokenizer(files, folder / TOKENIZER, placeholder_tokens, length)
+        for planned_tokenizer in tokenizers.values():
+            planned_tokenizer.write(folder)
         if complete:
+            name = scheduler["_class_name"] if scheduler else None
             if scheduler:
                 write_json(folder / SCHEDULER_FILE, scheduler)
-            write_json(
-                folder / MODEL_INDEX, model_index(family, scheduler["_class_name"] if scheduler else None)
-            )
+            write_json(folder / MODEL_INDEX, model_index(family, name, matches))
             loras = [f"{merge.lora.path.name}:{merge.strength:g}" for merge in merges]
             there = Path(os.path.abspath(target))  # noqa: PTH100
             write_json(folder / CONVERSION_FILE, record(matches, gathered.used, planned.dtypes, there, loras))
@@ -293,50 +299,27 @@ def _lay_out(
         table = component.table
         write_json(folder / table.folder / COMPONENT_CONFIG, component.config)
         path = folder / table.folder / with_variant(table.weights, variant)
-        jobs += write_safetensors(path, component.entries, component.dtype)
+        jobs += write_shards(path, component.entries, component.dtype)
         if text is not None and table is text.spec.table:
             for name, entry in embeddings.items():
                 jobs += write_safetensors(folder / name, [entry], component.dtype)
     return jobs
 
 
-def _remarks(components: Sequence[_Component], complete: bool, dtype: str | None) -> list[str]:
-    """Return notes about properties of the result that the user may not expect."""
+def _remarks(components: Sequence[_Component], unchecked: bool, dtype: str | None) -> list[str]:
+    """Return notes about properties of the result that the user may not expect.
+
+    `unchecked` says that the pipeline could have a safety checker.
+    """
     restored = [f"{c.table.folder} {c.dtype.name}" for c in components if c.restored]
     remarks = []
     if restored:
         remarks.append(
             f"As in the pipeline before to-keras: {', '.join(restored)}; --dtype float32 keeps every bit."
         )
-    if complete:
+    if unchecked:
         remarks.append("The safety checker is off: KerasCV has none.")
     return remarks
-
-
-def _tokenizer(
-    family: Family,
-    text: Match | None,
-    tokenizer: SourcePath | None,
-    given: Sequence[Path],
-    placeholder_tokens: Sequence[str],
-    only_given: bool,
-) -> TokenizerFiles | None:
-    """Return the tokenizer to write, None if there is none to write.
-
-    Raises Error if it does not match the rows of the token embedding.
-    """
-    if text is None:
-        if placeholder_tokens:
-            raise Error("--placeholder-token names rows of a text encoder, and none is given.")
-        return None
-    if only_given and tokenizer is None and not placeholder_tokens:
-        if text.known:
-            check_rows(text, text.spec.nominal["vocabulary"], ())
-        return None
-    named = None if tokenizer is None else locate(tokenizer, parts=())
-    files = find_tokenizer(named, [*homes(text), *given])
-    check_tokenizer(text, files, placeholder_tokens)
-    return files
 
 
 def _dtype(dtype: str | None, variant: str | None) -> str | None:
@@ -357,5 +340,6 @@ def _dtype(dtype: str | None, variant: str | None) -> str | None:
 
 def is_output(path: Path) -> bool:
     """Return whether a folder contains only files that `convert` writes, and may therefore be replaced."""
-    names = [*_OUTPUT, *(table.folder for table in tables().values())]
+    tokenizers = (folder.name for family in families() for folder in family.tokenizers)
+    names = [*_OUTPUT, *tokenizers, *(table.folder for table in tables().values())]
     return all(any(entry.match(name) for name in names) for entry in path.iterdir())

@@ -104,7 +104,7 @@ def to_single_file(
     _check(out, family, matches)
     if (text := family.tokenizer_part) in matches and text is not None:
         matches[text] = _own_vocabulary(matches[text], notes)
-    scheduler, origin = scheduler_for(matches.get(family.scheduler_part or ""), prediction_type)
+    scheduler, origin = scheduler_for(family, matches.get(family.scheduler_part or ""), prediction_type)
     check_merges(merges, matches.values())
     notes += [merge.text() for merge in merges]
     tensors, dtypes, outline = _plan(out, family, matches, dtype, merges)

@@ -53,16 +53,39 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class TokenizerFolder:
+    """A tokenizer of a pipeline.
+
+    - `name`: its folder
+    - `part`: the part whose token embedding its ids index
+    - `kind`: its class in transformers; that of CLIP is written from the vocabulary, others are copied
+    - `also`: other folders that may hold it
+    - `pad`: the padding token (None: the end-of-text token)
+    """
+
+    name: str
+    part: str
+    kind: str
+    also: tuple[str, ...] = ()
+    pad: str | None = None
+
+    @property
+    def copied(self) -> bool:
+        """Whether the folder is copied."""
+        return not self.kind.startswith("CLIPTokenizer")
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of pipeline.
 
-    - `parts`: the parts, all required, in the order of messages
+    - `parts`: the parts in the order of messages; all but those in `optional` are required
     - `image_size`: default height and width in pixels
     - `index`: entries of model_index.json
-    - `tokenizer_part`: the part whose token embedding the tokenizer's ids index; None if the pipeline has no
-      tokenizer folder
+    - `tokenizers`: the tokenizer folders; the placeholder tokens of textual inversion go into the first one
     - `scheduler_part`: the part whose noise schedule in training the scheduler config states; None if the
       pipeline has no scheduler folder
+    - `scheduler`: the scheduler config of all models of the family; empty: that of each model
     - `version_of`: maps a part whose sizes may not determine its version to the part that determines it
     - `agreements`: sizes that must be equal in the parts of one model
     - `bases`: default sources of missing parts by version
@@ -75,13 +98,20 @@ class Family:
     parts: tuple[str, ...]
     image_size: int
     index: Mapping[str, Any]
-    tokenizer_part: str | None = None
+    optional: tuple[str, ...] = ()
+    tokenizers: tuple[TokenizerFolder, ...] = ()
     scheduler_part: str | None = None
+    scheduler: Mapping[str, Any] = field(default_factory=dict)
     version_of: Mapping[str, str] = field(default_factory=dict)
     agreements: tuple[Agreement, ...] = ()
     bases: Mapping[str, str] = field(default_factory=dict)
     no_base: Mapping[str, str] = field(default_factory=dict)
     modelspec: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def tokenizer_part(self) -> str | None:
+        """The part of the first tokenizer; None if the pipeline has none."""
+        return self.tokenizers[0].part if self.tokenizers else None
 
 
 def folders() -> list[Path]:
@@ -201,8 +231,15 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         parts=tuple(data["parts"]),
         image_size=data["image_size"],
         index=index,
-        tokenizer_part=data.get("tokenizer", {}).get("part"),
+        optional=tuple(data.get("optional", ())),
+        tokenizers=tuple(
+            TokenizerFolder(
+                folder, entry["part"], entry["class"], tuple(entry.get("also", ())), entry.get("pad")
+            )
+            for folder, entry in data.get("tokenizers", {}).items()
+        ),
         scheduler_part=data.get("scheduler", {}).get("part"),
+        scheduler=data.get("scheduler", {}).get("config", {}),
         version_of=data.get("version_of", {}),
         agreements=tuple(Agreement(*entry) for entry in data.get("same", {}).get("sizes", ())),
         bases=data.get("bases", {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from kcv2diffusers.maps.tables import REPEAT, Table, flag, tables_of
 from kcv2diffusers.pipeline.modelspec import OWN, own_sections, prediction_in
 from kcv2diffusers.pipeline.scheduler import SCHEDULER, read_scheduler, scheduler_of
 from kcv2diffusers.pipeline_files import CONFIG_FILE, SCHEDULER_FILE
-from kcv2diffusers.sources.diffusers_pipeline import PREDICTION_TYPES, read_header
+from kcv2diffusers.sources.diffusers_pipeline import PREDICTION_TYPES, read_header, read_json
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.source import Style
 from kcv2diffusers.sources.tensor import values_of
@@ -36,9 +36,15 @@ _SAVE_AGAIN = "Correct it, or save the pipeline again with diffusers' save_pretr
 _OTHERS, _SCHEDULER, _DTYPES = "others", "scheduler", "dtypes"
 
 
-def model_index(family: Family, scheduler: str | None) -> dict[str, Any]:
-    """Return model_index.json for a family. `scheduler` is a diffusers class name (None: no scheduler)."""
-    components = {table.folder: table.diffusers.split(".") for table in tables_of(family)}
+def model_index(family: Family, scheduler: str | None, held: Collection[str]) -> dict[str, Any]:
+    """Return model_index.json for a pipeline with the parts `held`.
+
+    `scheduler` is a diffusers class name (None: no scheduler).
+    """
+    components = {
+        table.folder: table.diffusers.split(".") if set(table.parts) & set(held) else [None, None]
+        for table in tables_of(family)
+    } | {t.name: ["transformers", t.kind] if t.part in held else [None, None] for t in family.tokenizers}
     schedulers = {SCHEDULER_FILE.parent.name: ["diffusers", scheduler]} if scheduler else {}
     return {**family.index, **components, **schedulers}
 
@@ -177,6 +183,9 @@ def scheduler_with(unet: Match) -> tuple[dict[str, Any], Path]:
     The config holds the noise schedule with which the UNet was trained. The file is beside the checkpoint, or
     in the pipeline of the UNet.
     """
+    fixed = family_of([unet.part]).scheduler
+    if fixed:
+        return _fixed_scheduler(unet, fixed)
     if unet.source.style is Style.NAMED:
         config = user_scheduler(unet.source.path)
         if _SCHEDULER not in (own_sections(unet.source.metadata) or {}):
@@ -186,6 +195,24 @@ def scheduler_with(unet: Match) -> tuple[dict[str, Any], Path]:
         return user_scheduler(unet.source.path), _beside(unet.source.path) / CONFIG_FILE
     file = unet.source.path.parent.parent / SCHEDULER_FILE
     return scheduler_of(read_scheduler(file.parent.parent), file), file
+
+
+def _fixed_scheduler(trained: Match, config: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """Return the scheduler config of a part of a family that has one for all models; see `scheduler_with`.
+
+    Entries that the pipeline of the part, or the kcv2diffusers.json beside it, states are kept. Raises
+    SourceError if it states another class.
+    """
+    if trained.keras:
+        file, stated = _section(trained.source.path, _SCHEDULER)
+    else:
+        file = trained.source.path.parent.parent / SCHEDULER_FILE
+        stated = read_json(file) if file.is_file() else {}
+    if (name := stated.get("_class_name", config["_class_name"])) != config["_class_name"]:
+        raise SourceError(
+            file, f"_class_name is {str(name)[:40]!r}, not {config['_class_name']}.", "Correct it."
+        )
+    return {**config, **{key: value for key, value in stated.items() if key not in NOT_KEPT}}, file
 
 
 # These detect the prediction type of Stable Diffusion 2 in files that do not state it: in the UNet's last

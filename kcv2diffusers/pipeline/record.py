@@ -180,7 +180,7 @@ def _part(match: Match, out: Path) -> dict[str, Any]:
 
 def _files(source: Source) -> list[Path]:
     """Return the files of a checkpoint that contain tensors. For an unpacked archive, return the archive."""
-    if source.spool is not None or source.path.is_file():
+    if source.spool is not None or (source.path.is_file() and source.path.suffix != ".json"):
         return [source.path]
     return sorted({tensor.path for tensor in source.tensors})
 

@@ -30,7 +30,9 @@ def stated_beside(match: Match, base_states: Mapping[str, Any] | None = None) ->
 def same_shape(match: Match, other: Match | None) -> bool:
     """Return whether two parts have the same sizes, apart from the vocabulary size."""
     return other is not None and all(
-        other.dims.get(name) == size for name, size in match.dims.items() if name != "vocabulary"
+        other.dims.get(name) == size
+        for name, size in match.dims.items()
+        if name != "vocabulary" and "*" not in name
     )
 
 

@@ -40,7 +40,7 @@ from typing import Any
 
 from kcv2diffusers.errors import Error, SourceError, TargetError
 from kcv2diffusers.json_text import parse_object
-from kcv2diffusers.pipeline_files import TOKENIZER_FILES
+from kcv2diffusers.pipeline_files import TOKENIZER, TOKENIZER_FILES
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
@@ -58,15 +58,17 @@ class TokenizerFiles:
     origin: Path
 
 
-def find_tokenizer(source: Path | None = None, folders: Iterable[Path] = ()) -> TokenizerFiles:
+def find_tokenizer(
+    source: Path | None = None, folders: Iterable[Path] = (), names: Sequence[str] = (TOKENIZER,)
+) -> TokenizerFiles:
     """Read the tokenizer at `source`, else the first one found.
 
-    Searched are `tokenizer/` in each of `folders` (or beside it, if it is a file), then KerasCV's cache, then
-    an installed open_clip or clip. Raises Error if none is found, SourceError for an invalid one.
+    Searched are the folders `names` in each of `folders` (or beside it, if it is a file), then KerasCV's
+    cache, then an installed open_clip or clip. Raises Error if none is found, SourceError for an invalid one.
     """
     if source is not None:
         return _open(source)
-    for path in _candidates(folders):
+    for path in _candidates(folders, names):
         if path.is_file() or path.is_dir():
             return _open(path)
     raise Error(
@@ -82,18 +84,22 @@ def write_tokenizer(
     folder: Path,
     placeholder_tokens: Sequence[str] = (),
     model_max_length: int = 77,
+    pad: str | None = None,
 ) -> None:
     """Write a `CLIPTokenizer` folder. `placeholder_tokens` get the ids after those that `files` already has.
+
+    `pad` is the padding token (None: the end-of-text token). transformers then gives its id to that text in a
+    prompt too.
 
     Raises Error for an invalid placeholder token, TargetError if the folder cannot be written.
     """
     placeholders = [*files.placeholder_tokens, *placeholder_tokens]
     check_placeholders(placeholders, files.vocab)
     added = {token: len(files.vocab) + n for n, token in enumerate(placeholders)}
-    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    special = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": pad or EOS}
     # "normalized": transformers searches for the token in the lower-cased prompt, as KerasCV does.
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    ids = {token: files.vocab[token] for token in (BOS, EOS)} | added
+    ids = {token: files.vocab[token] for token in dict.fromkeys(special.values())} | added
     config = {
         "added_tokens_decoder": {
             str(ids[token]): {"content": token, **flags, "special": token not in added} for token in ids
@@ -134,14 +140,20 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
         folder.mkdir()
     for path in found:
         if path.stat().st_size > LIMIT:
-            raise SourceError(path, "is too large for a CLIP vocabulary (over 16 MiB)")
+            raise SourceError(path, "is too large for a tokenizer (over 16 MiB)")
         (folder / path.name).write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
 
 
-def _candidates(folders: Iterable[Path]) -> Iterator[Path]:
+def find_copied(name: str, folders: Iterable[Path]) -> Path | None:
+    """Return the tokenizer folder `name` that is in one of `folders`, or beside it if it is a file."""
+    found = ((folder.parent if folder.is_file() else folder) / name for folder in folders)
+    return next((folder for folder in found if folder.is_dir()), None)
+
+
+def _candidates(folders: Iterable[Path], names: Sequence[str]) -> Iterator[Path]:
     """Yield the paths where a tokenizer may be, best first."""
     for folder in folders:
-        yield (folder.parent if folder.is_file() else folder) / "tokenizer"
+        yield from ((folder.parent if folder.is_file() else folder) / name for name in names)
     if home := os.environ.get("KERAS_HOME"):
         yield Path(home, "datasets", BPE_NAME)
     with suppress(RuntimeError):  # A user without a home folder.
@@ -158,8 +170,9 @@ def _open(path: Path) -> TokenizerFiles:
     if path.is_file():
         return _from_tokenizer_json(path) if path.name == "tokenizer.json" else _from_bpe(path)
     for folder in (path, path / "tokenizer"):
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            return _from_folder(folder)
+        for name in ("vocab.json", "vocabulary.json"):  # the second is KerasHub's
+            if (folder / name).is_file() and (folder / "merges.txt").is_file():
+                return _from_folder(folder, name)
         if (folder / "tokenizer.json").is_file():  # The only vocabulary file that transformers 5 saves.
             return _from_tokenizer_json(folder / "tokenizer.json")
     problem = "holds no vocab.json with merges.txt" if path.is_dir() else "no such file or folder"
@@ -184,8 +197,8 @@ def _from_bpe(path: Path) -> TokenizerFiles:
     return _checked(path, {token: n for n, token in enumerate(tokens)}, merges, [])
 
 
-def _from_folder(folder: Path) -> TokenizerFiles:
-    """Read a folder written by `CLIPTokenizer.save_pretrained` of transformers 4."""
+def _from_folder(folder: Path, name: str) -> TokenizerFiles:
+    """Read a folder written by `CLIPTokenizer.save_pretrained` of transformers 4, or by KerasHub."""
     merges = [line for line in _lines(folder / "merges.txt") if line and not line.startswith("#version")]
     added: list[tuple[object, object]] = []
     with suppress(FileNotFoundError):
@@ -194,7 +207,7 @@ def _from_folder(folder: Path) -> TokenizerFiles:
         decoder = _object(folder / "tokenizer_config.json").get("added_tokens_decoder")
         entries = decoder.items() if isinstance(decoder, dict) else ()
         added += [(n, _get(entry, "content")) for n, entry in entries]
-    return _checked(folder, _object(folder / "vocab.json"), merges, added)
+    return _checked(folder, _object(folder / name), merges, added)
 
 
 def _from_tokenizer_json(path: Path) -> TokenizerFiles:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,26 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from kcv2diffusers.dtypes import SAFETENSORS
-from kcv2diffusers.errors import SourceError, reading
+from kcv2diffusers.errors import SourceError, plain, reading
 from kcv2diffusers.json_text import parse_object
 from kcv2diffusers.maps.parts import family_named
 from kcv2diffusers.maps.tables import Table, specs, tables, tables_of
-from kcv2diffusers.pipeline_files import COMPONENT_CONFIG, MODEL_INDEX, SCHEDULER_FILE, weight_names
+from kcv2diffusers.pipeline_files import (
+    COMPONENT_CONFIG,
+    MODEL_INDEX,
+    SCHEDULER_FILE,
+    index_name,
+    weight_names,
+)
 from kcv2diffusers.sources.foreign import require_own
 from kcv2diffusers.sources.recognise import Match, fit_diffusers
 from kcv2diffusers.sources.source import Source, Style
 from kcv2diffusers.sources.tensor import Tensor
 
 _MAX_HEADER = 100 << 20
+_MAX_INDEX = 16 << 20
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-_FAMILIES_READ = "The pipelines of Stable Diffusion 1 and 2 that draw from text are read."
+_FAMILIES_READ = "The pipelines of Stable Diffusion 1, 2 and 3 that draw from text are read."
 _MERGE = (
     "Merge it first: pipe.fuse_lora(), pipe.unload_lora_weights(), then save_pretrained into another folder."
 )
@@ -37,13 +44,11 @@ _FAMILIES = (
     ("in_channels", 5, "a depth model (5 input channels)"),
     ("addition_embed_type", "text_time", "Stable Diffusion XL"),
     ("addition_embed_type", "image", "Kandinsky"),
-    ("_class_name", "SD3Transformer2DModel", "Stable Diffusion 3"),
+    ("_class_name", "FluxTransformer2DModel", "Flux"),
     ("_class_name", "UNetSpatioTemporalConditionModel", "Stable Video Diffusion"),
     ("_class_name", "UNet3DConditionModel", "a video model"),
     ("_class_name", "UNetMotionModel", "AnimateDiff"),
     ("_class_name", "ControlNetModel", "ControlNet"),
-    ("model_type", "t5", "a model with a T5 text encoder"),
-    ("latent_channels", 16, "a model with 16 latent channels (Stable Diffusion 3, Flux)"),
     ("time_cond_proj_dim", 256, "a latent consistency model"),
 )
 _RESAVE = "Save the pipeline again with diffusers' save_pretrained."
@@ -76,12 +81,15 @@ def read_pipeline(
     """
     if not folder.is_dir():
         raise SourceError(folder, "no such folder.", "Check the path.")
-    found = {}
+    candidates: dict[str, list[Table]] = {}
     for table in _tables(folder):
-        component = folder / table.folder
+        candidates.setdefault(table.folder, []).append(table)
+    found = {}
+    for name, possible in candidates.items():
+        component = folder / name
         with reading(component):
-            if component.is_dir() and (wanted is None or table.folder in wanted):
-                found[table.folder] = _component(component, table, variant, strict)
+            if component.is_dir() and (wanted is None or name in wanted):
+                found[name] = _component(component, possible, variant, strict)
     if not found and wanted is None:
         _refuse_family(folder)
         raise SourceError(
@@ -123,19 +131,26 @@ def prediction_of(folder: Path) -> str:
     return str(stated)
 
 
-def _component(folder: Path, table: Table, variant: str | None, strict: bool) -> Component:
-    weights = _weights(folder, table.weights, variant)
-    source = Source(weights, "diffusers .safetensors", Style.FLAT, flat=read_safetensors(weights))
-    parts = {}
-    for part in table.parts:
-        matches = [fit_diffusers(source, spec) for spec in specs() if spec.part == part]
-        best = max(matches, key=lambda m: (len(m.found) - m.problems, m.known))
-        if best.found:
-            parts[part] = best
-    claimed = {id(t) for match in parts.values() for t in match.found.values()}
-    stray = [t for t in source.flat if id(t) not in claimed and table.rename(t.name)]
+def _component(folder: Path, candidates: Sequence[Table], variant: str | None, strict: bool) -> Component:
+    """The component in a folder, by the table among `candidates` that explains it best."""
+    weights = _weights(folder, candidates[0].weights, variant)
+    tensors = _read_shards(weights) if weights.suffix == ".json" else read_safetensors(weights)
+    source = Source(weights, "diffusers .safetensors", Style.FLAT, flat=tensors)
     config = read_json(folder / COMPONENT_CONFIG)
-    if strict and any(match.problems for match in parts.values()) and (family := _family(config)):
+    fitted = {table.name: _parts(source, table, config) for table in candidates}
+
+    def score(table: Table) -> int:
+        return sum(len(match.found) - match.problems for match in fitted[table.name].values())
+
+    table = max(candidates, key=score)
+    parts = fitted[table.name]
+    claimed = {id(t) for match in parts.values() for t in match.stored}
+    stray = [t for t in source.flat if id(t) not in claimed and table.rename(t.name)]
+    if (
+        strict
+        and (not parts or any(match.problems for match in parts.values()))
+        and (family := _family(config))
+    ):
         raise SourceError(weights, f"of {family}, which is not read here.", _FAMILIES_READ)
     if strict and any(".base_layer." in t.name for t in source.flat):
         raise SourceError(weights, "holds a LoRA that is not merged (base_layer).", _MERGE)
@@ -144,6 +159,20 @@ def _component(folder: Path, table: Table, variant: str | None, strict: bool) ->
         problem = f"tensors that are not part of a Stable Diffusion {table.folder}{detail}."
         raise SourceError(weights, problem, _RESAVE)
     return Component(folder, config, parts, stray)
+
+
+def _parts(source: Source, table: Table, config: Mapping[str, Any]) -> dict[str, Match]:
+    """The parts of a table that are in a component's weights, each in the best version."""
+    stated = {
+        symbol: n for symbol, name in table.stated.items() if type(n := config.get(name)) is int and n > 0
+    }
+    parts = {}
+    for part in table.parts:
+        matches = [fit_diffusers(source, spec, stated) for spec in specs() if spec.part == part]
+        best = max(matches, key=lambda m: (len(m.found) - m.problems, m.known, m.likeness))
+        if best.found:
+            parts[part] = best
+    return parts
 
 
 def _family(config: dict[str, Any]) -> str | None:
@@ -157,17 +186,14 @@ def _family(config: dict[str, Any]) -> str | None:
 def _weights(folder: Path, name: str, variant: str | None) -> Path:
     there = [] if variant else [path.name for path in folder.iterdir()]
     for file in weight_names(name, variant, there):
-        if (folder / file).is_file():
-            return folder / file
+        for found in (folder / file, folder / index_name(file)):
+            if found.is_file():
+                return found
     if list(folder.glob("*.bin")):
         raise SourceError(
             folder,
             "only pickled weights (.bin), which can run code and are never opened.",
             "Save the pipeline again with diffusers: save_pretrained(..., safe_serialization=True).",
-        )
-    if list(folder.glob("*.index.json")):
-        raise SourceError(
-            folder, "sharded weights, which are not read here.", "Save it again with a larger max_shard_size."
         )
     raise SourceError(folder, f"no {name} in this folder.", _RESAVE)
 
@@ -185,6 +211,33 @@ def read_json(path: Path, if_absent: str = "Copy or download it again.") -> dict
         require_own(path)
         raise SourceError(path, "not a JSON object, the file is damaged.")
     return data
+
+
+def _read_shards(index: Path) -> list[Tensor]:
+    """The tensors of a sharded weight file, from its index and the files that this names.
+
+    Raises SourceError for an invalid index, a missing file, and a tensor that is not where the index says.
+    """
+    if index.stat().st_size > _MAX_INDEX or (data := parse_object(index.read_bytes())) is None:
+        raise SourceError(index, "not a JSON object, the file is damaged.")
+    places = data.get("weight_map")
+    if not isinstance(places, dict) or not all(map(_is_file_name, places.values())):
+        raise SourceError(
+            index, "not the index of sharded weights (no weight_map of files beside it).", _RESAVE
+        )
+    found: dict[str, Tensor] = {}
+    for name in dict.fromkeys(places.values()):
+        shard = index.with_name(name)
+        if not shard.is_file():
+            raise SourceError(index, f"its file {plain(name)} is missing.", "Put all files beside it.")
+        found |= {t.name: t for t in read_safetensors(shard) if places.get(t.name) == name}
+    if lost := sorted(places.keys() - found.keys()):
+        raise SourceError(index, f"{plain(lost[0])} is not in the file that it names.", _RESAVE)
+    return list(found.values())
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
 
 
 def read_safetensors(path: Path) -> list[Tensor]:

@@ -15,11 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from kcv2diffusers.dtypes import DTYPES, SAFETENSORS
+from kcv2diffusers.json_text import write_json
 from kcv2diffusers.maps.layouts import core
+from kcv2diffusers.pipeline_files import index_name
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.system.positioned import allocate
 from kcv2diffusers.targets.transfer import Job
+
+SHARD = 10_000_000_000
+"""Largest size of a weight file in bytes, as in diffusers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,35 @@ class Stored:
 def write_safetensors(path: Path, entries: Sequence[Entry], dtype: np.dtype) -> list[Job]:
     """Allocate the file, write its header, and return the jobs that fill it."""
     return write_stored(path, together(entries, dtype))
+
+
+def write_shards(path: Path, entries: Sequence[Entry], dtype: np.dtype) -> list[Job]:
+    """Write as `write_safetensors` does; more than `SHARD` bytes become several files and their index.
+
+    The names are those of diffusers and transformers: NAME-00001-of-00002.safetensors for the files, and
+    NAME.safetensors.index.json for the index. Tensors keep their order; a file is filled as long as the next
+    one fits.
+    """
+    shards: list[list[Stored]] = [[]]
+    size = total = 0
+    for tensor in together(entries, dtype):
+        if shards[-1] and size + tensor.nbytes > SHARD:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    if len(shards) == 1:
+        return write_stored(path, shards[0])
+    jobs: list[Job] = []
+    places: dict[str, str] = {}
+    for number, tensors in enumerate(shards, 1):
+        file = path.with_stem(f"{path.stem}-{number:05}-of-{len(shards):05}")
+        jobs += write_stored(file, tensors)
+        places |= {tensor.name: file.name for tensor in tensors}
+    write_json(
+        path.with_name(index_name(path.name)), {"metadata": {"total_size": total}, "weight_map": places}
+    )
+    return jobs
 
 
 def write_stored(

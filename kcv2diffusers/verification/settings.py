@@ -78,7 +78,7 @@ def _config(side: Side) -> list[str]:
 
 def _index(path: Path, sides: Mapping[str, Side], scheduler: str | None) -> list[str]:
     """Components of a different class; diffusers imports whatever library an entry names."""
-    wanted = model_index(family_of(sides), scheduler)
+    wanted = model_index(family_of(sides), scheduler, sides)
     try:
         actual = read_json(path)
     except SourceError:
