@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -298,7 +299,7 @@ def convert(
     if result.metadata:
         tell(f"Title {result.metadata['modelspec.title']!r}, {result.metadata['modelspec.architecture']}")
     elif result.complete:
-        tell(f'Use it: StableDiffusionPipeline.from_pretrained("{result.out}"{_loading(variant)})')
+        tell(f'Use it: {result.pipeline}.from_pretrained("{result.out}"{_loading(variant, result.absent)})')
     else:
         tell(result.needs())
     tell(f"{result.bytes_read / 1e9:.2f} GB in {result.seconds:.1f} s")
@@ -309,8 +310,9 @@ def convert(
     require_verified(verified)
 
 
-def _loading(variant: str | None) -> str:
-    return f', variant="{variant}"' if variant else ""
+def _loading(variant: str | None, absent: Sequence[str]) -> str:
+    arguments = {"variant": f'"{variant}"'} if variant else {}
+    return "".join(f", {name}={value}" for name, value in (arguments | dict.fromkeys(absent, "None")).items())
 
 
 def convert_lora(

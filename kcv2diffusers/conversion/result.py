@@ -17,7 +17,8 @@ class Converted:
     `parts` is the source of each part. `sources` are the KerasCV checkpoints among them. `base` is the
     pipeline folder that supplied the other parts. `moved` describes the transfer of each part to its file.
     `scheduler` and `tokenizer` are the origins of these (None: not written). `version` is "sd1", "sd2", or
-    "any" if no part determines it. `metadata` are those of a single file, empty for a pipeline.
+    "any" if no part determines it. `metadata` are those of a single file, empty for a pipeline. `pipeline` is
+    the class that loads the pipeline, and `absent` are the arguments that must be None for it.
     """
 
     out: Path
@@ -37,6 +38,8 @@ class Converted:
     tokenizer: str | None = None
     dry_run: bool = False
     metadata: dict[str, str] = field(default_factory=dict)
+    pipeline: str = ""
+    absent: list[str] = field(default_factory=list)
 
     def plan(self) -> str:
         """Return the plan of a dry run as human-readable text."""

@@ -27,7 +27,7 @@ from kcv2diffusers.json_text import write_json
 from kcv2diffusers.maps.parts import families
 from kcv2diffusers.maps.parts import parts as all_parts
 from kcv2diffusers.maps.tables import Table, tables, tables_of
-from kcv2diffusers.pipeline.configs import model_index
+from kcv2diffusers.pipeline.configs import absent_arguments, model_index
 from kcv2diffusers.pipeline.record import record
 from kcv2diffusers.pipeline_files import (
     COMPONENT_CONFIG,
@@ -245,6 +245,8 @@ def convert(
         scheduler=f"{scheduler['_class_name']}, {scheduler_origin}" if complete and scheduler else None,
         tokenizer=shown(first.origin) if first and first.origin else None,
         dry_run=dry_run,
+        pipeline=family.index["_class_name"],
+        absent=absent_arguments(family, matches) if complete else [],
     )
     if dry_run:
         check_target(target, overwrite=overwrite, replaceable=is_output, needed=needed + SLACK)

@@ -214,6 +214,7 @@ class Table:
     - `names`: other names of Keras layers, which are read but not written
     - `equal`: products of symbols that are equal to a symbol
     - `stated`: symbols whose values config.json states, and the names of its entries
+    - `preset`: entries of config.json, and their names in the config.json of a KerasHub preset
     """
 
     name: str
@@ -233,6 +234,7 @@ class Table:
     names: Mapping[str, str] = field(default_factory=dict)
     equal: Mapping[str, str] = field(default_factory=dict)
     stated: Mapping[str, str] = field(default_factory=dict)
+    preset: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def known_entries(self) -> frozenset[str]:
@@ -463,6 +465,7 @@ def _load(name: str, data: Mapping[str, Any]) -> Table:
         names=data.get("names", {}),
         equal=data.get("equal", {}),
         stated=data.get("stated", {}),
+        preset=data.get("preset", {}),
     )
 
 

@@ -18,7 +18,7 @@ from kcv2diffusers.maps.sizes import Size, solved
 from kcv2diffusers.maps.tables import REPEAT, Table, flag, tables_of
 from kcv2diffusers.pipeline.modelspec import OWN, own_sections, prediction_in
 from kcv2diffusers.pipeline.scheduler import SCHEDULER, read_scheduler, scheduler_of
-from kcv2diffusers.pipeline_files import CONFIG_FILE, SCHEDULER_FILE
+from kcv2diffusers.pipeline_files import COMPONENT_CONFIG, CONFIG_FILE, SCHEDULER_FILE
 from kcv2diffusers.sources.diffusers_pipeline import PREDICTION_TYPES, read_header, read_json
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.source import Style
@@ -47,6 +47,16 @@ def model_index(family: Family, scheduler: str | None, held: Collection[str]) ->
     } | {t.name: ["transformers", t.kind] if t.part in held else [None, None] for t in family.tokenizers}
     schedulers = {SCHEDULER_FILE.parent.name: ["diffusers", scheduler]} if scheduler else {}
     return {**family.index, **components, **schedulers}
+
+
+def absent_arguments(family: Family, held: Collection[str]) -> list[str]:
+    """Return the components that a pipeline with the parts `held` lacks.
+
+    diffusers loads it only if they are given as None.
+    """
+    lacking = set(family.optional) - set(held)
+    folders = [table.folder for table in tables_of(family) if lacking & set(table.parts)]
+    return [*folders, *(t.name for t in family.tokenizers if t.part in lacking)]
 
 
 def config_of(
@@ -162,7 +172,20 @@ def user_config(path: Path, table: Table) -> dict[str, Any]:
     others = _section(path, _OTHERS)[1].get(table.folder, {})
     if not isinstance(others, dict):
         raise SourceError(file, f"{_OTHERS}: {table.folder} is not a JSON object.", "Correct it.")
-    return {k: v for k, v in others.items() if _is_entry(k) and k not in known} | entries
+    added = {k: v for k, v in others.items() if _is_entry(k) and k not in known}
+    return _of_preset(path, table) | added | entries
+
+
+def _of_preset(path: Path, table: Table) -> dict[str, Any]:
+    """Return the entries that the config.json of a KerasHub preset beside a checkpoint states.
+
+    It is a serialized Keras model. Only whole numbers are read; nothing is deserialized.
+    """
+    file = _beside(path) / COMPONENT_CONFIG
+    data = parse_object(file.read_bytes()[: 1 << 20]) if table.preset and file.is_file() else None
+    held = (data or {}).get("config")
+    stated = held if isinstance(held, dict) else {}
+    return {name: n for name, key in table.preset.items() if type(n := stated.get(key)) is int}
 
 
 def user_scheduler(path: Path) -> dict[str, Any]:
