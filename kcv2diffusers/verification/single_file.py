@@ -41,7 +41,7 @@ def as_pipeline(file: Path, request: Request, progress: StageProgress) -> Iterat
         convert(file, out=folder, format="pipeline", base=base)
         complete = (folder / MODEL_INDEX).is_file()
         if not complete:  # diffusers does not start without it
-            write_json(folder / MODEL_INDEX, model_index(family, None))
+            write_json(folder / MODEL_INDEX, model_index(family, None, held))
         Request(pipeline=str(file)).save(Path(work))
         run_side("single_file_side", "diffusers", Path(work), progress)
         if not complete:
