@@ -62,6 +62,7 @@ class KerasFormat(StrEnum):
 
     weights_h5 = "weights.h5"
     h5 = "h5"
+    preset = "preset"
 
 
 @with_part_options
@@ -418,7 +419,10 @@ def to_keras(
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
     format: Annotated[
-        KerasFormat, typer.Option(help="weights.h5 for Keras 3, h5 for Keras 2 (legacy).")
+        KerasFormat,
+        typer.Option(
+            help="weights.h5 for Keras 3, h5 for Keras 2 (legacy), preset for KerasHub's from_preset."
+        ),
     ] = KerasFormat.weights_h5,
     variant: Annotated[str | None, typer.Option(metavar="NAME", help="Read this variant.")] = None,
     allow_nonfinite: AllowNonfinite = False,
@@ -448,9 +452,9 @@ def to_keras(
         return print_json(result.to_dict())
     if dry_run:
         return say(result.plan())
-    tell(f"KerasCV weights written to {result.out}")
-    for part, file in result.files.items():
-        tell(f"  {file}: for the load_weights of {result.models[part]}")
+    tell(f"Keras weights written to {result.out}")
+    for file, model in dict.fromkeys((file, result.models[part]) for part, file in result.files.items()):
+        tell(f"  {file}: for the load_weights of {model}")
     tell(f"{result.bytes_written / 1e9:.2f} GB in {result.seconds:.1f} s")
 
 

@@ -76,6 +76,19 @@ class TokenizerFolder:
 
 
 @dataclass(frozen=True)
+class Preset:
+    """A preset of KerasHub: the name of its weight file, and the template of its config.json."""
+
+    weights: str
+    model: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The class of the Keras model."""
+        return str(self.model["class"]).split()[0].rpartition(":")[2]
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of pipeline.
 
@@ -91,6 +104,7 @@ class Family:
     - `bases`: default sources of missing parts by version
     - `no_base`: a remark on each version that has no base
     - `modelspec`: metadata entries of a single file by version
+    - `preset`: the preset of a Keras model that holds all parts; None if there is no such model
     """
 
     name: str
@@ -107,6 +121,7 @@ class Family:
     bases: Mapping[str, str] = field(default_factory=dict)
     no_base: Mapping[str, str] = field(default_factory=dict)
     modelspec: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    preset: Preset | None = None
 
     @property
     def tokenizer_part(self) -> str | None:
@@ -245,4 +260,5 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         bases=data.get("bases", {}),
         no_base=data.get("no_base", {}),
         modelspec=data.get("modelspec", {}),
+        preset=Preset(**data["preset"]) if "preset" in data else None,
     )

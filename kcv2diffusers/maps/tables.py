@@ -128,6 +128,13 @@ class Slot:
             left.value(dims) != right.value(dims) for left, right in self.conditions
         )
 
+    def whole_shape(self, dims: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape of the Keras variable. Raises ValueError for a size that `dims` does not determine."""
+        shape = [size.value(dims) for size in self.shape]
+        if None in shape:
+            raise ValueError(f"{self.shape[shape.index(None)]} of {self.target} is unknown")
+        return tuple(size or 0 for size in shape)
+
     def part_shape(self, dims: Mapping[str, int], *, keras: bool) -> tuple[int, ...]:
         """The shape of the slot's share of the tensor on one side; 0 for a size that `dims` lacks."""
         whole = [size.value(dims) or 0 for size in (self.shape if keras else self.diffusers_shape)]

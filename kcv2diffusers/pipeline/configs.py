@@ -288,7 +288,8 @@ def carried(
         stated[_OTHERS][folder] = {k: v for k, v in kept.items() if k not in written}
     stated[_OTHERS] = {folder: entries for folder, entries in stated[_OTHERS].items() if entries}
     kept = {name: value for name, value in scheduler.items() if name not in NOT_KEPT}
-    stated[_SCHEDULER] = {} if kept == SCHEDULER else kept
+    usual = family_of(match.part for match, _ in components.values()).scheduler or SCHEDULER
+    stated[_SCHEDULER] = {} if kept == usual else kept
     return {name: entries for name, entries in stated.items() if entries}
 
 

@@ -61,10 +61,13 @@ _NO_BETAS = ("EDM", "FlowMatch")  # prefixes of classes for models with another 
 _NAMES = tuple(entry.name for entry in fields(Schedule))
 
 
-def read_scheduler(folder: Path) -> dict[str, Any]:
-    """Return the scheduler config of a pipeline folder unchanged; Stable Diffusion's if there is none."""
+def read_scheduler(folder: Path, usual: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the scheduler config of a pipeline folder unchanged, or `usual` if there is none.
+
+    By default, `usual` is that of Stable Diffusion.
+    """
     path = folder / SCHEDULER_FILE
-    return read_json(path) if path.exists() else SCHEDULER
+    return read_json(path) if path.exists() else dict(usual or SCHEDULER)
 
 
 def class_of(config: Mapping[str, Any], path: Path) -> str:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -27,17 +28,35 @@ _LEGACY_VERSION = "2.12.0"
 _DTYPE = DTYPES["float32"]
 
 
-def write_weights_h5(path: Path, match: Match) -> list[Job]:
-    """Lay out a `.weights.h5` (float32) and return the jobs that fill it."""
+def write_weights_h5(path: Path, *matches: Match, whole: bool = False) -> list[Job]:
+    """Lay out a `.weights.h5` (float32) with these parts and return the jobs that fill it.
+
+    If `whole`, the parts are at their places in a whole model; else the layers of a model are at the root.
+    """
     with _new_file(path) as file:
-        return list(_lay_out(file, path, match, lambda slot: slot.keras_name))
+        return [
+            job
+            for match in matches
+            for job in _lay_out(file, path, match, partial(_path, _place(match, whole)))
+        ]
 
 
-def write_legacy_h5(path: Path, match: Match) -> list[Job]:
-    """Lay out a legacy `.h5` (float32) and return the jobs that fill it.
+def _place(match: Match, whole: bool) -> str:
+    """Return the group of a file that holds a part; one without a group of layers is always at its place."""
+    own_group = match.spec.table.groups[match.part]
+    return match.spec.place if whole or not own_group else ""
+
+
+def _path(place: str, slot: Slot) -> str:
+    return f"{place}/{slot.keras_name}".lstrip("/")
+
+
+def write_legacy_h5(path: Path, *matches: Match) -> list[Job]:
+    """Lay out a legacy `.h5` (float32) of one part and return the jobs that fill it.
 
     Layers and weights have the names that Keras gives them in a new session.
     """
+    (match,) = matches
     layers: dict[str, list[str]] = {}
 
     def name(slot: Slot) -> str:
@@ -86,7 +105,7 @@ def _lay_out(file: h5py.File, path: Path, match: Match, name: Callable[[Slot], s
     create = _creator(file)
     offsets: dict[str, int] = {}
     for slot, tensor in match.slots():
-        shape, place = tuple(size.value(match.dims) or 0 for size in slot.shape), name(slot)
+        place, shape = name(slot), slot.whole_shape(match.dims)
         if place not in offsets:
             offsets[place] = create(place, shape, np.dtype(_DTYPE))
         turned = slot.variable.reverses and not match.keras
