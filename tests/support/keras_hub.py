@@ -17,8 +17,14 @@ from support.random_pipelines import TOKENIZER
 MAKER = Path(__file__).parent / "kerashub"
 KINDS = ("sd3", "sd35m", "sd35l")
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
-FILES = {"diffuser": "transformer", "clip_l": "text_encoder", "clip_g": "text_encoder_2", "t5": "text_encoder_3"}
-"""The component that a file of one part becomes; `vae` becomes `vae`."""
+FILES = {
+    "diffuser": "transformer",
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "t5": "text_encoder_3",
+    "vae": "vae",
+}
+"""The component that a file of one part becomes."""
 
 
 def components(kind: str) -> tuple[str, ...]:

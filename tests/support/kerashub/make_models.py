@@ -2,9 +2,10 @@
 
     python make_models.py OUT TOKENIZER
 
-For each kind OUT/KIND gets, besides the containers below, `expected/COMPONENT.npz` (the tensors of diffusers),
-`forward.npz` (inputs and outputs of every part), for a model with q/k norm `sample.npz` (8 steps of KerasHub's
-sampler), and `adapter.lora.h5` with `merged/COMPONENT.npz` (a LoRA of the backbone and the tensors with it).
+For each kind OUT/KIND gets, besides the containers below, `expected/COMPONENT.npz` (diffusers' tensors),
+`forward.npz` (inputs and outputs of every part), for a model with q/k norm `sample.npz` (8 steps of
+KerasHub's sampler), and `adapter.lora.h5` with `merged/COMPONENT.npz` (a LoRA of the backbone and the tensors
+with it).
 """
 
 from __future__ import annotations
