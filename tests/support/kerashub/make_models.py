@@ -4,8 +4,8 @@
 
 For each kind OUT/KIND gets, besides the containers below, `expected/COMPONENT.npz` (diffusers' tensors),
 `forward.npz` (inputs and outputs of every part), for a model with q/k norm `sample.npz` (8 steps of
-KerasHub's sampler), and `adapter.lora.h5` with `merged/COMPONENT.npz` (a LoRA of the backbone and the tensors
-with it).
+KerasHub's sampler), and `adapter.lora.h5` with `merged/COMPONENT.npz` (a LoRA of the backbone, of "sd3" of
+its MMDiT alone, and the tensors with it).
 """
 
 from __future__ import annotations
@@ -159,14 +159,14 @@ def sample(backbone: Any) -> dict[str, np.ndarray]:
     }
 
 
-def adapter(model: Any, out: Path, name: str, seed: int) -> None:
+def adapter(model: Any, out: Path, seed: int) -> None:
     model.enable_lora(4, target_layer_names=list(LORA_LAYERS))
     rng = np.random.default_rng(seed)
     for layer in model._flatten_layers(include_self=False):
         for factor in ("lora_kernel_a", "lora_kernel_b"):
             if (variable := getattr(layer, factor, None)) is not None:
                 variable.assign(0.2 * rng.standard_normal(tuple(variable.shape), dtype=np.float32))
-    model.save_lora_weights(str(out / f"{name}.lora.h5"))
+    model.save_lora_weights(str(out / "adapter.lora.h5"))
 
 
 def write_tensors(folder: Path, backbone: Any) -> None:
@@ -180,10 +180,14 @@ def make(out: Path, kind: str, tokenizer: Path) -> None:
     backbone = tiny.backbone(kind, words, with_t5=kind == "sd35m")
     write_tensors(out / "expected", backbone)
     containers(backbone, out, tokenizer)
+    if kind == "sd3":  # its weights do not show the number of heads
+        heads = {"transformer": {"num_attention_heads": backbone.mmdit_num_heads}}
+        for folder in (out, out / "preset", out / "preset_sharded", out / "task"):
+            (folder / "kcv2diffusers.json").write_text(json.dumps(heads))
     np.savez(out / "forward.npz", **forwards(backbone))
     if kind != "sd3":
         np.savez(out / "sample.npz", **sample(backbone))
-    adapter(backbone, out, "adapter", 3)
+    adapter(backbone.diffuser if kind == "sd3" else backbone, out, 3)
     write_tensors(out / "merged", backbone)
 
 
