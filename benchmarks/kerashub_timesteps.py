@@ -73,7 +73,9 @@ class Trainer:
             }
         )
 
-    def train(self, data: torch.Tensor, shares: list[float], steps: int, rate: float, rule: Timesteps) -> None:
+    def train(
+        self, data: torch.Tensor, shares: list[float], steps: int, rate: float, rule: Timesteps
+    ) -> None:
         """`shares` is how often each object is drawn; the target is noise - latents, as in the example."""
         generator = torch.Generator().manual_seed(2)
         weights = [variable.value for variable in self.model.trainable_variables]

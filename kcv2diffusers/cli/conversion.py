@@ -333,13 +333,20 @@ def convert_lora(
             "file's)."
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SRC",
+            help="For KerasHub's .lora.h5: the model it was trained on (default: the released models).",
+        ),
+    ] = None,
     allow_nonfinite: AllowNonfinite = False,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a LoRA file between diffusers' and kohya's format.
+    """Convert a LoRA file between diffusers' and kohya's format, or from KerasHub to diffusers.
 
     The values stay as they are, bit for bit.
     """
@@ -349,6 +356,7 @@ def convert_lora(
         file,
         out=out,
         format=format.value if format else None,
+        base=base,
         overwrite=overwrite,
         allow_nonfinite=allow_nonfinite,
         dry_run=dry_run,

@@ -93,6 +93,7 @@ class Family:
     """A kind of pipeline.
 
     - `parts`: the parts in the order of messages; all but those in `optional` are required
+    - `backbone`: the parts in the order in which a whole model of KerasHub has them as layers; empty for none
     - `image_size`: default height and width in pixels
     - `index`: entries of model_index.json
     - `tokenizers`: the tokenizer folders; the placeholder tokens of textual inversion go into the first one
@@ -122,6 +123,7 @@ class Family:
     no_base: Mapping[str, str] = field(default_factory=dict)
     modelspec: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     preset: Preset | None = None
+    backbone: tuple[str, ...] = ()
 
     @property
     def tokenizer_part(self) -> str | None:
@@ -261,4 +263,5 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         no_base=data.get("no_base", {}),
         modelspec=data.get("modelspec", {}),
         preset=Preset(**data["preset"]) if "preset" in data else None,
+        backbone=tuple(data.get("backbone", ())),
     )

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kcv2diffusers.errors import Error, SourceError
+from kcv2diffusers.errors import SourceError
 from kcv2diffusers.maps.parts import families
-from kcv2diffusers.maps.tables import REPEAT, Slot, Spec, specs
+from kcv2diffusers.maps.tables import REPEAT, Share, Slot, Spec, specs
 from kcv2diffusers.sources.hdf5 import Tree, read_tree
 from kcv2diffusers.sources.lora import Lora, Update
 from kcv2diffusers.sources.recognise import Match
@@ -30,7 +30,8 @@ SPELLING = "keras-hub"
 _PATH = re.compile(r"lora/(\d{1,6})/vars/lora_kernel_([ab])")
 _RANK = "lora/vars/rank"
 _LOADED = ("transformer", "text_encoder", "text_encoder_2")  # components for which diffusers loads a LoRA
-_LoraFactors = dict[int, tuple[np.ndarray, np.ndarray]]
+_READ = "Files of KerasHub's save_lora_weights are read."
+_Factors = dict[int, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,11 @@ def read_keras_lora(path: Path, models: Mapping[str, Match] | None = None) -> Lo
         if updates is not None and not any(updates.keys() == other.keys() for other in found):
             found.append(updates)
     if len(found) != 1:
-        how = "fits several models" if found else f"fits no {'part of the model' if given else 'released model'}"
+        how = (
+            "fits several models"
+            if found
+            else f"fits no {'part of the model' if given else 'released model'}"
+        )
         raise SourceError(
             path,
             f"{how}: KerasHub numbers the layers of a LoRA.",
@@ -82,7 +87,7 @@ def read_keras_lora(path: Path, models: Mapping[str, Match] | None = None) -> Lo
     return Lora(path, SPELLING, found[0], {})
 
 
-def _factors(tree: Tree) -> _LoraFactors:
+def _factors(tree: Tree) -> _Factors:
     """Both factors by the number of the layer. Raises SourceError for a file without them."""
     pairs: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tree.tensors.items():
@@ -92,7 +97,7 @@ def _factors(tree: Tree) -> _LoraFactors:
             raise SourceError(tree.path, f"{name[:60]}: not a tensor of a KerasHub LoRA.", _READ)
     if not pairs:
         raise SourceError(tree.path, "not a LoRA of KerasHub.", _READ)
-    found: _LoraFactors = {}
+    found: _Factors = {}
     for number, pair in pairs.items():
         if len(pair) != 2 or any(t.dtype.kind != "f" and t.dtype.itemsize != 2 for t in pair.values()):
             raise SourceError(tree.path, f"lora/{number}: not two factors of numbers.", _READ)
@@ -102,9 +107,6 @@ def _factors(tree: Tree) -> _LoraFactors:
             raise SourceError(tree.path, f"lora/{number}: factors of shapes {shapes} have no common rank.")
         found[number] = a, b
     return found
-
-
-_READ = "Files of KerasHub's save_lora_weights are read."
 
 
 def _candidates(given: Mapping[str, _Model]) -> Iterator[dict[int, tuple[_Model, _Layer]]]:
@@ -121,9 +123,7 @@ def _candidates(given: Mapping[str, _Model]) -> Iterator[dict[int, tuple[_Model,
 
 def _released(parts: Sequence[str]) -> Iterator[dict[str, _Model]]:
     """The released models, each with all parts and without those that presets do not have."""
-    by_part = {
-        part: [_Model(spec, spec.nominal) for spec in specs() if spec.part == part] for part in parts
-    }
+    by_part = {part: [_Model(spec, spec.nominal) for spec in specs() if spec.part == part] for part in parts}
     for last in by_part[parts[-1]]:
         models = {part: of[0] for part, of in by_part.items()} | {parts[-1]: last}
         yield models
@@ -161,7 +161,7 @@ def _nested(model: _Model) -> Iterator[tuple[_Model, _Layer]]:
 
 
 def _updates(
-    path: Path, factors: _LoraFactors, layers: Mapping[int, tuple[_Model, _Layer]]
+    path: Path, factors: _Factors, layers: Mapping[int, tuple[_Model, _Layer]]
 ) -> dict[tuple[str, str], Update] | None:
     """The updates by component and module; None if a layer is another one than its factors need."""
     updates: dict[tuple[str, str], Update] = {}
@@ -179,7 +179,8 @@ def _updates(
         for module, slots in by_module.items():
             inputs = slots[0].part_shape(model.dims, keras=False)[1]
             down, up = _matrices(a, b, inputs)
-            up = np.concatenate([up[_columns(slot, model)] for slot in sorted(slots, key=_row(model))])
+            slots.sort(key=lambda slot: _first(slot.rows, model))
+            up = np.concatenate([up[_range(slot.columns, model)] for slot in slots])
             name = f"{component}.{module}"
             updates[component, module] = Update(
                 component, module, _held(f"{name}.A", down, path), _held(f"{name}.B", up, path), len(down)
@@ -194,15 +195,15 @@ def _matrices(a: np.ndarray, b: np.ndarray, inputs: int) -> tuple[np.ndarray, np
     return down, np.kron(np.eye(heads, dtype=b.dtype), b.T)
 
 
-def _columns(slot: Slot, model: _Model) -> slice:
-    if slot.columns is None:
+def _first(share: Share | None, model: _Model) -> int:
+    return (share.first.value(model.dims) or 0) if share else 0
+
+
+def _range(share: Share | None, model: _Model) -> slice:
+    if share is None:
         return slice(None)
-    first = slot.columns.first.value(model.dims) or 0
-    return slice(first, first + (slot.columns.count.value(model.dims) or 0))
-
-
-def _row(model: _Model):  # type: ignore[no-untyped-def]
-    return lambda slot: (slot.rows.first.value(model.dims) or 0) if slot.rows else 0
+    first = _first(share, model)
+    return slice(first, first + (share.count.value(model.dims) or 0))
 
 
 def _held(name: str, values: np.ndarray, path: Path) -> Tensor:

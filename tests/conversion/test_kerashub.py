@@ -1,7 +1,7 @@
 """KerasHub's Stable Diffusion 3: every container and part, exactly and by what it computes.
 
-The models are genuine KerasHub models (support/kerashub). What their tensors must be in diffusers is written out by
-hand from the live objects (support/kerashub/expected.py) and knows nothing of files, names or the weight maps.
+X
+the live objects (support/kerashub/expected.py) and knows nothing of files, names or the weight maps.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support import keras_hub
-from support.hdf5 import datasets
 from support.random_pipelines import TOKENIZER
 
 from kcv2diffusers.conversion.to_diffusers import convert
@@ -70,11 +69,9 @@ def test_a_part_is_exact(tmp_path: Path, kind: str, file: str) -> None:
 @pytest.mark.parametrize("file", ["clip_l", "clip_g"])
 def test_a_text_encoder_is_exact(tmp_path: Path, file: str) -> None:
     """Alone it has no projection, which the base has."""
-    part = keras_hub.FILES[file]
-    path = keras_hub.models() / "sd35l" / f"{file}.weights.h5"
-    base = tmp_path / "base"
-    convert(keras_hub.models() / "sd35l" / "backbone.weights.h5", out=base)
-    convert(base=base, out=tmp_path / "out", **{part: path})
+    models = keras_hub.models() / "sd35l"
+    convert(models / "task", out=tmp_path / "base")
+    convert(models / f"{file}.weights.h5", base=tmp_path / "base", out=tmp_path / "out")
     assert_exact(tmp_path / "out", "sd35l", *keras_hub.components("sd35l"))
 
 

@@ -1,7 +1,7 @@
 """Converted Stable Diffusion 3 models compute in diffusers what KerasHub computes.
 
-Figures are the largest error over the largest value. KerasHub computed the other side when the models were made
-(support/kerashub/make_models.py).
+Figures are the largest error over the largest value. KerasHub computed the other side when the models were
+made (support/kerashub/make_models.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def converted(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp(kind) / "out"
-    convert(keras_hub.models() / kind / "task", out=out, base="none")
+    convert(keras_hub.models() / kind / "task", out=out)
     return out
 
 
