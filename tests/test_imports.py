@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ convert(*{files!r}, out={str(tmp_path / "out")!r}, base="none")
 to_keras({str(tmp_path / "out")!r}, out={str(tmp_path / "back")!r})
 inspect({str(tmp_path / "back")!r})
 import json
+import resource
 print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -37,7 +38,9 @@ print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
 
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"]])
 def test_help_needs_no_numpy(arguments: list[str]) -> None:
-    """The 0.2 s of the benchmark are for a quiet machine; what takes the time is tested here."""
+    """The 0.2 s of the benchmark are for a quiet machine. What takes the time is tested here, and the time of
+    a processor, to which other work on the machine adds less.
+    """
     code = f"""
 import sys
 sys.argv = ["kcv2diffusers", *{arguments!r}]
@@ -49,12 +52,13 @@ finally:
 """
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        times.append(time.perf_counter() - started)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime)
         assert "Usage" in done.stdout
         assert done.stdout.splitlines()[-1] == "[]"
-    assert statistics.median(times) < 2
+    assert statistics.median(times) < 1
 
 
 PLAIN = """

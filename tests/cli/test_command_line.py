@@ -8,12 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import typer
+from support.waiting import until
 
 from kcv2diffusers import __version__, convert, environment, inspect
 from kcv2diffusers.cli import main, progress
@@ -290,17 +290,22 @@ def test_a_log_is_not_silent_for_minutes(
 ) -> None:
     """Where nothing is told: models are compiled, files downloaded."""
     monkeypatch.setattr(progress, "_LOOK", 0.001)
-    lines: list[str] = []
+    said: list[str] = []
+
+    def printed() -> str:
+        said.append(capsys.readouterr().err)  # text and end of a line are written one after the other
+        return "".join(said)
+
     with progress.stages() as tell:
         for now, told in ((61, 0), (122, 3)):
             if told:
                 tell("Drawing", told, 5, "")
             clock.now = now
-            deadline = time.monotonic() + 10
-            while len(lines) < (1 if now == 61 else 2) and time.monotonic() < deadline:
-                lines += capsys.readouterr().err.splitlines()
-                time.sleep(0.001)
-    assert lines == ["Starting: still at work after 1 min", "Drawing 3/5: still at work after 2 min"]
+            until(lambda lines=now // 61: printed().count("\n") >= lines)
+    assert printed().splitlines() == [
+        "Starting: still at work after 1 min",
+        "Drawing 3/5: still at work after 2 min",
+    ]
 
 
 # Paths, sources, dtypes

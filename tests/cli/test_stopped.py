@@ -5,13 +5,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
 import pytest
 from support.bad_input import Cli, alone, tree
 from support.checkpoints import ROOT
+from support.waiting import LONG, until
 
 pytest_plugins = ["support.bad_input"]
 
@@ -51,12 +51,9 @@ def test_a_run_that_is_stopped(
         cli.converts(*alone(legacy, home)[1:])
     before = tree(home)
     process = start(("-c", SLOW), *alone(legacy, home), "--overwrite")
-    deadline = time.monotonic() + 60
-    while not list(home.glob(".out.tmp-*/text_encoder/*.safetensors")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.01)
+    until(lambda: list(home.glob(".out.tmp-*/text_encoder/*.safetensors")), process)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)  # also the end of all children: they hold the pipes
+    out, err = process.communicate(timeout=LONG)  # also the end of all children: they hold the pipes
     left = {name: entry for name, entry in tree(home).items() if not name.startswith(".out.tmp-")}
     assert left == before
     assert out == "" and "Traceback" not in err
@@ -80,7 +77,7 @@ def test_as_a_user_sees_it(legacy: Path, home: Path, damage: str) -> None:
             file["again"] = file["/"]
     before = tree(home.parent)
     process = start(("-m", "kcv2diffusers"), *alone(legacy, home))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LONG)
     assert (process.returncode, out) == (1, "")
     assert err.startswith(f"kcv2diffusers: {legacy}: ") or err.startswith(f"kcv2diffusers: {legacy}")
     assert len(err.splitlines()) == 2
@@ -93,6 +90,6 @@ def test_a_reader_that_goes_away(legacy: Path, home: Path) -> None:
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     err = process.stderr.read()
-    process.wait(timeout=60)
+    process.wait(timeout=LONG)
     process.stderr.close()
     assert "Traceback" not in err

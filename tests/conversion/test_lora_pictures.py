@@ -34,18 +34,30 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
     return float(-10 * np.log10(max(error, 1e-20)))
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(convert("tiny", out=tmp_path_factory.mktemp("tiny") / "pipeline").out)
+
+
+@pytest.fixture(scope="module")
+def plain(base: Path) -> np.ndarray:
+    """Pictures without a LoRA."""
+    return draw(base)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("alpha", [4, 3])
-def test_both_spellings_and_merged_weights_draw_the_same(alpha: float, tmp_path: Path) -> None:
+def test_both_spellings_and_merged_weights_draw_the_same(
+    alpha: float, base: Path, plain: np.ndarray, tmp_path: Path
+) -> None:
     """A LoRA of all linear layers and convolutions of the tiny base, alpha equal to the rank and not."""
-    base = convert("tiny", out=tmp_path / "tiny").out
     file = save(kohya(base, alpha=alpha, scale=0.05), tmp_path / "kohya.safetensors")
     assert len(kernels(base)) > 200
     converted = convert_lora(file, out=tmp_path / "pytorch_lora_weights.safetensors").out
     merged = convert("tiny", out=tmp_path / "merged", lora=file).out
     single = convert("tiny", out=tmp_path / "merged.safetensors", lora=converted).out
     of_single = convert(single, base=base, out=tmp_path / "of-single").out
-    plain, wanted = draw(base), draw(merged)
+    wanted = draw(merged)
     found = {
         "kohya": psnr(draw(base, file), wanted),
         "diffusers": psnr(draw(base, converted), wanted),
@@ -57,11 +69,10 @@ def test_both_spellings_and_merged_weights_draw_the_same(alpha: float, tmp_path:
 
 
 @pytest.mark.slow
-def test_the_more_is_kept_the_nearer_are_the_pictures(tmp_path: Path) -> None:
+def test_the_more_is_kept_the_nearer_are_the_pictures(base: Path, plain: np.ndarray, tmp_path: Path) -> None:
     """A LoRA extracted from a fine-tune of all weights, beside the fine-tune. Its pictures are those of the
     fine-tune where the rank is that of the difference.
     """
-    base = convert("tiny", out=tmp_path / "tiny").out
     wide = save(kohya(base, rank=16, alpha=16, scale=0.02), tmp_path / "wide.safetensors")
     tuned = convert("tiny", out=tmp_path / "tuned", lora=wide).out
     wanted = draw(tuned)
@@ -71,16 +82,15 @@ def test_the_more_is_kept_the_nearer_are_the_pictures(tmp_path: Path) -> None:
         kept.append(lora.kept)
         near.append(psnr(draw(base, lora.out), wanted))
         print(f"\nrank {rank}: {lora.kept:.1%} kept, PSNR {near[-1]:.1f} dB")
-    print(f"without the LoRA {psnr(draw(base), wanted):.1f} dB")
+    print(f"without the LoRA {psnr(plain, wanted):.1f} dB")
     assert kept == sorted(kept) and kept[-1] > 0.999
     assert near == sorted(near) and near[-1] >= LEAST
-    assert near[0] > psnr(draw(base), wanted)
+    assert near[0] > psnr(plain, wanted)
 
 
 @pytest.mark.slow
-def test_ranks_and_alphas_of_each_layer(tmp_path: Path) -> None:
+def test_ranks_and_alphas_of_each_layer(base: Path, tmp_path: Path) -> None:
     """diffusers reads those that differ from layer to layer from the metadata of a file in its format."""
-    base = convert("tiny", out=tmp_path / "tiny").out
     ranks = [kohya(base, rank=rank, alpha=alpha, scale=0.05) for rank, alpha in ((4, 4), (2, 1), (6, 12))]
     modules = sorted({name.partition(".")[0] for name in ranks[0]})
     mixed = {

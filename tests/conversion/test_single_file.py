@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support.checkpoints import ROOT
 from support.random_pipelines import CONFIGS, TOKENIZER, random_pipeline
+from support.waiting import LONG, until
 
 from kcv2diffusers import convert, inspect, to_keras
 from kcv2diffusers.errors import Error
@@ -338,12 +338,9 @@ def test_a_run_that_is_stopped_leaves_what_was_there(
     before = out.read_bytes()
     command = [sys.executable, "-c", SLOW, "convert", str(pipelines["sd1"]), "--overwrite", f"--out={out}"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".dog.safetensors.tmp-*/dog.safetensors")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: list(tmp_path.glob(".dog.safetensors.tmp-*/dog.safetensors")), process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=LONG)
     assert out.read_bytes() == before and "Traceback" not in said
     if number == signal.SIGKILL:  # nobody could remove what was written so far; the next run does
         assert len(list(tmp_path.iterdir())) == 2

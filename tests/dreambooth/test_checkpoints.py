@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.checkpoints import small_base
+from support.waiting import LONG, until
 
 from kcv2diffusers.dreambooth import checkpoints, snapshots, train
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, saved_steps
@@ -84,7 +85,7 @@ def test_a_checkpoint_is_of_its_step_and_the_steps_go_on(
     disk, write_at = Event(), checkpoints.write_at
 
     def slow(*given: Any) -> int:
-        assert disk.wait(60)
+        assert disk.wait(LONG)
         return write_at(*given)
 
     monkeypatch.setattr(checkpoints, "write_at", slow)
@@ -288,10 +289,7 @@ def test_a_run_that_is_killed_while_it_writes(photos: Path, tmp_path: Path) -> N
     out, marker = tmp_path / "out", tmp_path / "marker"
     given = command(photos, out, "--steps", "100000", "--checkpoint-every", "4")
     process = subprocess.Popen([sys.executable, "-c", STALLED, str(marker), *given], env=environment())
-    deadline = time.monotonic() + 120
-    while not marker.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    until(marker.exists, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert saved_steps(out) == [4]
@@ -314,7 +312,7 @@ def test_a_checkpoint_that_the_system_refuses(photos: Path, tmp_path: Path) -> N
 
     out = tmp_path / "out"
     given = command(photos, out, "--steps", "100000", "--checkpoint-every", "2")
-    done = finish(given, preexec_fn=limited, timeout=120)
+    done = finish(given, preexec_fn=limited, timeout=LONG)
     assert done.returncode == 1, done.stderr
     first, second = done.stderr.splitlines()[-2:]
     assert "a checkpoint cannot be written: File too large" in first and "--resume" in second

@@ -11,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -22,6 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from support.checkpoints import small_base
 from support.dreambooth.run import PROMPTS, command, environment, run
+from support.waiting import LONG, until
 
 from kcv2diffusers import Error, convert, inspect
 
@@ -317,14 +317,11 @@ def test_a_run_that_is_stopped(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    deadline = time.monotonic() + 120
-    while not list((out / "checkpoints").glob("step-*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
+    until(lambda: list((out / "checkpoints").glob("step-*")), process)
     if sys.platform == "linux":  # it started itself again with this, under the same process id
         assert b"glibc.malloc.hugetlb=1" in Path(f"/proc/{process.pid}/environ").read_bytes()
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=LONG)
     kept = sorted(int(path.name[5:]) for path in (out / "checkpoints").glob("step-*"))
     assert kept
     if number == signal.SIGKILL:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.waiting import LONG
 
 from kcv2diffusers.conversion.to_diffusers import convert
 from kcv2diffusers.sources.locate import TINY
@@ -44,7 +45,7 @@ finally:
 
 def run(code: str, *arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=LONG)
 
 
 def tree(folder: Path) -> dict[str, int]:
@@ -159,6 +160,6 @@ def test_the_second_ends_at_once() -> None:
     time.sleep(3)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=LONG)
     assert process.returncode == 143
     assert errors.startswith("kcv2diffusers: ended at once; ")

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from support.checkpoints import ROOT, Checkpoints
 from support.hdf5 import compress, datasets
+from support.waiting import until
 
 from kcv2diffusers.errors import Error
 from kcv2diffusers.sources import isolated as isolation
@@ -143,10 +144,7 @@ print(_Spawned._waiting[0].pid, flush=True)
 os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    deadline = time.monotonic() + 20
-    while psutil.pid_exists(int(done.stdout)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not psutil.pid_exists(int(done.stdout))
+    until(lambda: not psutil.pid_exists(int(done.stdout)))
 
 
 def test_threads_do_each_job_once() -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.waiting import LONG
+
 ALICE, READER, BOB = "hf_aliceWriteToken0000", "hf_aliceReadToken00000", "hf_bobWriteToken000000"
 _ON_THE_HUB = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_ENDPOINT", "HF_HOME")
 
@@ -65,7 +67,7 @@ class Hub:
         """The command line; no output may hold a token."""
         command = [sys.executable, "-m", "kcv2diffusers", *map(str, arguments)]
         done = subprocess.run(
-            command, env=self.environment(**extra), capture_output=True, text=True, check=False, timeout=300
+            command, env=self.environment(**extra), capture_output=True, text=True, check=False, timeout=LONG
         )
         for token in (ALICE, READER, BOB, "hf_"):
             assert token not in done.stdout + done.stderr

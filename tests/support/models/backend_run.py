@@ -18,7 +18,7 @@ import numpy as np
 from kcv2diffusers import models
 from kcv2diffusers.models.layers import attention
 
-UNET = models.UNetConfig(widths=(32, 64), heads=(2, 4), context_width=24, norm_groups=8)
+UNET = models.UNetConfig(widths=(32, 64), heads=(2, 4), context_width=24, blocks=1, norm_groups=8)
 TEXT = models.TextEncoderConfig(width=24, layers=2, heads=4, vocabulary=50)
 VAE = models.VAEConfig(widths=(16, 32), norm_groups=8)
 RNG = np.random.default_rng(0)
@@ -50,10 +50,14 @@ def run() -> dict[str, Any]:
         ("unet", models.build_unet(UNET), unet_inputs),
     ]:
         randomise(model)
-        results[name] = model.predict_on_batch(inputs)
+        # TensorFlow takes longer to trace a model than to compute it step by step.
+        on_tensorflow = keras.backend.backend() == "tensorflow"
+        output = model(inputs) if on_tensorflow else model.predict_on_batch(inputs)
+        results[name] = keras.ops.convert_to_numpy(output)
     for name, remat in (("kept", False), ("recomputed", True)):
         models.rematerialise(model, remat)
-        for variable, gradient in zip(model.trainable_variables, gradients(model, unet_inputs), strict=True):
+        found = gradients(model, unet_inputs, traced=remat)
+        for variable, gradient in zip(model.trainable_variables, found, strict=True):
             results[f"gradient-{name}/{variable.path}"] = keras.ops.convert_to_numpy(gradient)
     if keras.backend.backend() == "jax":
         results["scores"] = np.array(scores_at_once())
@@ -78,9 +82,15 @@ def mean_square(output: Any) -> Any:
 
 
 def gradients(
-    model: keras.Model, inputs: dict[str, Any], loss: Callable[[Any], Any] = mean_square
+    model: keras.Model,
+    inputs: dict[str, Any],
+    loss: Callable[[Any], Any] = mean_square,
+    traced: bool = True,
 ) -> list[Any]:
-    """Gradients of `loss` of the model's output, one for each trainable variable."""
+    """Gradients of `loss` of the model's output, one for each trainable variable.
+
+    On TensorFlow of a traced function, or else of each operation as it is called.
+    """
     inputs = {name: keras.ops.convert_to_tensor(value) for name, value in inputs.items()}
     if keras.backend.backend() == "torch":
         model.zero_grad()
@@ -95,13 +105,12 @@ def gradients(
         return list(jax.jit(compute)(values))
     import tensorflow as tf
 
-    @tf.function
     def step() -> Any:
         with tf.GradientTape() as tape:
             value = loss(model(inputs))
         return tape.gradient(value, values)
 
-    return list(step())
+    return list((tf.function(step) if traced else step)())
 
 
 if __name__ == "__main__":
