@@ -39,6 +39,7 @@ MOMENTS = {
     "adamw": ("beta1", "beta2", "epsilon"),
     "adam_mini": ("beta1", "beta2", "epsilon"),
     "lion": ("beta1", "beta2"),
+    "prodigy": ("beta1", "beta2", "epsilon"),
     "adafactor": (),
 }
 MOST_DECAY = 0.999999  # with 1 a moment would never change
@@ -94,7 +95,9 @@ class Config:
     batch_size: int = _option(
         1, "Photos per step. With prior preservation a step has as many class images.", least=1
     )
-    learning_rate: float = _option(5e-6, "Learning rate of the UNet (LoRA: 1e-4 is usual).", least=0)
+    learning_rate: float = _option(
+        5e-6, "Learning rate of the UNet (LoRA: 1e-4 is usual). With prodigy a factor, by default 1.", least=0
+    )
     lr_schedule: str = _option(
         "constant",
         "Learning-rate schedule.",
@@ -105,7 +108,7 @@ class Config:
     warmup_steps: int = _option(0, "Warm-up steps of the learning rate.", least=0)
     optimizer: str = _option(
         "adamw",
-        "Optimizer. adam_mini and adafactor need the least memory.",
+        "Optimizer. adam_mini and adafactor need the least memory. prodigy finds the learning rate itself.",
         choices=tuple(MOMENTS),
     )
     weight_decay: float = _option(0.01, "Decoupled weight decay.", least=0)
@@ -120,7 +123,8 @@ class Config:
     )
     epsilon: float = _option(
         0.0,
-        "What is added to the root of the second moment. 0: that of the optimizer, 1e-7 (adam_mini: 1e-8).",
+        "What is added to the root of the second moment. 0: that of the optimizer, 1e-7 (adam_mini, prodigy: "
+        "1e-8).",
         least=0,
     )
     clip_norm: float = _option(
@@ -296,6 +300,8 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
     values = read_options(file) | dict(given) if file is not None else dict(given)
     if "precision" in values:
         values["precision"] = _PRECISIONS.get(values["precision"], values["precision"])
+    if values.get("optimizer") == "prodigy":
+        values.setdefault("learning_rate", 1.0)
     values["subjects"] = read_subjects(values.get("subjects", []), "subjects")
     config = Config(**values)
     own = not config.subjects or bool(config.instance_images or config.instance_prompt or config.class_prompt)
@@ -321,6 +327,11 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
         raise Error(f"--ema {config.ema}: give a number below 1, such as 0.999.")
     if config.push_to_hub and not config.export:
         raise Error("--push-to-hub publishes --export.\nGive --export DIR.")
+    if config.optimizer == "prodigy" and (config.text_encoder_learning_rate or config.text_encoder_steps):
+        raise Error(
+            "--optimizer prodigy finds one learning rate for all weights.\n"
+            "Omit --text-encoder-learning-rate and --text-encoder-steps."
+        )
     if config.lora_conv_rank and not config.lora_rank:
         raise Error("--lora-conv-rank goes with --lora-rank, the rank of the attention layers. Give both.")
     for name in ("train_text_encoder", "lora_rank"):

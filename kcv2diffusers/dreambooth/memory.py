@@ -17,7 +17,7 @@ from kcv2diffusers.models.layers import rematerialise
 from kcv2diffusers.sources.recognise import Match
 
 # Bytes of optimizer state per byte of float32 weights; shared or factored state counts as none.
-STATES = {"adamw": 2.0, "adam_mini": 0.5, "adafactor": 0.0, "lion": 1.0}
+STATES = {"adamw": 2.0, "adam_mini": 0.5, "adafactor": 0.0, "lion": 1.0, "prodigy": 4.0}
 _LORA_RANK = 4  # the rank that the advice suggests
 # diffusers' names of the projections that LoRA updates.
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")

@@ -10,7 +10,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from kcv2diffusers.dreambooth import prodigy
 from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.prodigy import Prodigy
 from kcv2diffusers.models.layers import Tensor
 
 _TOGETHER = 8  # variables per update: on PyTorch, Keras makes several copies of all that it updates
@@ -71,6 +73,7 @@ _CLASSES = {
     "adam_mini": AdamMini,
     "adafactor": keras.optimizers.Adafactor,
     "lion": keras.optimizers.Lion,
+    "prodigy": Prodigy,
 }
 
 
@@ -202,8 +205,11 @@ def _kernel(name: str) -> Any:
             "adamw": torch_updates.fused_adamw,
             "adam_mini": torch_updates.adam_mini,
             "lion": torch_updates.lion,
+            "prodigy": torch_updates.prodigy,
         }
         return staticmethod(kernels[name]) if name in kernels else None
+    if name == "prodigy":
+        return staticmethod(prodigy.update)
     return staticmethod(_fused_on_tensorflow) if (backend, name) == ("tensorflow", "adamw") else None
 
 

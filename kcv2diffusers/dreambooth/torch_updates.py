@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import torch
 
+from kcv2diffusers.dreambooth.prodigy import FIRST
+
 Tensor = torch.Tensor
 Pairs = list[tuple[Tensor, keras.Variable]]
 """Gradients with their variables."""
@@ -161,6 +163,51 @@ def lion(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) -> None
         torch._foreach_sign_(steps)
         torch._foreach_lerp_(momentums, gradients, 1 - optimizer.beta_2)
         _move(chunk, list(steps), rate, rate * weight_decay)
+
+
+def prodigy(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) -> None:
+    """`prodigy.update` on many weights at a time; nothing waits for the estimate of the rate."""
+    done = optimizer.count() // (optimizer.gradient_accumulation_steps or 1)
+    before, beta3 = optimizer.estimate.value.clone(), math.sqrt(optimizer.beta_2)
+    taken = before * (rate * optimizer.correction(done))
+    chunks = [_Chunk(optimizer, chunk) for chunk in _chunks(pairs)]
+    towards, size = torch.zeros_like(before), torch.zeros_like(before)
+    for each in chunks:
+        moved = torch._foreach_sub(each.starts, each.weights)
+        torch._foreach_mul_(moved, each.gradients)
+        towards += torch.stack([product.sum() for product in moved]).sum()
+        scaled = torch._foreach_mul(each.gradients, before)
+        torch._foreach_mul_(each.first, optimizer.beta_1)
+        torch._foreach_add_(each.first, scaled, alpha=1 - optimizer.beta_1)
+        torch._foreach_mul_(each.second, optimizer.beta_2)
+        torch._foreach_addcmul_(each.second, scaled, scaled, value=1 - optimizer.beta_2)
+        torch._foreach_mul_(scaled, before / FIRST)
+        torch._foreach_mul_(each.sums, beta3)
+        torch._foreach_add_(each.sums, scaled)
+        size += torch.stack(torch._foreach_norm(each.sums, 1)).sum()
+    numerator, estimate = optimizer.numerator.value, optimizer.estimate.value
+    numerator.mul_(beta3).add_(before / FIRST * taken * towards)
+    estimate.copy_(torch.maximum(before, numerator / size.clamp(min=1e-30)))
+    for each in chunks:
+        scale = torch._foreach_sqrt(each.second)
+        torch._foreach_add_(scale, estimate * optimizer.epsilon)
+        steps = torch._foreach_div(each.first, scale)
+        torch._foreach_mul_(steps, -taken)
+        torch._foreach_mul_(each.weights, 1 - taken * weight_decay)
+        torch._foreach_add_(each.weights, steps)
+
+
+class _Chunk:
+    """Gradients, weights and Prodigy's state of some variables."""
+
+    def __init__(self, optimizer: Any, pairs: Pairs) -> None:
+        places = [optimizer._get_variable_index(variable) for _, variable in pairs]
+        self.gradients = [gradient for gradient, _ in pairs]
+        self.weights = [variable.value for _, variable in pairs]
+        states = (optimizer.first, optimizer.second, optimizer.sums, optimizer.starts)
+        self.first, self.second, self.sums, self.starts = (
+            [state[place].value for place in places] for state in states
+        )
 
 
 def decay(pairs: Pairs, factor: float) -> None:

@@ -69,6 +69,8 @@ def test_a_bad_file(tmp_path: Path, text: str, message: str) -> None:
         ({"optimizer": "lion", "epsilon": 1e-6}, "--epsilon is not an option of lion"),
         ({"train_token": ["sks"], "lora_rank": 4}, "Omit --lora-rank, or omit --train-token"),
         ({"train_token": ["sks"], "train_text_encoder": True}, "Omit --train-text-encoder"),
+        ({"lora_conv_rank": 4}, "--lora-conv-rank goes with --lora-rank"),
+        ({"optimizer": "prodigy", "text_encoder_steps": 4}, "one learning rate for all weights"),
         ({"caption_dropout": 1.5}, "--caption-dropout 1.5: give at most 1"),
         ({"class_images": "dogs"}, "needs --class-prompt"),
         ({"verify": True}, "pipeline of --export; give that as well"),

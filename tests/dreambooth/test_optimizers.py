@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kcv2diffusers.dreambooth import torch_updates
+from kcv2diffusers.dreambooth import prodigy, torch_updates
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.optimizers import Course, make_optimizer
 
@@ -64,7 +64,9 @@ def test_adam_mini(
     np.testing.assert_allclose(keras.ops.convert_to_numpy(variable), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize(("name", "stated"), [("adamw", 8), ("lion", 4), ("adafactor", 4), ("adam_mini", 2)])
+@pytest.mark.parametrize(
+    ("name", "stated"), [("adamw", 8), ("lion", 4), ("adafactor", 4), ("adam_mini", 2), ("prodigy", 16)]
+)
 def test_bytes_of_state_for_a_weight(name: str, stated: int) -> None:
     """As the help of --optimizer says."""
     layer = keras.layers.Dense(256, use_bias=False)
@@ -212,3 +214,46 @@ def test_schedules_are_diffusers(kind: str, options: dict[str, float]) -> None:
     warm = Course(kind, 0.5, 4, steps, **options)
     assert [warm.at(step) for step in (0, 3)] == pytest.approx([0.1, 0.4])
     assert Course.from_config(course.get_config()).at(7) == course.at(7)
+
+
+@pytest.mark.parametrize("together", [1, 1 << 28, 0], ids=["one at a time", "all", "every backend's"])
+@pytest.mark.parametrize("moments", [{}, {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-3}])
+def test_prodigy_is_its_authors(
+    monkeypatch: pytest.MonkeyPatch, together: int, moments: dict[str, float]
+) -> None:
+    """On a quadratic function, with a schedule. The weights are small, because what they have moved since the
+    start is their difference, which has few digits at first.
+    """
+    import torch
+    from prodigyopt import Prodigy as Theirs
+
+    if together:
+        monkeypatch.setattr(torch_updates, "_CHUNK", together)
+    else:
+        monkeypatch.setattr(torch_updates, "prodigy", prodigy.update)
+    rng = np.random.default_rng(0)
+    values = [1e-3 * rng.standard_normal(shape).astype("float32") for shape in ((3, 4), (5,), (2, 2, 3))]
+    ours = [keras.Variable(value) for value in values]
+    theirs = [torch.nn.Parameter(torch.from_numpy(value.copy())) for value in values]
+    config = Config(
+        optimizer="prodigy", learning_rate=0.7, weight_decay=DECAY, clip_norm=0, lr_schedule="linear",
+        steps=400, **moments,
+    )  # fmt: skip
+    optimizer = make_optimizer(config, ())
+    optimizer.build(ours)
+    plain = Theirs(
+        theirs, betas=(moments.get("beta1", 0.9), moments.get("beta2", 0.999)),
+        eps=moments.get("epsilon", 1e-8), weight_decay=DECAY, use_bias_correction=True, safeguard_warmup=True,
+    )  # fmt: skip
+    for step in range(200):
+        plain.param_groups[0]["lr"] = 0.7 * (1 - step / 400)
+        gradients = [2 * (keras.ops.convert_to_numpy(variable) - 0.1) for variable in ours]
+        optimizer.apply([keras.ops.convert_to_tensor(gradient) for gradient in gradients], ours)
+        for parameter in theirs:
+            parameter.grad = 2 * (parameter.detach() - 0.1)
+        plain.step()
+        assert float(optimizer.estimate) == pytest.approx(plain.param_groups[0]["d"], rel=1e-3)
+    assert float(optimizer.estimate) > 10 * prodigy.FIRST
+    for variable, expected in zip(ours, theirs, strict=True):
+        found, wanted = keras.ops.convert_to_numpy(variable), expected.detach().numpy()
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
