@@ -24,13 +24,15 @@ def generate(
     height: int | None = None,
     width: int | None = None,
     tokenizer: str | PathLike[str] | None = None,
+    lora: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
     progress: Progress | None = None,
 ) -> list[Path]:
     """Generate images for each of `prompts`, write them into folder `out` and return their paths.
 
     The paths are in the order of the prompts. File numbers continue after the highest number already in
     `out`. `base` is "tiny", a diffusers pipeline folder, or KerasCV checkpoints. `height` and `width` are in
-    pixels, multiples of 64 (default: the size of the base). Raises Error with a message for the user.
+    pixels, multiples of 64 (default: the size of the base). `lora` are LoRA files to draw with, each a path,
+    an hf:// address, or either with ":STRENGTH" (default: 1). Raises Error with a message for the user.
     """
     if not prompts or images_per_prompt < 1:
         raise Error("Nothing to generate: give a prompt, and at least one image per prompt.")
@@ -44,7 +46,7 @@ def generate(
 
     folder = Path(out)
     check_folder(folder)
-    files = open_base(*base, tokenizer=tokenizer)
+    files = open_base(*base, tokenizer=tokenizer, lora=lora)
     files.check_prompts(*prompts, negative_prompt)
     files.schedule.check(files.prediction_type)
     files.schedule.timesteps(steps)

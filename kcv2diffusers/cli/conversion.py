@@ -190,7 +190,8 @@ def convert(
         list[str] | None,
         typer.Option(
             metavar="FILE[:STRENGTH]",
-            help="LoRA file to merge into the weights (default strength: 1). Repeat the option for more.",
+            help="LoRA file, or hf://user/repo, to merge into the weights (default strength: 1). Repeat the "
+            "option for more.",
             rich_help_panel=SOURCES,
         ),
     ] = None,
@@ -318,9 +319,10 @@ def _loading(variant: str | None, absent: Sequence[str]) -> str:
 
 def convert_lora(
     file: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="FILE", help="A LoRA file, or a pipeline folder that dreambooth wrote one in."
+            metavar="FILE",
+            help="A LoRA file, a pipeline folder that dreambooth wrote one in, or hf://user/repo.",
         ),
     ],
     out: Annotated[
@@ -390,6 +392,7 @@ def extract_lora(
     ] = LoraFormat.diffusers,
     dtype: Annotated[Dtype, typer.Option(help="Dtype of the factors.")] = Dtype.float32,
     overwrite: Overwrite = False,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -412,9 +415,12 @@ def extract_lora(
             format=format.value,
             dtype=dtype.value,
             overwrite=overwrite,
+            dry_run=dry_run,
             progress=progress,
         )
-    return print_json(result.to_dict()) if as_json else tell(result.text())
+    if as_json:
+        return print_json(result.to_dict())
+    return say(result.text()) if dry_run else tell(result.text())
 
 
 def to_keras(

@@ -50,6 +50,14 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Height in pixels, a multiple of 64.")] = None,
     width: Annotated[int | None, typer.Option(help="Width in pixels, a multiple of 64.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="SRC", help="Tokenizer, as in convert.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE[:STRENGTH]",
+            help="LoRA file, or hf://user/repo, to draw with (default strength: 1). Repeat the option for "
+            "more.",
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -73,6 +81,7 @@ def generate(
             height=height,
             width=width,
             tokenizer=tokenizer,
+            lora=lora or (),
             progress=progress,
         )
     if as_json:

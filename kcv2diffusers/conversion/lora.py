@@ -10,13 +10,14 @@ from safetensors import safe_open
 
 from kcv2diffusers.errors import Error, no_choice
 from kcv2diffusers.progress import Progress, silent
-from kcv2diffusers.sources.diffusers_pipeline import read_header, read_pipeline
+from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_header, read_pipeline
 from kcv2diffusers.sources.gather import SourcePath, gather
 from kcv2diffusers.sources.keras_lora import ENDING as KERAS_ENDING
 from kcv2diffusers.sources.keras_lora import SPELLING as KERAS_HUB
 from kcv2diffusers.sources.keras_lora import read_keras_lora
-from kcv2diffusers.sources.locate import is_pipeline, locate_all
-from kcv2diffusers.sources.lora import SPELLINGS, Lora, read_lora
+from kcv2diffusers.sources.locate import locate_all, locate_lora
+from kcv2diffusers.sources.lora import Lora, read_lora
+from kcv2diffusers.sources.lora_names import SPELLINGS
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.system.output import check_folder, check_free_file, new_file
 from kcv2diffusers.targets.lora import WRITTEN, lora_plan, write_lora
@@ -73,12 +74,13 @@ def convert_lora(
 ) -> ConvertedLora:
     """Convert the LoRA file `source` (or the one in a pipeline folder) to the tensor names of another format.
 
-    `format` is "diffusers", for `load_lora_weights`, or "kohya", for ComfyUI and A1111 (default: the one that
-    `source` does not have). The factors are copied bit for bit, in their dtypes. A `.lora.h5` file of KerasHub
-    becomes one in the format of diffusers. It says only the numbers of its layers: `base` is the model that it
-    was trained on, a pipeline or KerasHub weights (default: the released models). A `dry_run` writes nothing.
-    `progress` is called with the bytes done and in total. Raises Error with a message for the user; `out` is
-    then unchanged.
+    `source` is a path or an hf:// address. `format` is "diffusers", for `load_lora_weights`, or "kohya", for
+    ComfyUI and A1111 (default: "kohya" for a source in the format of diffusers, else "diffusers"). The
+    factors are copied bit for bit, in their dtypes. A `.lora.h5` file of KerasHub becomes one in the format
+    of diffusers. It says only the numbers of its layers: `base` is the model that it was trained on, a
+    pipeline or KerasHub weights (default: the released models). A `dry_run` writes nothing. `progress` is
+    called with the bytes done and in total. Raises Error with a message for the user; `out` is then
+    unchanged.
     """
     target = Path(out)
     if format not in (None, *SPELLINGS):
@@ -86,7 +88,7 @@ def convert_lora(
     if target.suffix != ENDING:
         raise Error(f"{target}: a LoRA file ends in {ENDING}.\nGive --out {target.name or 'lora'}{ENDING}.")
     check_free_file(target, overwrite=overwrite, replaceable=is_output)
-    lora = _read(Path(source), base)
+    lora = _read(source, base)
     if lora.path.resolve() == target.resolve():
         raise Error(f"{target}: is read from, and would be replaced.\nChoose another --out.")
     spelling: str = format or ("kohya" if lora.spelling == "diffusers" else "diffusers")
@@ -117,8 +119,8 @@ def convert_lora(
     return result
 
 
-def _read(source: Path, base: SourcePath | None) -> Lora:
-    if source.name.endswith(KERAS_ENDING):
+def _read(source: SourcePath, base: SourcePath | None) -> Lora:
+    if str(source).endswith(KERAS_ENDING):
         models: dict[str, Match] = {}
         for path in locate_all(base, pipelines=True) if base is not None else ():
             if is_pipeline(path):
@@ -126,7 +128,9 @@ def _read(source: Path, base: SourcePath | None) -> Lora:
                     models |= component.parts
             else:
                 models |= gather([path])
-        return read_keras_lora(source, {part: match.require_complete() for part, match in models.items()})
+        return read_keras_lora(
+            locate_lora(source), {part: match.require_complete() for part, match in models.items()}
+        )
     if base is not None:
         raise Error(f"--base is for KerasHub's {KERAS_ENDING} files; {source} is another file.\nOmit it.")
     return read_lora(source)

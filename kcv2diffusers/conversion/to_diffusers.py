@@ -33,6 +33,7 @@ from kcv2diffusers.pipeline_files import (
     COMPONENT_CONFIG,
     CONVERSION_FILE,
     EMBEDDINGS_PATTERN,
+    KOHYA_LORA_FILE,
     LORA_FILE,
     MODEL_INDEX,
     RUN_FILE,
@@ -64,6 +65,7 @@ _OUTPUT = (
     SCHEDULER_FILE.parent.name,
     CONVERSION_FILE,
     EMBEDDINGS_PATTERN,
+    KOHYA_LORA_FILE,
     LORA_FILE,
     RUN_FILE,
     SAMPLES_FILE,
@@ -264,7 +266,7 @@ def convert(
             if scheduler:
                 write_json(folder / SCHEDULER_FILE, scheduler)
             write_json(folder / MODEL_INDEX, model_index(family, name, matches))
-            loras = [f"{merge.lora.path.name}:{merge.strength:g}" for merge in merges]
+            loras = [(merge.lora.path, merge.strength) for merge in merges]
             there = Path(os.path.abspath(target))  # noqa: PTH100
             write_json(folder / CONVERSION_FILE, record(matches, gathered.used, planned.dtypes, there, loras))
     return replace(planned, bytes_read=total, seconds=time.monotonic() - started)

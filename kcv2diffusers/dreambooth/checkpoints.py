@@ -56,7 +56,7 @@ def saved_steps(folder: Path) -> list[int]:
 def least_bytes(config: Config, parts: Mapping[str, tuple[Match, Any]]) -> int:
     """A lower bound in bytes of a run's checkpoints on disk: those that are kept and the next one."""
     weights = sum(4 * math.prod(t.shape) for part in config.trained_parts for _, t in parts[part][0].slots())
-    few = config.lora_rank or config.train_token
+    few = config.trains_lora or config.train_token
     state = 0.0 if few else weights * (1 + STATES[config.optimizer] + bool(config.ema))
     written = math.ceil(config.steps / config.checkpoint_every) if config.checkpoint_every else 1
     if config.checkpoint_minutes:
@@ -220,14 +220,14 @@ class Checkpoints:
         variables = {self.names[id(v)]: v for v in model.weights if id(v) in self.names}
         trained = {id(variable) for variable in self.trainer.trainable_variables}
         added = added_tokens(model)
-        updated = {id(layer._kernel): layer for layer in lora_layers(model)}
+        updates = {id(layer._kernel): layer for layer in lora_layers(model)}
         for slot, tensor in self.files[part].slots():
             variable = variables[slot.target]
             if id(variable) in trained:
                 yield value(variable)
                 continue
             frozen = read_values(self.files[part], slot, tensor, tuple(variable.shape))
-            if layer := updated.get(id(variable)):
+            if layer := updates.get(id(variable)):
                 first, second = factors(layer, value)
                 frozen = frozen + first @ second
             if added is not None and slot.target.endswith(TABLE):

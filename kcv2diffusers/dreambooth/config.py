@@ -151,11 +151,16 @@ class Config:
         "", "Word that the embeddings of --train-token start from. Default: the letters of each token."
     )
     lora_rank: int = _option(0, "Rank of a LoRA. 0 trains all weights.", least=0)
-    lora_alpha: float = _option(0.0, "LoRA alpha (scale = alpha / rank). 0: the rank.", least=0)
+    lora_alpha: float = _option(
+        0.0, "LoRA alpha (scale = alpha / rank). 0: the rank, or the alphas of --lora.", least=0
+    )
     lora_conv_rank: int = _option(
         0, "Rank of the LoRA of the UNet's convolutions. 0: convolutions have none.", least=0
     )
     lora_conv_alpha: float = _option(0.0, "LoRA alpha of convolutions. 0: their rank.", least=0)
+    lora: str = _option(
+        "", "LoRA file, or hf://user/repo, to go on training, with the ranks it has.", metavar="FILE"
+    )
 
     prior_weight: float = _option(1.0, "Weight of the prior-preservation loss (class images).", least=0)
     snr_gamma: float = _option(0.0, "Gamma of min-SNR loss weighting (5 is usual). 0 turns it off.", least=0)
@@ -255,6 +260,11 @@ class Config:
         own = Subject(**{name: getattr(self, name) for name in names})
         return [*([own] if own != Subject() else []), *self.subjects]
 
+    @property
+    def trains_lora(self) -> bool:
+        """Whether low-rank updates are trained, and not the weights."""
+        return bool(self.lora_rank or self.lora)
+
     def toml(self, *, public: bool = False) -> str:
         """The options that differ from their defaults, as a TOML file for `--config`.
 
@@ -277,6 +287,7 @@ _OWN = (
     "validation_images",
     "base",
     "tokenizer",
+    "lora",
     "out",
     "export",
     "resume",
@@ -318,6 +329,8 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
     for f in fields(config):
         if f.metadata["command"]:
             _check(f, getattr(config, f.name))
+    if config.lora and config.lora_rank:
+        raise Error("--lora has ranks of its own.\nOmit --lora-rank, or --lora to train a new LoRA.")
     if config.class_images and not config.class_prompt:
         raise Error("--class-images needs --class-prompt, the text that describes them.")
     check_subjects(config.subjects)
@@ -334,7 +347,7 @@ def make_config(given: Mapping[str, Any], file: Path | None = None) -> Config:
         )
     if config.lora_conv_rank and not config.lora_rank:
         raise Error("--lora-conv-rank goes with --lora-rank, the rank of the attention layers. Give both.")
-    for name in ("train_text_encoder", "lora_rank"):
+    for name in ("train_text_encoder", "lora_rank", "lora"):
         if config.train_token and getattr(config, name):
             raise Error(
                 f"--train-token trains nothing but embeddings of new tokens.\n"

@@ -1,10 +1,11 @@
-"""LoRA on attention layers and convolutions by Keras' `enable_lora`, and the LoRA file for diffusers."""
+"""LoRA on layers by Keras' `enable_lora`, new or from a LoRA file, and the LoRA file for diffusers."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -12,8 +13,8 @@ from safetensors.numpy import save_file
 
 from kcv2diffusers.diffusion import LATENT_CHANNELS, Array
 from kcv2diffusers.dreambooth.snapshots import Values
-from kcv2diffusers.models.layers import Conv2D
-from kcv2diffusers.sources.lora import ADAPTER
+from kcv2diffusers.models.layers import Conv2D, Dense
+from kcv2diffusers.sources.lora import ADAPTER, Update
 from kcv2diffusers.targets.lora import adapter_config
 
 
@@ -36,13 +37,39 @@ def add_lora(
     if conv_rank:
         wanted += [(layer, conv_rank, conv_alpha or conv_rank) for layer in convolutions(model)]
     for number, (layer, rank, alpha) in enumerate(wanted):
-        layer.trainable = True
-        first = keras.initializers.HeUniform(seed=seed + number)
-        layer.enable_lora(rank, lora_alpha=alpha, a_initializer=first)
-        layer._kernel.trainable = False
-        if layer.bias is not None:
-            layer.bias.trainable = False
+        _enable(layer, rank, alpha, keras.initializers.HeUniform(seed=seed + number))
     model.predict_function = None  # a function compiled before would lack the updates
+
+
+def load_lora(model: keras.Model, updates: Iterable[Update], names: Mapping[int, str], alpha: float) -> None:
+    """Freeze `model` and add the updates of a LoRA file to its layers: linear layers and convolutions.
+
+    `names` maps the `id` of a kernel to its diffusers name. Ranks are those of the file. `alpha` replaces the
+    alphas of the file; 0 keeps them. The factors are scaled so that the model computes the same with either.
+    """
+    model.trainable = False
+    kernels = {
+        names.get(id(layer._kernel)): layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, (Dense, Conv2D))
+    }
+    for update in updates:
+        layer = kernels[f"{update.module}.weight"]
+        new = alpha or update.alpha or update.rank
+        _enable(layer, update.rank, new, "zeros")
+        down, up = update.values()
+        layer.lora_kernel_a.assign(down.transpose(2, 1, 0).reshape(layer.lora_kernel_a.shape))
+        layer.lora_kernel_b.assign(up.T * np.float32(update.alpha / new))
+    model.predict_function = None
+
+
+def _enable(layer: keras.layers.Layer, rank: int, alpha: float, initializer: Any) -> None:
+    """Add an update to a layer: its factors can be trained, its kernel and bias are frozen."""
+    layer.trainable = True
+    layer.enable_lora(rank, lora_alpha=alpha, a_initializer=initializer)
+    layer._kernel.trainable = False
+    if layer.bias is not None:
+        layer.bias.trainable = False
 
 
 def store_frozen_as_computed(model: keras.Model) -> None:
@@ -101,13 +128,14 @@ def convolutions(model: keras.Model) -> list[Conv2D]:
 
 def lora_layers(model: keras.Model) -> list[keras.layers.Layer]:
     """The layers that have a LoRA."""
-    return [layer for layer in (*attention_projections(model), *convolutions(model)) if layer.lora_enabled]
+    return [layer for layer in model._flatten_layers() if getattr(layer, "lora_enabled", False)]
 
 
 def factors(layer: keras.layers.Layer, value: Values) -> tuple[Array, Array]:
-    """The two LoRA factors of a layer, float32: (..., inputs, rank) as its kernel, and (rank, outputs).
+    """The two LoRA factors of a layer: (..., inputs, rank) and (rank, outputs), float32.
 
-    The scale alpha / rank is multiplied into the second. `value` reads their variables.
+    The first has the height and width of a convolution's kernel in front. The scale alpha / rank is
+    multiplied into the second. `value` reads their variables.
     """
     first, second = (np.asarray(value(v), "float32") for v in (layer.lora_kernel_a, layer.lora_kernel_b))
     return first, second * np.float32(layer.lora_alpha / layer.lora_rank)
@@ -124,14 +152,12 @@ def write_lora(path: Path, parts: Mapping[str, keras.Model], names: Mapping[int,
         for layer in lora_layers(model):
             module = names[id(layer._kernel)].removesuffix(".weight")
             first, second = factors(layer, value)
-            if first.ndim == 4:  # a convolution: (rank, inputs, height, width) and (outputs, rank, 1, 1)
-                first, second = first.transpose(2, 0, 1, 3), second[None, None]
-                tensors[f"{part}.{module}.lora_A.weight"] = np.ascontiguousarray(first.transpose(3, 0, 1, 2))
-                tensors[f"{part}.{module}.lora_B.weight"] = np.ascontiguousarray(second.transpose(3, 2, 0, 1))
-            else:
-                tensors[f"{part}.{module}.lora_A.weight"] = np.ascontiguousarray(first.T)
-                tensors[f"{part}.{module}.lora_B.weight"] = np.ascontiguousarray(second.T)
-            ranks[part, module] = layer.lora_rank
+            *kernel, inputs, rank = first.shape
+            down = first.reshape(-1, inputs, rank).transpose(2, 1, 0).reshape(rank, inputs, *kernel)
+            up = second.T.reshape(-1, rank, *[1] * len(kernel))
+            tensors[f"{part}.{module}.lora_A.weight"] = np.ascontiguousarray(down)
+            tensors[f"{part}.{module}.lora_B.weight"] = np.ascontiguousarray(up)
+            ranks[part, module] = rank
     metadata = {"format": "pt"}
     if len(set(ranks.values())) > 1:  # not every version of diffusers then takes alpha for the rank
         metadata[ADAPTER] = json.dumps(adapter_config(ranks, ranks), sort_keys=True)

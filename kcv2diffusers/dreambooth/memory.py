@@ -14,6 +14,7 @@ from kcv2diffusers.diffusion import LATENT_CHANNELS
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models.layers import rematerialise
+from kcv2diffusers.sources.lora import read_lora
 from kcv2diffusers.sources.recognise import Match
 
 # Bytes of optimizer state per byte of float32 weights; shared or factored state counts as none.
@@ -81,7 +82,7 @@ def savings(config: Config, files: Matches) -> dict[str, float]:
     parts = config.trained_parts
     taken = sum(training_bytes(config, files[part]) for part in parts)
     options = {
-        f"--lora-rank {_LORA_RANK}": {"lora_rank": _LORA_RANK} if not config.lora_rank else {},
+        f"--lora-rank {_LORA_RANK}": {"lora_rank": _LORA_RANK} if not config.trains_lora else {},
         "--optimizer adam_mini": {"optimizer": "adam_mini"},
         "--ema 0": {"ema": 0.0},
     }
@@ -103,16 +104,24 @@ def training_bytes(config: Config, match: Match) -> float:
     if config.train_token:
         return 0.0  # a few embeddings
     kept = 1 + STATES[config.optimizer] + bool(config.ema) + (config.accumulate > 1)
-    if not config.lora_rank:
+    if not config.trains_lora:
         return 4 * kept * _count(match)
+    halved = 2 * _count(match) if config.precision.startswith("mixed") else 0
+    return 4 * (kept + 1) * _lora_count(config, match) - halved
+
+
+def _lora_count(config: Config, match: Match) -> int:
+    """The number of trained weights of a LoRA."""
+    if config.lora:
+        updates = read_lora(config.lora).updates.values()
+        mine = [update for update in updates if update.component == match.spec.table.name]
+        return sum(math.prod(factor.shape) for update in mine for factor in (update.down, update.up))
     sizes = [
         sum(tensor.shape[:2] if not match.keras else tensor.shape[-2:])
         for slot, tensor in match.slots()
         if slot.target.removesuffix(".weight").endswith(_PROJECTIONS) and slot.target.endswith(".weight")
     ]
-    taken = config.lora_rank * sum(sizes) + config.lora_conv_rank * _of_convolutions(match)
-    halved = 2 * _count(match) if config.precision.startswith("mixed") else 0
-    return 4 * (kept + 1) * taken - halved
+    return config.lora_rank * sum(sizes) + config.lora_conv_rank * _of_convolutions(match)
 
 
 def _of_convolutions(match: Match) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from kcv2diffusers.conversion.lora import convert_lora
 from kcv2diffusers.conversion.to_diffusers import convert, is_output
 from kcv2diffusers.diffusion import Schedule
 from kcv2diffusers.dreambooth.batches import SIZED, Batches, Examples
@@ -29,7 +30,7 @@ from kcv2diffusers.dreambooth.examples import (
     subject_photos,
 )
 from kcv2diffusers.dreambooth.follow import LOG, Follow, Unread, read_log
-from kcv2diffusers.dreambooth.lora import add_lora, store_frozen_as_computed
+from kcv2diffusers.dreambooth.lora import add_lora, load_lora, store_frozen_as_computed
 from kcv2diffusers.dreambooth.memory import memory_errors, training_advice
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
@@ -37,15 +38,18 @@ from kcv2diffusers.dreambooth.record import keep_record
 from kcv2diffusers.dreambooth.tokens import add_tokens, name_tokens
 from kcv2diffusers.dreambooth.validation import Validation
 from kcv2diffusers.errors import Error
+from kcv2diffusers.maps.parts import label
 from kcv2diffusers.models import rematerialise
 from kcv2diffusers.models.base import Base, BaseFiles, open_base
 from kcv2diffusers.models.config import Gelu
 from kcv2diffusers.models.layers import dtype_policy
 from kcv2diffusers.pictures import chart
-from kcv2diffusers.pipeline_files import LORA_FILE, MODEL_INDEX, RUN_FILE, SAMPLES_FILE
+from kcv2diffusers.pipeline_files import KOHYA_LORA_FILE, LORA_FILE, MODEL_INDEX, RUN_FILE, SAMPLES_FILE
 from kcv2diffusers.progress import StageProgress, silent_stages
+from kcv2diffusers.sources.lora import check_finite, read_lora
 from kcv2diffusers.system.interruption import SIGNALS, keeps
 from kcv2diffusers.system.output import check_folder, check_target
+from kcv2diffusers.targets.lora_merge import Merge, check_merges
 
 
 @dataclass
@@ -190,6 +194,8 @@ def _base_files(config: Config) -> BaseFiles:
     files.schedule.check(files.prediction_type)
     given = [prompt for each in config.every_subject for prompt in (each.instance_prompt, each.class_prompt)]
     files.check_prompts(*given, *config.sample_prompt)
+    if config.lora:
+        _check_lora(config, files)
     if not saved_steps(Path(config.out)):
         check_folder(Path(config.out), least_bytes(config, files.parts))
     return files
@@ -206,6 +212,23 @@ def _zero_terminal_snr(schedule: Schedule, prediction_type: str) -> Schedule:
             "Choose a base of v_prediction. With --prediction-type v_prediction this one learns it, slowly."
         )
     return replace(schedule, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+
+def _check_lora(config: Config, files: BaseFiles) -> None:
+    """Raise Error if the LoRA file does not fit the base, or the parts that are trained."""
+    lora = read_lora(config.lora)
+    check_merges([Merge(lora, 1.0)], (match for match, _ in files.parts.values()))
+    check_finite(lora)
+    held = {component for component, _ in lora.updates}
+    if "text_encoder" in held and not config.train_text_encoder:
+        raise Error(
+            f"{lora.path}: changes the text encoder too.\nAdd --train-text-encoder to go on with both."
+        )
+    if wanted := ({"unet"} | ({"text_encoder"} if config.train_text_encoder else set())) - held:
+        raise Error(
+            f"{lora.path}: changes no layer of the {label(min(wanted))}, which is to be trained.\n"
+            "Give a LoRA of the parts to train, or --lora-rank for a new one."
+        )
 
 
 def _finished_before(config: Config, prediction_type: str) -> Result | None:
@@ -239,8 +262,9 @@ def _export(config: Config, step: int, prediction_type: str) -> Path:
         prediction_type=prediction_type,
         overwrite=config.resume,
     )
-    if config.lora_rank:
+    if config.trains_lora:
         shutil.copy(checkpoint / LORA_FILE, export)
+        convert_lora(checkpoint, out=export / KOHYA_LORA_FILE, format="kohya")
     (export / RUN_FILE).write_text(config.toml(public=True), encoding="utf-8")
     if config.sample_prompt:
         shutil.copy(samples(out, step), export / SAMPLES_FILE)
@@ -268,8 +292,12 @@ def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
         add_tokens(base.text_encoder, base.tokenizer, config.train_token, config.train_token_from)
     for model in (base.unet, base.text_encoder):
         rematerialise(model, config.rematerialise)
-    for model in trained.values():
-        if config.lora_rank:
+    lora = read_lora(config.lora) if config.lora else None
+    for part, model in trained.items():
+        if lora is not None:
+            mine = [update for update in lora.updates.values() if update.component == part]
+            load_lora(model, mine, base.names, config.lora_alpha)
+        elif config.lora_rank:
             add_lora(
                 model,
                 config.lora_rank,

@@ -20,6 +20,7 @@ from kcv2diffusers.hub.listing import (
     candidates,
     chosen,
     is_pipeline,
+    lora_file,
     pipeline_files,
     small_files,
     tokenizer_files,
@@ -62,6 +63,20 @@ def _fetch(
     with asking(source):
         folder = _download(api, address.repository, commit, names)
     return tuple(folder / path for path in found)
+
+
+@cache
+def fetch_lora(source: str) -> Path:
+    """Download the LoRA file at an hf:// address; returns its path in the cache.
+
+    An address of a repository or folder stands for the LoRA file in it. Raises Error with a message for the
+    user.
+    """
+    api = connect()
+    address, commit, listing = _found(api, source, parse(source))
+    name = lora_file(listing, address)
+    with asking(source):
+        return _download(api, address.repository, commit, [name]) / name
 
 
 def _found(api: HfApi, source: str, address: Address) -> tuple[Address, str, Listing]:

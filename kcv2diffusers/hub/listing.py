@@ -21,6 +21,7 @@ from kcv2diffusers.pipeline_files import (
     CARD,
     COMPONENT_CONFIG,
     CONFIG_FILE,
+    LORA_FILE,
     MODEL_INDEX,
     SCHEDULER_FILE,
     TOKENIZER,
@@ -131,6 +132,25 @@ def _weights(listing: Listing, folder: str, name: str, variant: str | None) -> s
     there = [path.removeprefix(f"{folder}/") for path in listing if path.startswith(f"{folder}/")]
     names = (f"{folder}/{file}" for file in weight_names(name, variant, there))
     return next((path for path in names if path in listing), None)
+
+
+def lora_file(listing: Listing, source: Address) -> str:
+    """The LoRA file at an address: that file, else the one with diffusers' name, else the only .safetensors.
+
+    Raises Error if there is none or if there are several.
+    """
+    if source.path in listing:
+        return source.path
+    if (usual := _join(source.path, LORA_FILE)) in listing:
+        return usual
+    inside = f"{source.path}/" if source.path else ""
+    found = [name for name in sorted(listing) if name.startswith(inside) and name.endswith(".safetensors")]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise Error(f"{source}: no .safetensors file there.\nGive the address of a LoRA file.")
+    several = "\n".join(f"  {plain(source.at(name))}  {listing[name] / 1e6:.1f} MB" for name in found[:20])
+    raise Error(f"{source}: {len(found)} .safetensors files; give one by name:\n{several}")
 
 
 def small_files(listing: Listing, below: str) -> list[str]:

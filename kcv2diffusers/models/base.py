@@ -8,7 +8,7 @@ fallback is Stable Diffusion's own values.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -35,10 +35,12 @@ from kcv2diffusers.pipeline.shapes import stated_beside
 from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer
 from kcv2diffusers.pipeline.vocabulary import check_enough_rows, homes
 from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_pipeline
-from kcv2diffusers.sources.gather import check_together, gather
+from kcv2diffusers.sources.gather import SourcePath, check_together, gather
 from kcv2diffusers.sources.locate import locate, locate_all
+from kcv2diffusers.sources.lora import check_finite
 from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.sources.tensor import Tensor, values_of
+from kcv2diffusers.targets.lora_merge import check_merges, merged, read_merges
 
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "exact", "gelu_pytorch_tanh": "tanh"}
 
@@ -143,6 +145,7 @@ def load_base(
     *sources: str | PathLike[str],
     tokenizer: str | PathLike[str] | None = None,
     gelu: Gelu | None = None,
+    lora: SourcePath | Sequence[SourcePath] = (),
     moments: bool = False,
     dtype: str | None = None,
 ) -> Base:
@@ -151,25 +154,29 @@ def load_base(
     `sources` are one diffusers pipeline folder, KerasCV checkpoints, an hf:// address, or "tiny". `tokenizer`
     is a folder or CLIP's merges file. The default is the tokenizer beside the weights, then one found on this
     machine. `gelu` is the variant in the UNet, "tanh" or "exact"; the default is "tanh" for KerasCV
-    checkpoints and "exact" for pipelines. With `moments` the image encoder returns mean and log variance.
-    `dtype` is a Keras dtype policy, or fp32, fp16 or bf16; variables are float32. Raises Error with a message
-    for the user.
+    checkpoints and "exact" for pipelines. `lora` are LoRA files to merge into the weights, each a path or
+    "PATH:STRENGTH". With `moments` the image encoder returns mean and log variance. `dtype` is a Keras dtype
+    policy, or fp32, fp16 or bf16; variables are float32. Raises Error with a message for the user.
     """
-    return open_base(*sources, tokenizer=tokenizer, gelu=gelu).load(moments=moments, dtype=dtype)
+    files = open_base(*sources, tokenizer=tokenizer, gelu=gelu, lora=lora)
+    return files.load(moments=moments, dtype=dtype)
 
 
 def open_base(
     *sources: str | PathLike[str],
     tokenizer: str | PathLike[str] | None = None,
     gelu: Gelu | None = None,
+    lora: SourcePath | Sequence[SourcePath] = (),
 ) -> BaseFiles:
     """Open the files of `sources`: a pipeline folder, a single file, KerasCV checkpoints, or "tiny".
 
     A pipeline folder is one that diffusers has written. `tokenizer` is a folder or CLIP's merges file. The
     default is the tokenizer beside the weights, then one found on this machine. `gelu` is the variant in the
     UNet. The default is the one used in training: "tanh" for KerasCV checkpoints, "exact" for pipelines.
-    Raises Error with a message for the user.
+    `lora` are LoRA files to merge into the weights, each a path or "PATH:STRENGTH". Raises Error with a
+    message for the user.
     """
+    merges = read_merges([lora] if isinstance(lora, (str, PathLike)) else lora)
     paths = [path for source in sources for path in locate_all(source, pipelines=True)]
     if len(paths) == 1 and is_pipeline(paths[0]):
         components = read_pipeline(paths[0])
@@ -183,6 +190,10 @@ def open_base(
     if missing := [label(part) for part in family.parts if part not in configs]:
         raise Error(f"Not a whole model, {', '.join(missing)} missing: {', '.join(map(str, paths))}.")
     checked = check_together({part: match for part, (match, _) in configs.items()})
+    check_merges(merges, checked.values())
+    for merge in merges:
+        check_finite(merge.lora)
+    checked = {part: merged(match, merges) for part, match in checked.items()}
     configs = {part: (checked[part], stated) for part, (_, stated) in configs.items()}
     unet, text = checked["unet"], checked["text_encoder"]
     config = ModelConfig(

@@ -93,8 +93,10 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
     """A convolution. On a CPU it is one matrix product if the kernel is 1x1 or larger than the feature map.
 
     Keras' kernels are (height, width, inputs, outputs). PyTorch and XLA transpose them in every pass, which
-    takes most of the time of the coarser half of a UNet. A low-rank update (Keras' `enable_lora`) is a
-    convolution to as many channels as its rank, as in `Dense`.
+    takes most of the time of the coarser half of a UNet.
+
+    A low-rank update (Keras' `enable_lora`) is a second convolution, with `rank` outputs, and a 1x1
+    convolution after it. Keras' own call adds the update to the kernel instead.
     """
 
     def call(self, inputs: Tensor) -> Tensor:
@@ -105,6 +107,7 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
         return self._updated(inputs, partial(self._by_torch, pixels=pixels))
 
     def _updated(self, inputs: Tensor, convolve: Callable[..., Tensor]) -> Tensor:
+        """`convolve` with the kernel and the bias, plus the low-rank update if there is one."""
         outputs = convolve(inputs, self._kernel, self.bias)
         if not self.lora_enabled:
             return outputs
@@ -125,7 +128,7 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
             if self.kernel_size == (1, 1) or pixels <= 2 * kernel.shape[-1]:
                 return self._as_product(inputs, kernel, bias)
         outputs = self.convolution_op(inputs, kernel)
-        return outputs if bias is None else ops.add(outputs, bias)
+        return outputs if bias is None else ops.add(outputs, ops.reshape(bias, (1, 1, 1, -1)))
 
     def _by_torch(self, inputs: Tensor, kernel: Tensor, bias: Tensor | None, pixels: int) -> Tensor:
         from kcv2diffusers.models import torch_layers

@@ -1,9 +1,9 @@
 """`conversion.json` in a pipeline folder: the sources of the conversion, for the model card.
 
-Hashes are not computed here: SHA-256 (0.8 GB/s on the machine of the benchmark) would take longer than the
-conversion. `push` computes them from source files that are unchanged. The record therefore contains their
-paths, relative to the pipeline; `push` removes the paths before it publishes the record. Files from the Hub
-cache already have their hash in the name of their blob.
+Hashes of checkpoints are not computed here: SHA-256 (0.8 GB/s on the machine of the benchmark) would take
+longer than the conversion. `push` computes them from source files that are unchanged. The record therefore
+contains their paths, relative to the pipeline; `push` removes the paths before it publishes the record. Files
+from the Hub cache already have their hash in the name of their blob.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import NoneType
@@ -44,7 +44,7 @@ _FORM = {
     "bases": [str],
     "origins": [{"source": str, "?license": str, "?license_name": str, "?license_link": str}],
     "dtypes": {"*": str},
-    "?loras": [str],
+    "?loras": [{"name": str, "strength": (int, float), "bytes": int, "sha256": str}],
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -54,13 +54,14 @@ def record(
     bases: Sequence[Path],
     dtypes: Mapping[str, str],
     out: Path,
-    loras: Sequence[str] = (),
+    loras: Iterable[tuple[Path, float]] = (),
 ) -> dict[str, Any]:
     """Return the record: the tool, the source of each part, the bases, and the licenses that these state.
 
     `out` is the future folder of the pipeline, `bases` are the paths that supplied missing parts, `loras` the
-    names and strengths of the LoRAs merged into the weights.
+    files and strengths of the LoRAs merged into the weights. LoRA files are small: they are hashed here.
     """
+    merged = [_lora(path, strength) for path, strength in loras]
     homes = {_home(path): None for path in (*(m.source.path for m in parts.values()), *bases)}
     stated = {home: license_of(home) for home in homes}
     return {
@@ -71,8 +72,28 @@ def record(
             {"source": _named(home), **stated[home]} for home in homes if stated[home] or cached(home)
         ],
         "dtypes": dict(dtypes),
-        **({"loras": list(loras)} if loras else {}),
+        **({"loras": merged} if merged else {}),
     }
+
+
+def _lora(path: Path, strength: float) -> dict[str, Any]:
+    found = cached(path)
+    return {
+        "name": str(found[0]) if found else path.name,
+        "strength": strength,
+        "bytes": path.stat().st_size,
+        "sha256": _sha256(path, lambda size: None),
+    }
+
+
+def _sha256(path: Path, progress: Callable[[int], None]) -> str:
+    """Return the SHA-256 of a file. `progress` is called with the size of each block."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            digest.update(block)
+            progress(len(block))
+    return digest.hexdigest()
 
 
 def _home(path: Path) -> Path:
@@ -137,13 +158,13 @@ def published(folder: Path, progress: Callable[[int, int], None]) -> dict[str, A
     files = [file for part in data.get("parts", {}).values() for file in part["files"]]
     there = [(path, file) for file in files if (path := _unchanged(folder, file))]
     total, done = sum(file["bytes"] for _, file in there), 0
+
+    def more(size: int) -> None:
+        nonlocal done
+        progress(done := done + size, total)
+
     for path, file in there:
-        digest = hashlib.sha256()
-        with path.open("rb") as opened:
-            while block := opened.read(_BLOCK):
-                digest.update(block)
-                progress(done := done + len(block), total)
-        file["sha256"] = digest.hexdigest()
+        file["sha256"] = _sha256(path, more)
     for file in files:
         for name in ("path", "modified"):
             file.pop(name, None)

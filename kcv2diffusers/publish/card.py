@@ -128,10 +128,17 @@ def _conversion(facts: Facts) -> str:
     rows = []
     for part, source in facts.conversion["parts"].items():
         for file in source["files"]:
-            digest = f"`{file['sha256']}`" if "sha256" in file else "not known"
+            digest = f"`{_plain(file['sha256'])}`" if "sha256" in file else "not known"
             rows.append((label(part), f"{_plain(file['name'])} ({_plain(source['container'])})", digest))
     head = f"By `{_plain(facts.conversion['tool'])}` from these files:"
-    return f"{head}\n\n" + _table(["part", "file", "SHA-256"], rows)
+    text = f"{head}\n\n" + _table(["part", "file", "SHA-256"], rows)
+    if loras := facts.conversion.get("loras"):
+        merged = [
+            (_plain(one["name"]), f"{one['strength']:g}", f"`{_plain(one['sha256'])}`") for one in loras
+        ]
+        text += "\n\nThese LoRAs are merged into the weights:\n\n"
+        text += _table(["LoRA", "strength", "SHA-256"], merged)
+    return text
 
 
 def _verification(facts: Facts) -> str:

@@ -1,10 +1,10 @@
 """Read KerasHub's LoRA files (`.lora.h5`), the factors of layers that the file identifies by numbers.
 
-`Backbone.save_lora_weights` counts all layers with weights: depth first, each layer before the layers inside it.
-The layers inside a layer are counted from the last to the first. So the numbers depend on the model: on its
-number of blocks, on which of them have a second attention, and on whether it has a T5. The weight maps have the
-layers in Keras' order; the sizes come from a model that is given, else from the released ones. The model that
-fits all numbers and shapes is the right one.
+`Backbone.save_lora_weights` counts all layers with weights: depth first, each layer before the layers inside
+it. The layers inside a layer are counted from the last to the first. So the numbers depend on the model: on
+its number of blocks, on which of them have a second attention, and on whether it has a T5. The weight maps
+have the layers in Keras' order; the sizes come from a model that is given, else from the released ones. The
+model that fits all numbers and shapes is the right one.
 """
 
 from __future__ import annotations

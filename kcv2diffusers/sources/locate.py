@@ -47,8 +47,7 @@ def locate_all(
         from kcv2diffusers.hub.download import fetch
 
         return fetch(source, parts, variant, pipelines=pipelines)
-    if isinstance(source, str) and _URL.match(source) and not Path(source).exists():
-        raise _web_address(source)
+    _check_address(source)
     if source not in (TINY, "tiny"):
         return [Path(source)]
     if source != TINY and Path(source).exists():
@@ -62,7 +61,22 @@ def locate_all(
     return [folder]
 
 
-def _web_address(source: str) -> Error:
-    address = website(source)
-    remedy = f"Write {address} for it." if address else "Download it and give the file or folder."
-    return Error(f"{source}: a web address, which is not read.\n{remedy}")
+def locate_lora(source: str | PathLike[str]) -> Path:
+    """The path of a LoRA file: `hf://` is downloaded, others are paths.
+
+    Raises Error for a web address and for errors of the Hub.
+    """
+    if isinstance(source, str) and source.startswith(SCHEME):
+        from kcv2diffusers.hub.download import fetch_lora
+
+        return fetch_lora(source)
+    _check_address(source)
+    return Path(source)
+
+
+def _check_address(source: str | PathLike[str]) -> None:
+    """Raise Error for a web address."""
+    if isinstance(source, str) and _URL.match(source) and not Path(source).exists():
+        address = website(source)
+        remedy = f"Write {address} for it." if address else "Download it and give the file or folder."
+        raise Error(f"{source}: a web address, which is not read.\n{remedy}")

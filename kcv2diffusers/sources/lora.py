@@ -1,9 +1,4 @@
-"""Read LoRA files: low-rank updates of a UNet and a text encoder, with the names of diffusers or of kohya.
-
-diffusers (PEFT) names a factor after its module: `unet.mid_block.attentions.0.proj_in.lora_A.weight`.
-kohya's scripts, and A1111 and ComfyUI with them, replace the dots by underscores:
-`lora_unet_mid_block_attentions_0_proj_in.lora_down.weight`. The weight maps give the modules and their sizes.
-"""
+"""Read LoRA files: low-rank updates of a UNet and a text encoder, in any spelling of `lora_names`."""
 
 from __future__ import annotations
 
@@ -13,21 +8,21 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kcv2diffusers.errors import SourceError
-from kcv2diffusers.maps.tables import Slot, specs, tables
 from kcv2diffusers.pipeline_files import LORA_FILE
 from kcv2diffusers.sources.diffusers_pipeline import read_header
-from kcv2diffusers.sources.tensor import Tensor, values_of
+from kcv2diffusers.sources.locate import locate_lora
+from kcv2diffusers.sources.lora_names import KOHYA, ORIGINAL, modules, parse_name
+from kcv2diffusers.sources.tensor import Tensor, rows, values_of
 
 ADAPTER = "lora_adapter_metadata"
 """The metadata entry in which diffusers stores PEFT's configs as JSON."""
-KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-"""The prefix of kohya's names for each component."""
-SPELLINGS = ("diffusers", "kohya")
 # Related kinds of files, identified by tensor names; they combine their factors differently.
 OTHER_KINDS = tuple(
     (re.compile(pattern), what)
@@ -36,24 +31,13 @@ OTHER_KINDS = tuple(
         (r"(lora_(unet|te\d?)_.*|.*\.)lokr_[wt]\d(_\w+)?", "a LoKr"),
         (r".*\.(dora_scale|lora_magnitude_vector)(\..*)?", "a DoRA"),
         (r".*\.lora_mid\.weight", "a LoCon with Tucker decomposition"),
+        (r".*\.diff(_b)?", "a difference of full rank"),
     )
 )
 _LORA_READ = "LoRA files of Stable Diffusion 1 and 2 in the spellings of diffusers and kohya are read."
 _XL = re.compile(r"(lora_te2_|text_encoder_2\.).*")
-_NAME = re.compile(
-    r"(?P<module>.+?)(?:"
-    r"(?P<down>\.lora_A(?:\.default)?\.weight|\.lora_down\.weight|(?:\.lora|\.lora_linear_layer|_lora)\.down\.weight)"
-    r"|(?P<up>\.lora_B(?:\.default)?\.weight|\.lora_up\.weight|(?:\.lora|\.lora_linear_layer|_lora)\.up\.weight)"
-    r"|(?P<alpha>(?:_lora)?\.alpha)"
-    r")"
-)
 _LISTED = 8  # names listed in an error message
 _MOST = 10_000  # tensors in a file; a LoRA of every layer of Stable Diffusion 2 has 1,100
-_MAX_LAYERS = 100  # in a text encoder
-_ATTENTION = {  # old names of the projections, in diffusers' attention processors -> their modules
-    "unet": {"to_out": "to_out.0"},
-    "text_encoder": {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +64,18 @@ class Update:
         """The shape of the weight in diffusers, without trailing axes of size one."""
         return _short((self.up.shape[0], *self.down.shape[1:]))
 
+    def values(self) -> tuple[np.ndarray, np.ndarray]:
+        """The factors in float32: `down` as (rank, inputs, positions), `up` as (outputs, rank)."""
+        down, up = (values_of(tensor).astype(np.float32) for tensor in (self.down, self.up))
+        return down.reshape(self.rank, self.down.shape[1], -1), up.reshape(-1, self.rank)
+
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file: updates by (component, module), spelling ("diffusers" or "kohya"), and metadata."""
+    """A LoRA file: updates by (component, module), spelling, and metadata.
+
+    The spelling is "diffusers", "kohya" or "original".
+    """
 
     path: Path
     spelling: str
@@ -91,22 +83,24 @@ class Lora:
     metadata: Mapping[str, str]
 
 
-def read_lora(path: Path) -> Lora:
+def read_lora(source: str | PathLike[str]) -> Lora:
     """Read a LoRA file, or the one in a pipeline folder: only the header and the alphas.
 
-    Raises SourceError for a damaged file, a file of another kind, and a LoRA that does not fit the models.
+    `source` is a path or an hf:// address. Raises SourceError for a damaged file, a file of another kind, and
+    a LoRA that does not fit the models.
     """
+    path = locate_lora(source)
     if path.is_dir() and (path / LORA_FILE).is_file():
         path = path / LORA_FILE
     if not path.is_file():
-        raise SourceError(path, "no such file.", "Check the path; give a .safetensors file.")
+        raise SourceError(path, "no such file.", "Give a .safetensors file, or hf://user/repo for the Hub.")
     tensors, metadata = read_header(path)
     if len(tensors) > _MOST:
         raise SourceError(path, f"its {len(tensors)} tensors are more than any LoRA here has.", _LORA_READ)
     for pattern, what in (*OTHER_KINDS, (_XL, "a LoRA of Stable Diffusion XL")):
         if any(pattern.fullmatch(tensor.name) for tensor in tensors):
             raise SourceError(path, f"of {what}, which is not read here.", _LORA_READ)
-    factors, strangers, kohya = _factors(path, tensors)
+    factors, strangers, spellings = _factors(path, tensors)
     if not factors:
         raise SourceError(path, f"its {len(tensors)} tensors are not those of a LoRA.", _LORA_READ)
     if strangers:
@@ -121,10 +115,24 @@ def read_lora(path: Path) -> Lora:
         if not _are_factors(down, up):
             problem = f"{name}: factors {list(down.shape)} and {list(up.shape)} do not fit each other."
             raise SourceError(path, problem)
+        if down.shape[0] > max(up.shape[0], math.prod(down.shape[1:])):  # also bounds the memory of a merge
+            raise SourceError(
+                path, f"{name}: rank {down.shape[0]} is larger than the weight that it changes."
+            )
         alpha = _alpha(held.get("alpha"), configs.get(component), module, up.shape[1], path)
         updates[component, module] = Update(component, module, down, up, alpha)
     _check_shapes(path, updates)
-    return Lora(path, "kohya" if kohya else "diffusers", updates, metadata)
+    spelling = next(s for s in (ORIGINAL, "kohya", "diffusers") if s in spellings)
+    return Lora(path, spelling, updates, metadata)
+
+
+def check_finite(lora: Lora) -> None:
+    """Raise SourceError if a factor has a value that is NaN or infinite."""
+    for update in lora.updates.values():
+        for factor in update.values():
+            if not np.isfinite(factor).all():
+                problem = f"{update.component}.{update.module} has NaN or infinite values."
+                raise SourceError(lora.path, problem, "Give a LoRA without them.")
 
 
 def listed(names: Iterable[str]) -> str:
@@ -136,61 +144,32 @@ def listed(names: Iterable[str]) -> str:
 
 def _factors(
     path: Path, tensors: Iterable[Tensor]
-) -> tuple[dict[tuple[str, str], dict[str, Tensor]], list[str], bool]:
-    """The tensors by (component, module) and role, the unmatched names, and whether kohya's names occur."""
+) -> tuple[dict[tuple[str, str], dict[str, Tensor]], list[str], set[str]]:
+    """The tensors by (component, module) and role, the names of no known module, and the spellings."""
     factors: dict[tuple[str, str], dict[str, Tensor]] = {}
-    strangers, kohya = [], False
+    strangers, spellings = [], set()
     for tensor in tensors:
-        found = _NAME.fullmatch(tensor.name)
-        place = _module(found["module"]) if found else None
-        if found is None or place is None:
+        name = parse_name(tensor.name)
+        if name is None:
             strangers.append(tensor.name)
             continue
-        role = next(role for role in ("down", "up", "alpha") if found[role])
-        held = factors.setdefault(place, {})
-        if role in held:
-            raise SourceError(path, f"{held[role].name} and {tensor.name} are the same.", _LORA_READ)
-        held[role] = tensor
-        kohya = kohya or tensor.name.startswith("lora_")
-    return factors, strangers, kohya
+        spellings.add(name.spelling)
+        for number, module in enumerate(name.modules):
+            held = factors.setdefault((name.component, module), {})
+            if name.role in held:
+                raise SourceError(path, f"{held[name.role].name} and {tensor.name} are the same.", _LORA_READ)
+            held[name.role] = _share(path, tensor, number, len(name.modules)) if name.role == "up" else tensor
+    return factors, strangers, spellings
 
 
-def _module(name: str) -> tuple[str, str] | None:
-    """The component and the module of a name in any spelling; None if it matches no module."""
-    if name.startswith("lora_"):
-        name = name.replace("lora_te1_", "lora_te_", 1)
-        for component, prefix in KOHYA.items():
-            if name.startswith(prefix):
-                module = _flat(component).get(name.removeprefix(prefix))
-                return (component, module) if module else None
-        return None
-    component = next((c for c in KOHYA if name.startswith(f"{c}.")), "")
-    name = name.removeprefix(f"{component}.").removeprefix("base_model.model.")
-    component = component or "unet"  # files with only a UNet may omit the prefix
-    head, dot, last = name.replace(".processor.", ".").rpartition(".")
-    module = head + dot + _ATTENTION[component].get(last, last)
-    module = (tables()[component].rename(f"{module}.weight") or "").removesuffix(".weight")
-    return (component, module) if module in modules(component) else None
-
-
-@cache
-def modules(component: str) -> Mapping[str, Slot]:
-    """Maps each module of a component that has a kernel, by its name in diffusers, to the kernel's slot.
-
-    All versions have the same modules. For a text encoder the result has more layers than any model.
-    """
-    spec = next(spec for spec in specs() if spec.table.name == component)
-    return {
-        slot.target.removesuffix(".weight"): slot
-        for slot in spec.slots(_MAX_LAYERS)
-        if slot.variable.name == "kernel"
-    }
-
-
-@cache
-def _flat(component: str) -> Mapping[str, str]:
-    """Maps the kohya name of each module, without prefix, to the module."""
-    return {module.replace(".", "_"): module for module in modules(component)}
+def _share(path: Path, tensor: Tensor, number: int, count: int) -> Tensor:
+    """Share `number` of `count` equal shares of a factor's outputs."""
+    if count == 1:
+        return tensor
+    size, rest = divmod(tensor.shape[0] if tensor.shape else 0, count)
+    if rest or not size:
+        raise SourceError(path, f"{tensor.name}: {list(tensor.shape)} cannot be divided by {count}.")
+    return rows(tensor, number * size, size)
 
 
 def _are_factors(down: Tensor, up: Tensor) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kcv2diffusers.sources.lora import ADAPTER, KOHYA, Lora, Update
+from kcv2diffusers.sources.lora import ADAPTER, Lora, Update
+from kcv2diffusers.sources.lora_names import KOHYA
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.targets.safetensors import Entry, Stored, write_stored
 from kcv2diffusers.targets.transfer import Job

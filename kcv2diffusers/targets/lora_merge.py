@@ -41,31 +41,27 @@ class Merge:
 
 
 def read_merges(given: Iterable[SourcePath]) -> list[Merge]:
-    """Read LoRA files, each given as a path or as PATH:STRENGTH (default: 1).
+    """Read LoRA files, each given as a path, an hf:// address, or either with :STRENGTH (default: 1).
 
-    Raises SourceError for a file that cannot be read.
+    Raises Error for a file that cannot be read.
     """
-    merges = []
-    for each in given:
-        path, strength = parse_strength(each)
-        merges.append(Merge(read_lora(path), strength))
-    return merges
+    return [Merge(read_lora(source), strength) for source, strength in map(parse_strength, given)]
 
 
-def parse_strength(given: SourcePath) -> tuple[Path, float]:
-    """Split PATH:STRENGTH into the path and the strength, which is 1 by default.
+def parse_strength(given: SourcePath) -> tuple[SourcePath, float]:
+    """Split SOURCE:STRENGTH into the source and the strength, which is 1 by default.
 
     Raises Error if the strength does not fit into float32.
     """
     if not isinstance(given, str):
-        return Path(given), 1.0
+        return given, 1.0
     found = None if Path(given).exists() else _STRENGTH.fullmatch(given)
     if found is None:
-        return Path(given), 1.0
+        return given, 1.0
     strength = float(found[2])
-    if not np.isfinite(np.float32(strength)):
+    if abs(strength) > np.finfo(np.float32).max:
         raise Error(f"--lora {given}: the strength is too large.\nGive a number such as 0.8.")
-    return Path(found[1]), strength
+    return found[1], strength
 
 
 def check_merges(merges: Sequence[Merge], matches: Iterable[Match]) -> None:
@@ -138,7 +134,8 @@ def float_values(tensor: Tensor) -> np.ndarray:
     stored = values_of(tensor)
     if tensor.crc32c is not None:
         check_checksum(np.ascontiguousarray(stored).reshape(-1), tensor)
-    return np.array(stored, np.float32, order="C")
+    # What was loaded may be held elsewhere; what was read from a file here is not.
+    return stored.astype(np.float32, order="C", copy=tensor.load is not None)
 
 
 def keras_axes(match: Match, slot: Slot) -> tuple[int, int, int] | None:
@@ -163,8 +160,8 @@ def _load(
     outputs, inputs, positions = weight.shape
     step = max(1, _BLOCK // (4 * inputs * positions))
     for update, strength in changes:
-        up = values_of(update.up).astype(np.float32).reshape(outputs, update.rank)
-        down = values_of(update.down).astype(np.float32).reshape(update.rank, inputs * positions)
+        down, up = update.values()
+        down = down.reshape(update.rank, inputs * positions)
         scale = np.float32(strength * update.alpha / update.rank)
         for row in range(0, outputs, step):
             product = up[row : row + step] @ down

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -20,9 +21,11 @@ from safetensors.numpy import load_file
 from support.loras import KOHYA, WEIGHTS, Tensors, kernels, kohya, save
 from support.random_pipelines import random_pipeline
 
-from kcv2diffusers import convert, convert_lora, inspect, to_keras
+from kcv2diffusers import convert, convert_lora, extract_lora, generate, inspect, to_keras
 from kcv2diffusers.errors import Error
+from kcv2diffusers.maps.original import naming
 from kcv2diffusers.sources.lora import read_lora
+from kcv2diffusers.sources.lora_names import parse_name
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.targets.lora_merge import _load, parse_strength
 
@@ -137,6 +140,76 @@ def test_kohya_names_are_those_that_diffusers_reads(pipelines, tmp_path: Path) -
     assert set(alphas.values()) == {2.0}
 
 
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("lora_unet_time_embed_0", "unet.time_embedding.linear_1"),
+        ("lora_unet_input_blocks_0_0", "unet.conv_in"),
+        ("lora_unet_input_blocks_3_0_op", "unet.down_blocks.0.downsamplers.0.conv"),
+        (
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+        ),
+        ("lora_unet_input_blocks_4_0_skip_connection", "unet.down_blocks.1.resnets.0.conv_shortcut"),
+        ("lora_unet_middle_block_2_emb_layers_1", "unet.mid_block.resnets.1.time_emb_proj"),
+        ("lora_unet_output_blocks_2_1_conv", "unet.up_blocks.0.upsamplers.0.conv"),
+        ("lora_unet_output_blocks_11_1_proj_out", "unet.up_blocks.3.attentions.2.proj_out"),
+        ("diffusion_model.output_blocks.11.1.proj_out", "unet.up_blocks.3.attentions.2.proj_out"),
+        ("lora_unet_out_2", "unet.conv_out"),
+        ("lora_te1_text_model_encoder_layers_1_mlp_fc2", "text_encoder.text_model.encoder.layers.1.mlp.fc2"),
+        (
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+            "text_encoder.text_model.encoder.layers.0.self_attn.q_proj",
+        ),
+        (
+            "lora_te_transformer_resblocks_22_mlp_c_fc",
+            "text_encoder.text_model.encoder.layers.22.mlp.fc1",
+        ),
+    ],
+)
+def test_names_of_the_original_layout(name: str, module: str) -> None:
+    found = parse_name(f"{name}.lora_down.weight")
+    assert found is not None and (f"{found.component}.{'+'.join(found.modules)}", found.role) == (
+        module,
+        "down",
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_files_of_the_original_layout(version: str, pipelines, tmp_path: Path) -> None:
+    """Every layer, under the name that it has in a single file. SD2's attention is stored as one layer."""
+    usual = kohya(pipelines[version], alpha=4)
+    original: Tensors = {}
+    places = {(c, m): naming(c, version).place(f"{m}.weight") for c, m in kernels(pipelines[version])}
+    for (component, module), place in sorted(places.items(), key=lambda item: item[1].piece):
+        stored = re.sub(r"\.weight$|_weight$", "", place.name).replace(".", "_")
+        name, new = KOHYA[component] + module.replace(".", "_"), KOHYA[component] + stored
+        first = name.replace("_k_proj", "_q_proj").replace("_v_proj", "_q_proj") if place.pieces > 1 else name
+        usual[f"{name}.lora_down.weight"] = usual[f"{first}.lora_down.weight"]  # one factor for all of them
+        original[f"{new}.lora_down.weight"] = usual[f"{name}.lora_down.weight"]
+        before = [original[f"{new}.lora_up.weight"]] if place.piece else []
+        original[f"{new}.lora_up.weight"] = np.concatenate([*before, usual[f"{name}.lora_up.weight"]])
+        original[f"{new}.alpha"] = usual[f"{name}.alpha"]
+    assert len(original) == len(usual) - (3 * 2 * 23 if version == "sd2" else 0)
+    source = save(original, tmp_path / "original.safetensors")
+    done = convert_lora(source, out=tmp_path / "kohya.safetensors", format="kohya")
+    assert done.source_format == "original" and same(load_file(done.out), usual)
+    assert convert_lora(source, out=tmp_path / "diffusers.safetensors").format == "diffusers"
+    one, two = (
+        convert(base=pipelines[version], out=tmp_path / f"{n}", lora=tmp_path / f"{n}.safetensors").out
+        for n in ("original", "kohya")
+    )
+    assert same(bits(one), bits(two))
+
+
+def test_stored_as_one_but_not_divisible(tmp_path: Path) -> None:
+    name = "lora_te_transformer_resblocks_0_attn_in_proj"
+    tensors = {f"{name}.lora_down.weight": ones(2, 12), f"{name}.lora_up.weight": ones(35, 2)}
+    with pytest.raises(Error, match=r"\[35, 2\] cannot be divided by 3") as caught:
+        read_lora(save(tensors, tmp_path / "lora.safetensors"))
+    assert len(str(caught.value).splitlines()) == 2
+
+
 NAME = "lora_unet_mid_block_attentions_0_proj_in"
 
 
@@ -164,6 +237,8 @@ REFUSED: list[tuple[str, Callable[[Tensors], Tensors], str]] = [
     ("no up", changed(lora_up__weight=None), "no factor 'up'"),
     ("no down", changed(lora_down__weight=None), "no factor 'down'"),
     ("ranks differ", changed(lora_up__weight=ones(24, 3, 1, 1)), "do not fit each other"),
+    ("huge rank", changed(lora_up__weight=ones(24, 99, 1, 1), lora_down__weight=ones(99, 24)), "rank 99 is"),
+    ("full rank", changed(diff=ones(24, 24)), "a difference of full rank"),
     ("rank 0", changed(lora_up__weight=ones(24, 0), lora_down__weight=ones(0, 24)), "do not fit each other"),
     ("three axes", changed(lora_up__weight=ones(24, 4, 1)), "do not fit each other"),
     ("one axis", changed(lora_down__weight=ones(4)), "do not fit each other"),
@@ -188,6 +263,30 @@ def test_what_does_not_fit_is_refused(_, change, message: str, pipelines, tmp_pa
     with pytest.raises(Error, match=message) as caught:
         convert_lora(tmp_path / "lora.safetensors", out=tmp_path / "out.safetensors")
     assert len(str(caught.value).splitlines()) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("dora_scale", "DoRA")]
+)
+def test_every_command_refuses_other_kinds_by_name(
+    kind: str, message: str, pipelines, tmp_path: Path
+) -> None:
+    """The test of `dreambooth --lora` is in test_checks.py."""
+    pipeline, out = pipelines["sd1"], tmp_path / "out.safetensors"
+    file = save(kohya(pipeline) | {f"{NAME}.{kind}": ones(4, 4)}, tmp_path / "lora.safetensors")
+    for command in (
+        lambda: convert_lora(file, out=out),
+        lambda: convert(base=pipeline, out=tmp_path / "out", lora=file),
+        lambda: convert(pipeline, out=out, lora=f"{file}:0.5"),
+        lambda: generate(pipeline, prompts=["a dog"], out=tmp_path / "out", lora=file),
+        lambda: inspect(file),
+        lambda: to_keras(file, out=tmp_path / "out"),
+        lambda: extract_lora(file, base=pipeline, out=out),
+    ):
+        with pytest.raises(Error, match=message) as caught:
+            command()
+        assert len(str(caught.value).splitlines()) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
@@ -338,7 +437,15 @@ def test_merged_weights_are_those_that_numpy_computes(version: str, pipelines, l
         f"LoRA {second.name}: {len(expected)} modules, strength -0.5",
     ]
     record = json.loads((done.out / "conversion.json").read_text())
-    assert record["loras"] == [f"{first.name}:1", f"{second.name}:-0.5"]
+    assert record["loras"] == [
+        {
+            "name": file.name,
+            "strength": strength,
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        for file, strength in ((first, 1), (second, -0.5))
+    ]
 
     keras = to_keras(pipeline, out=tmp_path / "keras").out
     of_keras = convert(keras, out=tmp_path / "of-keras", lora=lora)
@@ -387,18 +494,20 @@ def test_strength_zero_and_both_spellings(pipelines, loras, tmp_path: Path) -> N
         (r"C:\dog.safetensors", r"C:\dog.safetensors", 1),
         (r"C:\dog.safetensors:0.8", r"C:\dog.safetensors", 0.8),
         ("dog:2:0.8", "dog:2", 0.8),
+        ("hf://alice/dog", "hf://alice/dog", 1),
+        ("hf://alice/dog/dog.safetensors@v2:0.8", "hf://alice/dog/dog.safetensors@v2", 0.8),
         ("dog.safetensors:strong", "dog.safetensors:strong", 1),
         ("dog.safetensors:nan", "dog.safetensors:nan", 1),
         (":1", ":1", 1),
     ],
 )
 def test_strength_is_the_last_number(given: str, path: str, strength: float) -> None:
-    assert parse_strength(given) == (Path(path), strength)
+    assert parse_strength(given) == (path, strength)
 
 
 def test_a_file_of_that_very_name_has_no_strength(tmp_path: Path) -> None:
     (tmp_path / "dog:2").touch()
-    assert parse_strength(f"{tmp_path}/dog:2") == (tmp_path / "dog:2", 1)
+    assert parse_strength(f"{tmp_path}/dog:2") == (f"{tmp_path}/dog:2", 1)
 
 
 def test_a_strength_must_be_finite() -> None:

@@ -97,6 +97,20 @@ def test_what_a_lora_cannot_hold_is_said(models, tmp_path: Path) -> None:
     assert "are not in it: 1" in found.text()
 
 
+def test_a_dry_run_writes_nothing(models, tmp_path: Path) -> None:
+    base, tuned = models["sd1"]
+    options = {"base": base, "out": tmp_path / "lora.safetensors", "rank": 2, "dtype": "fp16"}
+    plan = extract_lora(tuned, **options, dry_run=True)
+    assert list(tmp_path.iterdir()) == [] and "Nothing was written" in plan.text()
+    done = extract_lora(tuned, **options)
+    assert (plan.ranks, plan.bytes_written) == (done.ranks, done.bytes_written)
+    whole = extract_lora(tuned, base=base, out=tmp_path / "auto.safetensors", rank="auto", dry_run=True)
+    for (component, module), weight in kernels(base).items():
+        assert whole.ranks[f"{component}.{module}"] == min(len(weight), weight[0].size)
+    with pytest.raises(Error, match="do not fit"):
+        extract_lora(tuned, base=models["sd2"][0], out=tmp_path / "new.safetensors", dry_run=True)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from diffusers import DDIMScheduler
 from PIL import Image
+from support.loras import save
 
 from kcv2diffusers.dreambooth.config import make_config
 from kcv2diffusers.dreambooth.train import _base_files, train
@@ -127,6 +128,70 @@ def test_zero_terminal_snr(run: Callable[..., Any], tmp_path: Path) -> None:
     np.testing.assert_allclose(files.schedule.alphas_cumprod, theirs.alphas_cumprod.numpy(), atol=1e-6)
     theirs.set_timesteps(4)
     np.testing.assert_array_equal(files.schedule.timesteps(4)[::-1], theirs.timesteps.numpy())
+
+
+@pytest.fixture
+def lora(tmp_path: Path) -> Callable[..., str]:
+    """A function that writes a LoRA file of some layers of the tiny base."""
+    from kcv2diffusers.models.base import open_base
+
+    dims = {part: match.dims for part, (match, _) in open_base("tiny").parts.items()}
+    unet, text = dims["unet"]["c0"], dims["text_encoder"]["width"]
+    shapes = {
+        "lora_unet_conv_in": (unet, 4, 3, 3),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1": (4 * text, text),
+    }
+
+    def write(*prefixes: str, wide: int = 1, rank: int = 2, value: float = 0.5, other: str = "") -> str:
+        tensors = {f"lora_unet_conv_in.{other}": np.ones((2, 2), "float32")} if other else {}
+        for name, (outputs, inputs, *kernel) in shapes.items():
+            if name.startswith(prefixes):
+                ones = [1] * len(kernel)
+                tensors[f"{name}.lora_down.weight"] = np.full((rank, inputs, *kernel), value, "float32")
+                tensors[f"{name}.lora_up.weight"] = np.full((wide * outputs, rank, *ones), value, "float32")
+        return str(save(tensors, tmp_path / "lora.safetensors"))
+
+    return write
+
+
+UNET, BOTH = ("lora_unet_",), ("lora_unet_", "lora_te_")
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "change", "options", "message"),
+    [
+        (UNET, {}, {}, None),
+        (BOTH, {}, {"train_text_encoder": True}, None),
+        (BOTH, {}, {}, "Add --train-text-encoder"),
+        (UNET, {}, {"lora_rank": 4}, "Omit --lora-rank"),
+        (UNET, {}, {"train_text_encoder": True}, "changes no layer of the text encoder"),
+        (("lora_te_",), {}, {"train_text_encoder": True}, "changes no layer of the UNet"),
+        (UNET, {"wide": 2}, {}, "shapes are not those of the model"),
+        (UNET, {"rank": 1000}, {}, "rank 1000 is larger than the weight"),
+        (UNET, {"value": float("nan")}, {}, "NaN or infinite"),
+        (UNET, {"other": "hada_w1_a"}, {}, "of a LoHa, which is not read here"),
+        (UNET, {"other": "lokr_w1"}, {}, "of a LoKr, which is not read here"),
+        (UNET, {"other": "dora_scale"}, {}, "of a DoRA, which is not read here"),
+        ((), {}, {}, "not those of a LoRA"),
+        ((), {}, {"lora": "nowhere"}, "no such file"),
+        ((), {}, {"lora": "https://huggingface.co/alice/dog"}, "Write hf://alice/dog for it"),
+    ],
+)
+def test_a_lora_to_go_on_with(
+    run: Callable[..., Any],
+    lora: Callable[..., str],
+    tmp_path: Path,
+    prefixes: tuple[str, ...],
+    change: dict[str, Any],
+    options: dict[str, Any],
+    message: str | None,
+) -> None:
+    """It has to fit the base and the parts that are trained."""
+    with pytest.raises(Error if message else Built, match=message) as caught:
+        run(**{"lora": lora(*prefixes, **change), **options})
+    if message:
+        assert len(str(caught.value).splitlines()) == 2
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 from support.checkpoints import small_base
+from support.loras import kohya, save
 from support.models.backend_run import TEXT, UNET
 
-from kcv2diffusers import models
+from kcv2diffusers import convert, models
 from kcv2diffusers.dreambooth import train as training
 from kcv2diffusers.dreambooth.config import Config, make_config
-from kcv2diffusers.dreambooth.lora import add_lora, store_frozen_as_computed
+from kcv2diffusers.dreambooth.lora import add_lora, load_lora, store_frozen_as_computed
 from kcv2diffusers.dreambooth.memory import memory_errors, savings, training_bytes
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
@@ -26,8 +27,9 @@ from kcv2diffusers.dreambooth.snapshots import Snapshots
 from kcv2diffusers.dreambooth.torch_memory import step_bytes
 from kcv2diffusers.dreambooth.torch_step import TorchStep
 from kcv2diffusers.errors import Error
-from kcv2diffusers.models.base import BaseFiles, open_base
+from kcv2diffusers.models.base import BaseFiles, load_weights, open_base
 from kcv2diffusers.models.sampler import TextToImage
+from kcv2diffusers.sources.lora import read_lora
 
 
 class OutOfMemoryError(RuntimeError):
@@ -79,11 +81,15 @@ def files() -> BaseFiles:
         {"lora_rank": 3, "ema": 0.9},
         {"lora_rank": 3, "precision": "mixed_float16"},
         {"lora_rank": 3, "lora_conv_rank": 2},
+        {"lora": "FILE", "ema": 0.9},
     ],
     ids=lambda options: "-".join(options) or "plain",
 )
-def test_what_training_takes(files: BaseFiles, options: dict[str, Any]) -> None:
+def test_what_training_takes(files: BaseFiles, options: dict[str, Any], tmp_path: Path) -> None:
     """Beside the base's weights: what is held after the optimizer was built, and the gradients."""
+    if "lora" in options:  # of all layers
+        pipeline = convert(small_base(), out=tmp_path / "pipeline").out
+        options = options | {"lora": str(save(kohya(pipeline, rank=3), tmp_path / "lora.safetensors"))}
     config = Config(**options)
     for part, build in (("unet", models.build_unet), ("text_encoder", models.build_text_encoder)):
         model = build(getattr(files.config, part), None if config.precision == "auto" else config.precision)
@@ -91,8 +97,11 @@ def test_what_training_takes(files: BaseFiles, options: dict[str, Any]) -> None:
         if config.lora_rank:
             add_lora(model, config.lora_rank, config.lora_rank, conv_rank=config.lora_conv_rank)
             store_frozen_as_computed(model)
+        if config.lora:
+            mine = [u for u in read_lora(config.lora).updates.values() if u.component == part]
+            load_lora(model, mine, load_weights(model, files.parts[part][0]), 0.0)
         trained = [v for layer in model._flatten_layers() for v in layer._trainable_variables if v.trainable]
-        assert bool(config.lora_rank) == all("lora_kernel" in variable.path for variable in trained)
+        assert config.trains_lora == all("lora_kernel" in variable.path for variable in trained)
         optimizer = make_optimizer(config, ())
         optimizer.build(trained)
         gradients = 4 * sum(int(np.prod(variable.shape)) for variable in trained)

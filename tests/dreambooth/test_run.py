@@ -24,6 +24,7 @@ from support.dreambooth.run import PROMPTS, command, environment, run
 from support.waiting import LONG, until
 
 from kcv2diffusers import Error, convert, inspect
+from kcv2diffusers.sources.lora import read_lora
 
 pytestmark = pytest.mark.slow
 
@@ -197,7 +198,7 @@ def test_resuming_reaches_the_same_weights(
 def test_the_lora_file_is_the_merged_weights(
     base: Path, photos: Path, whole: Path, tmp_path: Path, text: bool
 ) -> None:
-    """As diffusers loads it onto the base: the same picture."""
+    """As diffusers loads it onto the base: the same picture. A run that goes on with it starts there."""
     from diffusers import StableDiffusionPipeline
 
     options = ["--class-images", whole / "class", "--lora-rank", "2", "--lora-alpha", "6", "--steps", "4"]
@@ -220,6 +221,37 @@ def test_the_lora_file_is_the_merged_weights(
     assert sum(".conv1." in name for name in names) == (44 if text else 0)
     assert np.abs(merged - loaded).max() < 2e-3
     assert np.abs(merged - untrained).max() > 2e-2
+    files = [tmp_path / "pipeline" / f"{name}_lora_weights.safetensors" for name in ("pytorch", "kohya")]
+    one, other = (read_lora(file) for file in files)
+    assert (one.spelling, other.spelling) == ("diffusers", "kohya")
+    assert {component for component, _ in one.updates} == {"unet", *(["text_encoder"] if text else [])}
+    assert one.updates.keys() == other.updates.keys()
+    for place, update in one.updates.items():
+        for first, second in zip(update.values(), other.updates[place].values(), strict=True):
+            np.testing.assert_array_equal(first, second)
+    if text:  # goes on from kohya's file, with a learning rate of 0: what is exported is what was read
+        options = ["--class-images", whole / "class", "--lora", files[1], "--train-text-encoder"]
+        options += [
+            "--learning-rate",
+            "0",
+            "--weight-decay",
+            "0",
+            "--steps",
+            "1",
+            "--export",
+            tmp_path / "on",
+        ]
+        done = run(base, photos, tmp_path / "next", *COMMON, *options)
+        assert done.returncode == 0, done.stderr
+        again = read_lora(tmp_path / "on" / files[0].name).updates
+        for place, update in one.updates.items():
+            for first, second in zip(update.values(), again[place].values(), strict=True):
+                np.testing.assert_array_equal(first, second)
+        last = [
+            tmp_path / out / "checkpoints" / step
+            for out, step in (("out", "step-000004"), ("next", "step-000001"))
+        ]
+        assert different(*map(weights, last)) == []
 
 
 def test_what_a_lora_run_leaves_alone_is_the_base(

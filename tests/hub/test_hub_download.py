@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from support.checkpoints import Checkpoints
 from support.checkpoints import cached as make_once
 from support.hub.hub import ALICE, BOB, Hub
+from support.loras import kohya, save
 
 import kcv2diffusers
 from kcv2diffusers.errors import Error
@@ -140,6 +142,46 @@ def test_a_single_file(hub: Hub, tiny_pipeline: Path, tmp_path: Path) -> None:
     assert same(tiny_pipeline, tmp_path / "out")
     assert downloaded(hub) == {"v2/dog.safetensors"}
     assert "no checkpoint that is read here" in hub.refuses("inspect", "hf://alice/merges")
+
+
+def test_a_lora(hub: Hub, tiny_pipeline: Path, tmp_path: Path) -> None:
+    """Of a repository with one file or with diffusers' name, and by its path; merged as a local one."""
+    folder = tmp_path / "loras"
+    folder.mkdir()
+    file = save(kohya(tiny_pipeline, rank=1), folder / "dog.safetensors")
+    kcv2diffusers.convert(base=tiny_pipeline, out=tmp_path / "here", lora=f"{file}:0.5")
+    hub.seed("alice/dog-lora", folder, at="v2/", files={"README.md": "---\nlicense: mit\n---\n"})
+    hub.log()
+    arguments = ("convert", "--base", tiny_pipeline, "--lora", "hf://alice/dog-lora:0.5", "--out")
+    hub.does(*arguments, tmp_path / "out")
+    assert same(tmp_path / "here", tmp_path / "out")
+    assert downloaded(hub) == {"v2/dog.safetensors"}
+    [lora] = json.loads((tmp_path / "out" / "conversion.json").read_text())["loras"]
+    assert lora["name"].startswith("hf://alice/dog-lora/v2/dog.safetensors@") and lora["strength"] == 0.5
+    assert lora["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    hub.does(*arguments, tmp_path / "offline", HF_HUB_OFFLINE="1")
+    assert same(tmp_path / "here", tmp_path / "offline")
+    shutil.copy(file, folder / "cat.safetensors")
+    hub.seed("alice/loras", folder)
+    refused = hub.refuses("convert-lora", "hf://alice/loras", "--out", tmp_path / "lora.safetensors")
+    assert (
+        "2 .safetensors files; give one by name" in refused and "hf://alice/loras/cat.safetensors" in refused
+    )
+    shutil.copy(file, folder / "pytorch_lora_weights.safetensors")
+    hub.seed("alice/loras", folder)
+    hub.log()
+    for number, source in enumerate(("hf://alice/loras", "hf://alice/loras/cat.safetensors")):
+        hub.does("convert-lora", source, "--out", tmp_path / f"{number}.safetensors")
+    assert downloaded(hub) == {"pytorch_lora_weights.safetensors", "cat.safetensors"}
+    hub.seed("alice/none", tmp_path / "nothing", files={"README.md": "no weights"})
+    for source, message in (
+        ("hf://alice/none", "no .safetensors file there"),
+        ("hf://alice/loras/v9", "no .safetensors file there"),
+        ("hf://alice/nothing", "no such repository, or it is private"),
+        ("alice/loras", "hf://user/repo for the Hub"),
+        ("https://huggingface.co/alice/loras", "Write hf://alice/loras for it"),
+    ):
+        assert message in hub.refuses("convert-lora", source, "--out", tmp_path / "lora.safetensors")
 
 
 def saved_model(hub: Hub, repo: str, files: dict[str, Path], heads: Path, part: str) -> None:

@@ -38,18 +38,16 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     return start
 
 
+CONVOLUTIONS = {
+    "convolution": lambda: PaddedConv2D(6, 3),
+    "of one pixel": lambda: PaddedConv2D(6, 1),
+    "halving": lambda: PaddedConv2D(6, 3, strides=2),
+    "halving, padded at the end": lambda: PaddedConv2D(6, 3, strides=2, pad_end=True),
+}
+
+
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: PaddedConv2D(6, 3),
-        lambda: PaddedConv2D(6, 1),
-        lambda: PaddedConv2D(6, 3, strides=2),
-        lambda: PaddedConv2D(6, 3, strides=2, pad_end=True),
-        lambda: group_norm(2),
-    ],
-    ids=["convolution", "of one pixel", "halving", "halving, padded at the end", "norm"],
-)
+@pytest.mark.parametrize("make", [*CONVOLUTIONS.values(), lambda: group_norm(2)], ids=[*CONVOLUTIONS, "norm"])
 def test_as_on_a_cpu(make: Any, policy: str, on_gpu: Any) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 8, 6, 4)).astype("float32")
@@ -65,6 +63,46 @@ def test_as_on_a_cpu(make: Any, policy: str, on_gpu: Any) -> None:
     tolerance = 1e-5 if policy == "float32" else 0.02
     for one, other in zip(before, after, strict=True):
         np.testing.assert_allclose(other, one, atol=tolerance * np.abs(one).max())
+
+
+@pytest.mark.parametrize("size", [6, 16])  # a matrix product on a CPU, and a convolution
+@pytest.mark.parametrize("make", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_a_low_rank_update_is_the_merged_kernel(make: Any, size: int, on_gpu: Any) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, size, size, 4)).astype("float32")
+    layer, plain = make(), make()
+    for each in (layer, plain):
+        each(x)
+    plain.set_weights([rng.standard_normal(variable.shape) for variable in plain.weights])
+    layer.set_weights(plain.get_weights())
+    layer.conv2d.enable_lora(2, lora_alpha=6)
+    first, second = layer.conv2d.lora_kernel_a, layer.conv2d.lora_kernel_b
+    first.assign(rng.standard_normal(first.shape))
+    second.assign(rng.standard_normal(second.shape))
+    kernel, bias = plain.get_weights()
+    plain.set_weights([kernel + 3 * first.numpy() @ second.numpy(), bias])
+    expected = results(plain, x)
+    assert sorted(v.name for v in layer.trainable_variables) == ["bias", "lora_kernel_a", "lora_kernel_b"]
+    _, _, of_kernel, _ = expected
+    of_first = 3 * of_kernel @ second.numpy().T
+    of_second = 3 * np.einsum("hwir,hwio->ro", first.numpy(), of_kernel)
+    for start in (lambda: None, on_gpu):
+        start()
+        found = dict(
+            zip(
+                ["output", "input", *(v.name for v in layer.trainable_variables)],
+                results(layer, x),
+                strict=True,
+            )
+        )
+        for name, wanted in (
+            ("output", expected[0]),
+            ("input", expected[1]),
+            ("lora_kernel_a", of_first),
+            ("lora_kernel_b", of_second),
+            ("bias", expected[3]),
+        ):
+            np.testing.assert_allclose(found[name], wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 @pytest.mark.slow

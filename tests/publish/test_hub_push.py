@@ -175,10 +175,14 @@ def test_damaged_records(pipeline: Path, name: str, text: str, message: str) -> 
 def test_nothing_in_a_card_is_markup(pipeline: Path) -> None:
     record = json.loads((pipeline / "conversion.json").read_text())
     record["parts"]["unet"]["files"][0]["name"] = "a|b<script>`x`"
+    record["parts"]["unet"]["files"][0]["sha256"] = "`<i>"
+    record["loras"] = [{"name": "dog|<b>", "strength": 0.8, "bytes": 1, "sha256": "`<u>"}]
     record["tool"] = f"tool {ALICE}"
     (pipeline / "conversion.json").write_text(json.dumps(record))
     (pipeline / "dreambooth.toml").write_text('instance_prompt = "a \\"b\\": <i>"\nsample_prompt = ["x|y"]')
     text = kcv2diffusers.publish.push.push(pipeline, "alice/x", license="mit", dry_run=True).card
+    assert "| dog\\|&lt;b> | 0.8 | `'&lt;u>` |" in text
+    assert not re.search(r"<(i|b|u)>", text.split("## Conversion")[1])
     assert "<script>" not in text and "a\\|b&lt;script>" in text and ALICE not in text
     assert yaml.safe_load(text.split("---\n")[1])["instance_prompt"] == 'a "b": <i>'
     assert 'pipeline("a \\"b\\": <i>").images' in text
