@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from kcv2diffusers.dtypes import SAFETENSORS
 from kcv2diffusers.errors import SourceError, plain, reading
 from kcv2diffusers.json_text import parse_object
-from kcv2diffusers.maps.parts import family_named
+from kcv2diffusers.maps.parts import families, family_named
 from kcv2diffusers.maps.tables import Table, specs, tables, tables_of
 from kcv2diffusers.pipeline_files import (
     COMPONENT_CONFIG,
@@ -101,13 +101,21 @@ def read_pipeline(
 
 
 def _tables(folder: Path) -> list[Table]:
-    """The tables of a pipeline's components: those of its family, or all if no model_index.json names one."""
+    """The tables of a pipeline's components: those of the family that model_index.json names.
+
+    Without one it is each family that has the most of the component folders, as a text_encoder/ may belong to
+    several.
+    """
     index = folder / MODEL_INDEX
     with reading(index):
         data = parse_object(index.read_bytes()[: 1 << 20]) if index.is_file() else None
     name = (data or {}).get("_class_name")
     family = family_named(name) if isinstance(name, str) else None
-    return tables_of(family) if family else list(tables().values())
+    if family:
+        return tables_of(family)
+    possible = [tables_of(family) for family in families()]
+    held = [len({table.folder for table in each if (folder / table.folder).is_dir()}) for each in possible]
+    return [table for each, n in zip(possible, held, strict=True) if n == max(held) for table in each]
 
 
 def _refuse_family(folder: Path) -> None:
@@ -139,8 +147,11 @@ def _component(folder: Path, candidates: Sequence[Table], variant: str | None, s
     config = read_json(folder / COMPONENT_CONFIG)
     fitted = {table.name: _parts(source, table, config) for table in candidates}
 
-    def score(table: Table) -> int:
-        return sum(len(match.found) - match.problems for match in fitted[table.name].values())
+    def score(table: Table) -> tuple[int, int]:
+        parts = fitted[table.name]
+        return sum(len(match.found) - match.problems for match in parts.values()), len(parts) - len(
+            table.parts
+        )
 
     table = max(candidates, key=score)
     parts = fitted[table.name]

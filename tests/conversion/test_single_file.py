@@ -118,6 +118,16 @@ def test_there_and_back_is_identity(version: str, pipelines, files, tmp_path: Pa
             assert json.loads((pipeline / name).read_text()) == json.loads((made / name).read_text()), name
 
 
+@pytest.mark.parametrize("held", [["unet", "text_encoder", "vae"], ["text_encoder"]])
+def test_a_folder_without_an_index(held: list[str], pipelines, files, tmp_path: Path) -> None:
+    """Other families have a text encoder of the same tensors; it is taken for that of Stable Diffusion."""
+    for name in held:
+        shutil.copytree(pipelines["sd1"] / name, tmp_path / "some" / name)
+    convert(tmp_path / "some", base="none", out=tmp_path / "model.safetensors")
+    expected = {n: t for n, t in load_file(files["sd1"]).items() if len(held) > 1 or n.startswith("cond_")}
+    assert same(load_file(tmp_path / "model.safetensors"), expected)
+
+
 def test_the_tensors_of_an_attention_layer_are_fused(pipelines, files) -> None:
     ours, theirs = load_file(files["sd2"]), load_file(pipelines["sd2"] / WEIGHTS["text_encoder"])
     for ending in ("weight", "bias"):
