@@ -15,18 +15,23 @@ from kcv2diffusers.maps.layouts import LAYOUTS, core, reverse
 from kcv2diffusers.maps.original import naming, namings
 from kcv2diffusers.maps.parts import family_of, label
 from kcv2diffusers.maps.sizes import Size
-from kcv2diffusers.maps.tables import Share, Spec, Table, specs, tables
+from kcv2diffusers.maps.tables import Share, Spec, Table, specs, tables, tables_of
 from kcv2diffusers.pipeline.configs import config_of
 
 
 def listing() -> str:
     """Return one line for each map."""
-    lines = []
+    rows = []
     for table in tables().values():
+        # A map without versions is for every version of its family.
+        family = [table] if "any" not in table.versions else tables_of(family_of(table.parts))
+        versions = dict.fromkeys(v.upper() for other in family for v in other.versions if v != "any")
         parts = ", ".join(label(part) for part in table.parts)
-        versions = " ".join(v.upper() for v in table.versions if v != "any") or "SD1 SD2"
-        lines.append(f"{table.name:14} {parts:26} {versions:8} {table.diffusers}")
-    return "\n".join(lines)
+        rows.append((table.name, parts, " ".join(versions), table.diffusers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def show(name: str, version: str | None = None) -> str:
@@ -137,7 +142,6 @@ def _check(table: Table, version: str) -> Checked:
     for spec in (s for s in specs() if s.table is table and s.version == version):
         dims = spec.nominal
         slots = spec.existing(dims)
-        result.tensors += len(slots)
         sides = ((s.keras_name, s.shape[-1:], s.columns) for s in slots)
         others = ((s.target, s.diffusers_shape[:1], s.rows) for s in slots)
         result.problems += [*_shared(sides, dims), *_shared(others, dims), *_unused_blocks(spec)]
@@ -147,6 +151,7 @@ def _check(table: Table, version: str) -> Checked:
                 result.problems.append(f"{slot.target}: size {unknown[0]} is not defined")
                 continue
             targets[slot.target] = tuple(size.value(dims) or 0 for size in slot.diffusers_shape)
+    result.tensors = len(targets)
     result.problems += _not_inverse()
     expected = _expected(table, version)
     if expected is not None:

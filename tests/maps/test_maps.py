@@ -15,21 +15,30 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.maps import original, parts, tables
 from kcv2diffusers.maps.sizes import Size
 
+MAPS = parts.folders()[0]
+
 
 @pytest.fixture
 def raw() -> dict[str, dict[str, Any]]:
-    return {p.stem: tomllib.loads(p.read_text()) for p in parts.folders()[0].glob("*.toml")}
+    return {p.stem: tomllib.loads(p.read_text()) for p in MAPS.glob("*.toml")}
 
 
 def test_every_map_is_complete() -> None:
     """Against the state dicts of the diffusers and transformers that are installed here."""
     results = map_check.check()
     assert [(r.name, r.version, r.tensors) for r in results] == [
+        ("clip_g", "any", 517),
+        ("clip_l", "any", 197),
+        ("mmdit", "sd3", 683),
+        ("mmdit", "sd3.5-medium", 909),
+        ("mmdit", "sd3.5-large", 1227),
+        ("t5", "any", 219),
         ("text_encoder", "sd1", 196),
         ("text_encoder", "sd2", 372),
         ("unet", "sd1", 686),
         ("unet", "sd2", 686),
         ("vae", "any", 248),
+        ("vae16", "any", 244),
         ("text_encoder, original layout", "sd1", 196),
         ("text_encoder, original layout", "sd2", 372),
         ("unet, original layout", "sd1", 686),
@@ -63,7 +72,7 @@ def _plant(data: dict[str, Any], mistake: str) -> None:
 @pytest.mark.parametrize(
     ("mistake", "report"),
     [
-        ("swapped", "produced twice"),
+        ("swapped", "down_blocks.0.resnets.0.norm1.weight is used twice"),
         ("missing row", "nothing produces down_blocks.1"),
         ("typo", "the library has no conv_inn.weight"),
         ("wrong size", "shape"),
@@ -117,13 +126,14 @@ def _plant_original(data: dict[str, Any], mistake: str) -> None:
     ],
 )
 def test_planted_mistakes_in_the_original_layout_are_found(monkeypatch, mistake: str, report: str) -> None:
-    folder = parts.folders()[0] / "original"
-    data = {path.stem: tomllib.loads(path.read_text()) for path in folder.glob("*.toml")}
+    data = {path.stem: tomllib.loads(path.read_text()) for path in (MAPS / "original").glob("*.toml")}
     _plant_original(data, mistake)
     namings = {name: original.load(name, entry) for name, entry in data.items()}
     monkeypatch.setattr(
         map_check, "naming", lambda name, version: namings[name].get(version) or namings[name]["any"]
     )
+    changed = {name: tables.tables()[name] for name in ("unet", "text_encoder")}
+    monkeypatch.setattr(map_check, "tables", lambda: changed)
     found = "\n".join(problem for result in map_check.check() for problem in result.problems)
     assert report in found
 
@@ -132,7 +142,10 @@ def test_show_and_list() -> None:
     shown = map_check.show("unet", "sd1")
     assert "time_embedding.linear_1.weight [1280, 320]" in shown
     assert len(shown.splitlines()) == 687
-    assert [line.split()[0] for line in map_check.listing().splitlines()] == ["text_encoder", "unet", "vae"]
+    listed = map_check.listing().splitlines()
+    assert [line.split()[0] for line in listed] == sorted(path.stem for path in MAPS.glob("*.toml"))
+    assert next(line for line in listed if line.startswith("vae ")).split()[-3:-1] == ["SD1", "SD2"]
+    assert "SD3 SD3.5-MEDIUM SD3.5-LARGE" in next(line for line in listed if line.startswith("clip_l "))
     with pytest.raises(Error, match="No map named 'nope'"):
         map_check.show("nope")
     with pytest.raises(Error, match="no version 'sd3'"):

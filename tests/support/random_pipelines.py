@@ -12,8 +12,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from kcv2diffusers.json_text import write_json
-from kcv2diffusers.maps.parts import families
-from kcv2diffusers.maps.tables import REPEAT, specs, tables
+from kcv2diffusers.maps.parts import family_named
+from kcv2diffusers.maps.tables import REPEAT, specs, tables_of
 from kcv2diffusers.pipeline.configs import config_of, model_index
 from kcv2diffusers.pipeline.scheduler import SCHEDULER
 
@@ -41,7 +41,9 @@ def random_pipeline(
 ) -> Path:
     """Write a pipeline of "sd1" or "sd2"; every tensor is random, the same each time."""
     rng = np.random.default_rng(0)
-    for table in tables().values():
+    family = family_named("StableDiffusionPipeline")
+    assert family is not None
+    for table in tables_of(family):
         dims = sizes(version)[table.name]
         of = version if version in table.versions else "any"
         config = config_of(table, of, dims, image_size=64, overrides=CONFIGS[table.name])
@@ -58,5 +60,5 @@ def random_pipeline(
     write_json(
         folder / "scheduler" / "scheduler_config.json", SCHEDULER | {"prediction_type": prediction_type}
     )
-    write_json(folder / "model_index.json", model_index(families()[0], SCHEDULER["_class_name"]))
+    write_json(folder / "model_index.json", model_index(family, SCHEDULER["_class_name"], family.parts))
     return folder
