@@ -178,7 +178,7 @@ def _unknown(path: Path, count: int, whose: str = "KerasCV ") -> SourceError:
     return SourceError(
         path,
         f"its {count} tensors are not those of a {whose}Stable Diffusion model.",
-        "UNets, text encoders, VAE decoders and VAE encoders of SD1 and SD2 are known.",
+        "SD1 and SD2 of KerasCV are known, and SD3 of KerasHub as .weights.h5, .keras or a preset.",
     )
 
 

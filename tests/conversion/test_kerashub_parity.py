@@ -36,7 +36,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def converted(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp(kind) / "out"
-    convert(keras_hub.models() / kind / "task", out=out)
+    convert(keras_hub.models() / kind / "task", out=out, base="none")
     return out
 
 

@@ -1,13 +1,14 @@
-"""Digests of the variables after genuine KerasHub models load files: written by this package.
+"""Genuine KerasHub models load files that this package wrote: the variables that differ from the original.
 
-    python load.py KIND TOKENIZER [PART=FILE | preset=FOLDER ...]
+    python load.py TOKENIZER PLAN
 
-Prints a JSON object: for each argument, the SHA-256 of each variable's bytes by its path.
+PLAN is a JSON file: for each kind, the file of each part by its attribute of the backbone ("diffuser", "vae"), and
+the folder of a "preset". Prints a JSON object: for each kind and part, the paths of the variables that are not
+those of support/kerashub/make_models.py bit for bit, and the number of variables.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -22,24 +23,32 @@ import numpy as np
 import tiny
 
 
-def digests(model: Any) -> dict[str, str]:
-    return {v.path: hashlib.sha256(np.asarray(v.value).tobytes()).hexdigest() for v in model.weights}
+def values(model: Any) -> list[tuple[str, bytes]]:
+    return [(v.path, np.asarray(v.value).tobytes()) for v in model.weights]
+
+
+def loaded(backbone: Any, part: str, file: str) -> Any:
+    if part == "preset":
+        return keras_hub.models.StableDiffusion3Backbone.from_preset(file)
+    model = getattr(backbone, part)
+    model.load_weights(file)
+    return model
 
 
 def main(arguments: list[str]) -> None:
-    kind, tokenizer, *given = arguments
-    words = len(json.loads((Path(tokenizer) / "vocab.json").read_text()))
-    backbone = tiny.backbone(kind, words, with_t5=kind == "sd35m", seed=0)
-    found = {"": digests(backbone)}
-    tiny.randomise(backbone, 99)
-    for argument in given:
-        part, _, path = argument.partition("=")
-        if part == "preset":
-            model = keras_hub.models.StableDiffusion3Backbone.from_preset(path)
-        else:
-            model = backbone if part == "backbone" else getattr(backbone, part)
-            model.load_weights(path)
-        found[argument] = digests(model)
+    tokenizer, plan = map(Path, arguments)
+    words = len(json.loads((tokenizer / "vocab.json").read_text()))
+    found: dict[str, dict[str, Any]] = {}
+    for kind, files in json.loads(plan.read_text()).items():
+        backbone = tiny.backbone(kind, words, with_t5=kind == "sd35m")
+        wanted = {p: values(backbone if p == "preset" else getattr(backbone, p)) for p in files}
+        tiny.randomise(backbone, 99)
+        found[kind] = {}
+        for part, file in files.items():
+            got = values(loaded(backbone, part, file))
+            pairs = zip(got, wanted[part], strict=True)
+            different = [path for (_, one), (path, other) in pairs if one != other]
+            found[kind][part] = {"different": different, "variables": len(got)}
     print(json.dumps(found))
 
 
