@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,20 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="run the files, and the tests of each, in a random order"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     order = {name: number for number, name in enumerate([*KERASCV, *FIRST])}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    seed = config.getoption("shuffle")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
+        first = {item.path: number for number, item in reversed([*enumerate(items)])}
+        items.sort(key=lambda item: first[item.path])  # a file's tests stay together, as do its fixtures
 
 
 @pytest.hookimpl(optionalhook=True)

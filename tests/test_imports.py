@@ -27,7 +27,6 @@ convert(*{files!r}, out={str(tmp_path / "out")!r}, base="none")
 to_keras({str(tmp_path / "out")!r}, out={str(tmp_path / "back")!r})
 inspect({str(tmp_path / "back")!r})
 import json
-import resource
 print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from support.waiting import LONG
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +43,7 @@ def test_notebook(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         text = text.replace(shown, shorter)
     monkeypatch.setattr(os, "environ", {**os.environ, "KERAS_BACKEND": "torch", "OMP_NUM_THREADS": "1"})
     notebook = nbformat.reads(text, as_version=4)
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    NotebookClient(notebook, timeout=LONG, resources={"metadata": {"path": str(tmp_path)}}).execute()
     pictures = [
         output
         for cell in notebook.cells

@@ -126,10 +126,13 @@ def test_one_copy_at_a_time(
     make: Callable[..., Checkpoints], made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint waits for the one before it, whose copy it takes the place of."""
-    kept, lay_out = make(), checkpoints.lay_out
+    kept, lay_out, seen = make(), checkpoints.lay_out, Event()
 
     def slow(*given: Any) -> list[int]:
-        time.sleep(0.5)
+        if saved_steps(tmp_path):
+            assert seen.wait(LONG)
+        else:
+            time.sleep(0.5)
         return lay_out(*given)
 
     monkeypatch.setattr(checkpoints, "lay_out", slow)
@@ -137,6 +140,7 @@ def test_one_copy_at_a_time(
     kept.save(1)
     kept.save(2)
     assert saved_steps(tmp_path) == [1]
+    seen.set()
     second = change(made, 50)
     kept.save(3, last=True)
     assert saved_steps(tmp_path) == [2, 3] and not kept.writing

@@ -7,9 +7,8 @@ import os
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -19,6 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 from support.checkpoints import ROOT
+from support.waiting import LONG, until
 
 import kcv2diffusers
 from kcv2diffusers.publish.space import GRADIO, space
@@ -57,6 +57,14 @@ def test_folder(pipeline: Path, tmp_path: Path) -> None:
         space(pipeline, "alice/other", out=out, overwrite=True)
 
 
+def answers(url: str) -> bool:
+    try:
+        urlopen(url).close()
+    except (URLError, ConnectionError):
+        return False
+    return True
+
+
 @contextmanager
 def running(folder: Path, model: Path) -> Iterator[str]:
     """The app's address, once it answers."""
@@ -72,13 +80,11 @@ def running(folder: Path, model: Path) -> Iterator[str]:
     with log.open("w") as file:
         app = subprocess.Popen([PYTHON, "app.py"], cwd=folder, env=environment, stdout=file, stderr=file)
     try:
-        for _ in range(240):
-            with suppress(URLError, ConnectionError):
-                urlopen(url).close()
-                break
-            assert app.poll() is None, log.read_text()
-            time.sleep(0.5)
+        until(lambda: answers(url), app)
         yield url
+    except BaseException:
+        print(log.read_text())
+        raise
     finally:
         app.terminate()
         app.wait()
@@ -95,7 +101,7 @@ def test_a_visitor(pipeline: Path, tmp_path: Path) -> None:
     with running(demo, pipeline) as url:
         done = subprocess.run(
             [PYTHON, ROOT / "tests" / "support" / "hub" / "drive_demo.py", url, seen],
-            capture_output=True, text=True, check=False, timeout=300,
+            capture_output=True, text=True, check=False, timeout=LONG,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout) == {"errors": [], "title": "Tiny", "prompt": PROMPTS[0]}

@@ -125,7 +125,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 def read(path: Path) -> list[Tensor] | None:
     """All tensors, each known to lie in its file or unpacked; None if the checkpoint is refused."""
     try:
-        with time_limit(60):
+        with time_limit(LONG):
             if path.name == "pipeline":
                 components = read_pipeline(path)
                 tensors = [t for c in components.values() for m in c.parts.values() for _, t in m.slots()]
@@ -290,7 +290,7 @@ def test_random_object_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ]
         monkeypatch.setattr(tensorflow, "read_object_graph", lambda prefix, nodes=nodes: nodes)
         try:
-            with time_limit(60):
+            with time_limit(LONG):
                 recognise_all(tensorflow.read_checkpoint(tmp_path))
             outcomes["read"] += 1
         except Error:
@@ -306,7 +306,7 @@ def test_an_object_graph_of_endless_paths(tmp_path: Path, monkeypatch: pytest.Mo
     nodes = [Node(layers, (), ()), *(Node(everything, (), ()) for _ in range(count))]
     monkeypatch.setattr(tensorflow, "read_bundle", lambda prefix: {})
     monkeypatch.setattr(tensorflow, "read_object_graph", lambda prefix: nodes)
-    with time_limit(60), pytest.raises(Error, match="never ends"):
+    with time_limit(LONG), pytest.raises(Error, match="never ends"):
         tensorflow.read_checkpoint(tmp_path)
 
 
@@ -334,11 +334,11 @@ def test_a_child_that_never_ends_is_told(kind: str, monkeypatch: pytest.MonkeyPa
     def work() -> bytes:
         while kind == "busy":
             pass
-        time.sleep(300)
+        time.sleep(LONG)
         return b""
 
     monkeypatch.setattr(isolation, "CPU_SECONDS" if kind == "busy" else "WALL_SECONDS", 0.2)
-    with time_limit(30), pytest.raises(Died):
+    with pytest.raises(Died):
         isolated(work)
 
 
