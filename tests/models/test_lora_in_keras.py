@@ -13,7 +13,7 @@ from support.loras import KOHYA, kohya, save
 from support.random_pipelines import random_pipeline
 
 from kcv2diffusers.diffusion import timestep_embedding
-from kcv2diffusers.dreambooth.lora import load_lora, updated, write_lora
+from kcv2diffusers.dreambooth.lora import load_lora, lora_layers, write_lora
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.snapshots import current
 from kcv2diffusers.errors import Error
@@ -130,8 +130,8 @@ def test_what_goes_on_training(
     variables = DreamBooth(base.unet, base.text_encoder).trainable_variables
     assert len(variables) == 2 * len(updates) > 400
     assert {variable.name for variable in variables} == {"lora_kernel_a", "lora_kernel_b"}
-    assert {layer.lora_alpha for layer in updated(base.unet)} == {7}
-    assert {(layer.lora_alpha, layer.lora_rank) for layer in updated(base.text_encoder)} == {(5, 3)}
+    assert {layer.lora_alpha for layer in lora_layers(base.unet)} == {7}
+    assert {(layer.lora_alpha, layer.lora_rank) for layer in lora_layers(base.text_encoder)} == {(5, 3)}
     assert max(distance(computed(base), by_diffusers(0, 1)).values()) < 2e-5
     write_lora(tmp_path / "again.safetensors", parts, base.names, current)
     again = read_lora(tmp_path / "again.safetensors").updates
