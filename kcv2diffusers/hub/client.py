@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -30,11 +30,18 @@ _BROKEN = ("the Hub has an internal error", _AGAIN)
 
 
 class Unreachable(Error):
-    """The Hub is unreachable: no network, server error, rate limit or HF_HUB_OFFLINE; `reason` says which."""
+    """The Hub does not answer now: no network, server error, rate limit or HF_HUB_OFFLINE.
 
-    def __init__(self, what: str, reason: str, remedy: str) -> None:
+    `reason` says which. `wait` is the number of seconds that the Hub asks to wait (None: not stated).
+    """
+
+    def __init__(self, what: str, reason: str, remedy: str, wait: float | None = None) -> None:
         super().__init__(f"{what}: {reason}.\n{remedy}")
-        self.reason = reason
+        self.reason, self.wait = reason, wait
+
+
+class Refused(Error):
+    """The Hub does not accept the token, or the token has no right to do this."""
 
 
 class NotThere(Error):
@@ -137,15 +144,21 @@ def _explained(what: str, error: BaseException, token: str | None) -> Error:
             problem, remedy = _BY_STATUS.get(status, _BROKEN if status >= 500 else _REFUSED)
             said = _brief(error.server_message or "", token)
             reason = f"{problem} ({status}{', ' + said if said else ''})"
-            if status == 429 or status >= 500:
-                return Unreachable(what, reason, remedy)
-            return Error(f"{what}: {reason}.\n{remedy}")
+            if status in (409, 429) or status >= 500:
+                return Unreachable(what, reason, remedy, _retry_after(error.response.headers))
+            return (Refused if status in (401, 403) else Error)(f"{what}: {reason}.\n{remedy}")
         case RuntimeError() if isinstance(cause, httpx2.HTTPError):  # an upload
             return _explained(what, cause, token)
         case httpx2.HTTPError() | ConnectionError():
             remedy = "Check the connection and try again; what has been transferred is kept."
             return Unreachable(what, _reason(error), remedy)
     return Error(f"{what}: {_brief(str(error), token)}\nCorrect it and try again.")
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds of a Retry-After header; None if there is none, or if it holds a date."""
+    value = headers.get("Retry-After", "").strip()
+    return float(value) if re.fullmatch(r"\d{1,6}", value, re.ASCII) else None
 
 
 def _brief(text: str, token: str | None) -> str:

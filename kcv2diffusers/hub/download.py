@@ -7,7 +7,9 @@ one commit. Offline, the cache provides the files and the listing.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +34,28 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 SIBLINGS = ("-text-encoder", "-text_encoder", "_text_encoder")
+_own: ContextVar[tuple[Path, frozenset[str]] | None] = ContextVar("own", default=None)
+
+
+@contextmanager
+def cache_of_its_own(folder: Path, repositories: Collection[str]) -> Iterator[None]:
+    """A block in which the files of `repositories` are cached in `folder`, those of others as usual.
+
+    The folder may be removed after the block, to free its space.
+    """
+    _fetch.cache_clear()  # its paths may be in a folder that was removed
+    token = _own.set((folder, frozenset(repositories)))
+    try:
+        yield
+    finally:
+        _own.reset(token)
+        _fetch.cache_clear()
+
+
+def _cache_of(repository: str) -> Path | None:
+    """The folder of the cache for a repository; None is the default one."""
+    own = _own.get()
+    return own[0] if own and repository in own[1] else None
 
 
 def fetch(
@@ -160,6 +184,12 @@ def _in_cache(repository: str) -> bool:
         return False
 
 
+def look(repository: str) -> tuple[str, Listing]:
+    """The commit of a repository's default branch, and its files with sizes. Nothing is downloaded."""
+    with asking(repository):
+        return _listing(connect(), Address(repository))
+
+
 def _listing(api: HfApi, address: Address) -> tuple[str, dict[str, int]]:
     """The commit and its files with sizes. A commit never changes, so a cached listing is used if present."""
     import httpx2
@@ -167,9 +197,10 @@ def _listing(api: HfApi, address: Address) -> tuple[str, dict[str, int]]:
     from huggingface_hub.errors import CachedRepoTreeNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.hf_api import RepoFile
 
-    commit = api.resolve_revision(address.repository, revision=address.revision).resolved
+    folder = _cache_of(address.repository)
+    commit = api.resolve_revision(address.repository, revision=address.revision, cache_dir=folder).resolved
     try:
-        entries = get_cached_repo_tree(address.repository, revision=commit)
+        entries = get_cached_repo_tree(address.repository, revision=commit, cache_dir=folder)
     except CachedRepoTreeNotFoundError:
         try:
             tree = api.list_repo_tree(address.repository, revision=commit, recursive=True)
@@ -186,7 +217,9 @@ def _listing(api: HfApi, address: Address) -> tuple[str, dict[str, int]]:
 def _cached_files(repository: str, commit: str) -> dict[str, int]:
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(repository, revision=commit, local_files_only=True))
+    folder = Path(
+        snapshot_download(repository, revision=commit, cache_dir=_cache_of(repository), local_files_only=True)
+    )
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
@@ -196,4 +229,9 @@ def _download(api: HfApi, repository: str, commit: str, names: Collection[str]) 
 
     # Escape wildcards, so that each pattern matches only its own name: file names may contain them.
     patterns = [re.sub(r"([*?[])", r"[\1]", name) for name in names]
-    return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns, token=api.token))
+    folder = _cache_of(repository)
+    return Path(
+        snapshot_download(
+            repository, revision=commit, cache_dir=folder, allow_patterns=patterns, token=api.token
+        )
+    )

@@ -45,6 +45,7 @@ _FORM = {
     "origins": [{"source": str, "?license": str, "?license_name": str, "?license_link": str}],
     "dtypes": {"*": str},
     "?loras": [{"name": str, "strength": (int, float), "bytes": int, "sha256": str}],
+    "?rescued": {"repository": str, "commit": str, "license": str},
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ CAVEATS: dict[str, tuple[Callable[[Facts], bool], str]] = {
         "`hidden_act` in `text_encoder/config.json` says which this pipeline uses.",
     ),
 }
+_REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 STATED = ("linear-betas", "old-image-encoder")
 
 
@@ -74,6 +77,7 @@ def _text(facts: Facts, repository: str) -> str:
         f"{about}.",
         _pictures(facts),
         _section("Use", _snippet(facts, repository)),
+        _section("Origin", _origin(facts)),
         _section("Read this first", _caveats(facts)),
         _section("Training", _training(facts)),
         _section("Conversion", _conversion(facts)),
@@ -103,6 +107,20 @@ from diffusers import StableDiffusionPipeline
 pipeline = StableDiffusionPipeline.from_pretrained("{repository}"{variant})
 pipeline({prompt}).images[0].save("picture.png")
 ```"""
+
+
+def _origin(facts: Facts) -> str:
+    """Return who made the weights of a rescued pipeline and where they are."""
+    rescued = facts.conversion.get("rescued", {})
+    repository, commit = rescued.get("repository", ""), rescued.get("commit", "")
+    if not (_REPOSITORY.fullmatch(repository) and _COMMIT.fullmatch(commit)):
+        return ""
+    author, page = repository.partition("/")[0], f"https://huggingface.co/{repository}"
+    return (
+        f"The weights are by [{author}](https://huggingface.co/{author}), from [{repository}]({page}) at "
+        f"commit [`{commit[:7]}`]({page}/tree/{commit}). Only their format was changed, from Keras to "
+        "diffusers. The author's page tells how they were trained; the license is the author's."
+    )
 
 
 def _caveats(facts: Facts) -> str:

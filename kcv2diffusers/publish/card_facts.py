@@ -73,16 +73,17 @@ def gather(
     base_model: str | None = None,
     tags: Sequence[str] = (),
     trained_with: frozenset[str] = frozenset(),
+    unlicensed: bool = False,
     progress: Progress = silent,
 ) -> Facts:
     """Return the facts about a checked pipeline.
 
     `progress` is called with the bytes of its sources hashed and in total. Raises Error if the license is
-    unknown: there is no default license.
+    unknown, because there is no default license; `unlicensed` allows that, for a card that is not published.
     """
     folder = checked.folder
     conversion = record.published(folder, progress)
-    stated = {"license": license} if license else _license(folder, conversion)
+    stated = {"license": license} if license else {} if unlicensed else _license(folder, conversion)
     return Facts(
         checked,
         conversion,

@@ -1,0 +1,234 @@
+"""One repository, from its listing to a published or stored pipeline.
+
+    python -m kcv2diffusers.rescue.one
+
+is the child process in which that happens: an order as a line of JSON on its standard input, a result on its
+standard output. It ends when its standard input closes, so that it does not outlive its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from kcv2diffusers.errors import Error, TargetError, plain
+from kcv2diffusers.hub.address import Address
+from kcv2diffusers.hub.client import Refused, Unreachable, redact
+from kcv2diffusers.hub.download import SIBLINGS, cache_of_its_own, look, sibling
+from kcv2diffusers.rescue.decide import Decision, decide
+from kcv2diffusers.rescue.keep import (
+    Kept,
+    Source,
+    in_folder,
+    in_repository,
+    look_at_license,
+    no_license,
+    put,
+)
+from kcv2diffusers.rescue.patience import patiently
+from kcv2diffusers.system.output import check_folder
+
+PUBLISHED, STORED, SKIPPED, FAILED = "published", "stored", "skipped", "failed"
+POSTPONED, FORBIDDEN, PLANNED = "postponed", "forbidden", "planned"
+ENDS = (PUBLISHED, STORED, SKIPPED, FAILED)
+"""The outcomes that end a repository. Of the others, `POSTPONED` means later and `FORBIDDEN` ends the run."""
+
+STAGING = ".rescue-now"
+_SAID = 400  # characters of a reason
+_SNAPSHOT = re.compile(r"\S*/models--[\w.-]+/snapshots/[0-9a-f]{40}/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What to do with one repository.
+
+    The result goes to `folder`, or is published as `target`. `work` is the folder for what is in progress. A
+    `dry` order only looks.
+    """
+
+    repository: str
+    work: str
+    folder: str | None = None
+    target: str | None = None
+    base: list[str] = field(default_factory=list)
+    dtype: str | None = None
+    license: str | None = None
+    private: bool = False
+    dry: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How a repository ended. Sizes are in bytes.
+
+    `where` is the folder or the address of the pipeline, `commit` that of the source, `license` that of the
+    pipeline. `read` and `written` are the sizes of what was downloaded, and of the weights that were written.
+    """
+
+    repository: str
+    outcome: str
+    reason: str = ""
+    where: str = ""
+    commit: str = ""
+    license: str = ""
+    parts: dict[str, str] = field(default_factory=dict)
+    read: int = 0
+    written: int = 0
+    seconds: float = 0.0
+
+
+def rescue_one(order: Order) -> Result:
+    """Carry out an order in this process. Whatever happens to it is a result, not an exception."""
+    started = time.monotonic()
+    staging: Path | None = None
+    try:
+        if order.dry:
+            result = _look(order)
+        else:
+            parent = Path(order.work) / STAGING
+            parent.mkdir(parents=True, exist_ok=True)
+            # Another attempt may not have ended yet, on another machine: each has a folder of its own.
+            prefix = f"{order.repository.replace('/', '--')}."
+            staging = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            result = _rescue(order, staging)
+    except Refused as error:
+        result = _ended(order, FORBIDDEN, error, staging)
+    except (Unreachable, TargetError) as error:
+        result = _ended(order, POSTPONED, error, staging)
+    except Error as error:
+        result = _ended(order, FAILED, error, staging)
+    except OSError as error:
+        words = Error(f"{plain(error.filename or 'a file')}: {error.strerror or error}")
+        result = _ended(order, POSTPONED, words, staging)
+    except (Exception, MemoryError) as error:
+        result = _ended(
+            order, FAILED, Error(f"a mistake in kcv2diffusers: {type(error).__name__}: {error}"), staging
+        )
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return replace(result, seconds=round(time.monotonic() - started, 2))
+
+
+def _look(order: Order) -> Result:
+    """The plan for a repository."""
+    commit, listing = patiently(lambda: look(order.repository))
+    decision = decide(order.repository, listing)
+    outcome = SKIPPED if decision.reason else PLANNED
+    return Result(
+        repository=order.repository,
+        outcome=outcome,
+        reason=decision.reason,
+        where="" if decision.reason else order.target or str(_folder(order)),
+        commit=commit,
+        read=decision.bytes,
+    )
+
+
+def _folder(order: Order) -> Path:
+    return Path(order.folder or "") / order.repository.replace("/", "--")
+
+
+def _rescue(order: Order, staging: Path) -> Result:
+    cache, place = staging / "cache", order.target or _folder(order)
+    names = {order.repository, *(order.repository + end for end in SIBLINGS)}
+    with cache_of_its_own(cache, names):
+        commit, listing = patiently(lambda: look(order.repository))
+        decision = decide(order.repository, listing)
+        result = Result(repository=order.repository, outcome=SKIPPED, reason=decision.reason, commit=commit)
+        if decision.reason:
+            return result
+        source = patiently(lambda: look_at_license(order.repository, commit, listing, cache))
+        if order.target and (reason := no_license(source, order.license)):
+            return replace(result, reason=reason)
+        kept = patiently(lambda: _there(place, source, cache))
+        if kept is None:
+            check_folder(staging, 2 * decision.bytes)
+            kept = patiently(lambda: _made(order, source, decision, staging))
+    if kept.reason:
+        return replace(result, reason=f"{_name(place)} {kept.reason}")
+    return replace(
+        result,
+        outcome=PUBLISHED if order.target else STORED,
+        where=_name(place),
+        license=kept.license,
+        parts=dict(kept.parts),
+        read=decision.bytes,
+        written=kept.written,
+    )
+
+
+def _name(place: str | Path) -> str:
+    return place if isinstance(place, str) else place.name
+
+
+def _there(place: str | Path, source: Source, cache: Path) -> Kept | None:
+    return in_repository(place, source, cache) if isinstance(place, str) else in_folder(place, source)
+
+
+def _made(order: Order, source: Source, decision: Decision, staging: Path) -> Kept:
+    """Download, convert, verify, and publish or store. It may be done again after the Hub broke it off."""
+    from kcv2diffusers.conversion.to_diffusers import convert
+    from kcv2diffusers.verification.run import verify
+
+    address = str(Address(order.repository, decision.path, source.commit))
+    beside = not decision.text_encoder and not decision.path and sibling(address) is not None
+    out, place = staging / "pipeline", order.target or _folder(order)
+    converted = convert(
+        address, out=out, base=order.base or None, dtype=order.dtype, with_sibling=beside, overwrite=True
+    )
+    verified = verify(
+        out,
+        base=[str(converted.base)] if converted.base else [],
+        level="weights",
+        **{part: str(path) for part, path in converted.sources.items()},  # type: ignore[arg-type]
+    )
+    if not verified.passed:
+        raise Error(verified.reason)
+    return put(out, source, place, verified, license=order.license, private=order.private)
+
+
+def _ended(order: Order, outcome: str, error: Exception, staging: Path | None) -> Result:
+    """The result of an order that raised `error`; its reason has no path of a temporary folder."""
+    words = " ".join(str(error).split())
+    if staging is not None:
+        words = _SNAPSHOT.sub("", words)
+        words = words.replace(f"{staging}{os.sep}", "").replace(str(staging), "the result")
+    words = re.sub(rf"^(hf://)?{re.escape(order.repository)}(@[0-9a-f]{{40}})?: ", "", words)
+    return Result(repository=order.repository, outcome=outcome, reason=plain(redact(words))[:_SAID])
+
+
+def main() -> None:
+    """Read an order, carry it out, write the result."""
+    results = os.dup(1)
+    os.dup2(2, 1)  # what a library prints is no result
+    line = b""
+    while not line.endswith(b"\n"):
+        if not (more := os.read(0, 1 << 16)):
+            return
+        line += more
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    result = rescue_one(Order(**json.loads(line)))
+    with os.fdopen(results, "w", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(result)))
+
+
+def _end_with_parent() -> None:
+    with suppress(OSError):
+        while os.read(0, 1):
+            pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
