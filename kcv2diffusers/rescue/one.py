@@ -19,6 +19,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kcv2diffusers.errors import Error, TargetError, plain
 from kcv2diffusers.hub.address import Address
@@ -35,7 +36,11 @@ from kcv2diffusers.rescue.keep import (
     put,
 )
 from kcv2diffusers.rescue.patience import patiently
+from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.system.output import check_folder
+
+if TYPE_CHECKING:
+    from kcv2diffusers.verification.result import Verified
 
 PUBLISHED, STORED, SKIPPED, FAILED = "published", "stored", "skipped", "failed"
 POSTPONED, FORBIDDEN, PLANNED = "postponed", "forbidden", "planned"
@@ -153,7 +158,11 @@ def _rescue(order: Order, staging: Path) -> Result:
         kept = patiently(lambda: _there(place, source, cache))
         if kept is None:
             check_folder(staging, 2 * decision.bytes)
-            kept = patiently(lambda: _made(order, source, decision, staging))
+            out = staging / "pipeline"
+            verified = patiently(lambda: _converted(order, source, decision, out))
+            kept = patiently(
+                lambda: put(out, source, place, verified, license=order.license, private=order.private)
+            )
     if kept.reason:
         return replace(result, reason=f"{_name(place)} {kept.reason}")
     return replace(
@@ -175,26 +184,25 @@ def _there(place: str | Path, source: Source, cache: Path) -> Kept | None:
     return in_repository(place, source, cache) if isinstance(place, str) else in_folder(place, source)
 
 
-def _made(order: Order, source: Source, decision: Decision, staging: Path) -> Kept:
-    """Download, convert, verify, and publish or store. It may be done again after the Hub broke it off."""
+def _converted(order: Order, source: Source, decision: Decision, out: Path) -> Verified:
+    """Download, convert and verify. It may be done again after the Hub broke it off."""
     from kcv2diffusers.conversion.to_diffusers import convert
     from kcv2diffusers.verification.run import verify
 
     address = str(Address(order.repository, decision.path, source.commit))
     beside = not decision.text_encoder and not decision.path and sibling(address) is not None
-    out, place = staging / "pipeline", order.target or _folder(order)
-    converted = convert(
-        address, out=out, base=order.base or None, dtype=order.dtype, with_sibling=beside, overwrite=True
-    )
+    converted = convert(address, out=out, base=order.base or None, dtype=order.dtype, with_sibling=beside)
+    named = {part: str(path) for part, path in converted.sources.items()}
     verified = verify(
         out,
+        *([] if named else locate_all(address)),  # a single file in the original layout
         base=[str(converted.base)] if converted.base else [],
         level="weights",
-        **{part: str(path) for part, path in converted.sources.items()},  # type: ignore[arg-type]
+        **named,  # type: ignore[arg-type]
     )
     if not verified.passed:
         raise Error(verified.reason)
-    return put(out, source, place, verified, license=order.license, private=order.private)
+    return verified
 
 
 def _ended(order: Order, outcome: str, error: Exception, staging: Path | None) -> Result:

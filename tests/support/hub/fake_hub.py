@@ -3,7 +3,8 @@
     python fake_hub.py        prints its port and serves until its standard input closes
 
 Written from what the client (2.4, HF_HUB_DISABLE_XET=1) sends. `POST /_test/seed` makes a repository of a
-folder, `/_test/fail` lets requests fail, `GET /_test/log` tells what was asked and how many bytes came.
+folder, `/_test/fail` lets requests fail, all or a share of them, `/_test/collection` makes a collection,
+`GET /_test/log` tells what was asked and how many bytes came.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import random
 import re
 import sys
 import threading
@@ -35,15 +37,15 @@ class Refusal(Exception):
 
 
 class Repository:
-    def __init__(self, owner: str, private: bool) -> None:
-        self.owner, self.private = owner, private
+    def __init__(self, name: str, owner: str, private: bool) -> None:
+        self.name, self.owner, self.private = name, owner, private
         self.commits: dict[str, dict[str, bytes]] = {}
         self.heads: dict[str, str] = {}
         self.messages: list[str] = []
         self.commit("main", {}, "initial commit")
 
     def commit(self, branch: str, files: dict[str, bytes], message: str) -> str:
-        oid = hashlib.sha1(f"{branch}{len(self.commits)}{message}".encode()).hexdigest()
+        oid = hashlib.sha1(f"{self.name}{branch}{len(self.commits)}{message}".encode(errors="replace")).hexdigest()
         self.commits[oid], self.heads[branch] = files, oid
         self.messages.append(message)
         return oid
@@ -59,6 +61,10 @@ REPOSITORIES: dict[str, Repository] = {}
 OBJECTS: dict[str, bytes] = {}
 LOG: list[dict[str, Any]] = []
 FAILURES: list[dict[str, Any]] = []
+READ: dict[str, bytes] = {}
+COLLECTIONS: dict[str, list[str]] = {}
+CHANCE = random.Random(0)
+PAGE = 30  # models on a page of a listing
 LOCK = threading.RLock()
 
 
@@ -76,12 +82,15 @@ def oid_of(path: str, data: bytes) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    unheard = False
 
     def log_message(self, *_: Any) -> None:
         pass
 
     def fails(self, rule: dict[str, Any]) -> bool:
-        here = rule["method"] == self.command and re.search(rule["path"], self.path)
+        here = rule["method"] in (self.command, "*") and re.search(rule["path"], self.path)
+        if "share" in rule:
+            return bool(here and CHANCE.random() < rule["share"] and not self.path.startswith("/_test"))
         return bool(here and rule["times"] and not {"cut", "sleep"} & rule.keys())
 
     def handle_any(self) -> None:
@@ -112,8 +121,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "PUT":
             time.sleep(sum(rule.get("sleep", 0) for rule in FAILURES))
         try:
+            if failure and failure.get("late"):
+                with LOCK:
+                    self.unheard = True
+                    self.answer()  # it is done, and the answer is lost
+                    self.unheard = False
             if failure:
-                raise Refusal(failure["status"], failure.get("message", "told to fail"))
+                status = CHANCE.choice(failure["statuses"]) if "statuses" in failure else failure["status"]
+                wait = failure.get("retry_after", "") if status == 429 else ""
+                raise Refusal(status, failure.get("message", "told to fail"), retry_after=wait)
             with LOCK:
                 self.answer()
         except Refusal as refusal:
@@ -121,12 +137,18 @@ class Handler(BaseHTTPRequestHandler):
             self.send(
                 refusal.status,
                 {"error": refusal.message, **refusal.body},
-                {"X-Error-Code": refusal.code, "X-Error-Message": header},
+                {
+                    "X-Error-Code": refusal.code,
+                    "X-Error-Message": header,
+                    "Retry-After": refusal.body.get("retry_after", ""),
+                },
             )
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = handle_any
 
     def send(self, status: int, data: Any = None, headers: dict[str, str] | None = None) -> None:
+        if self.unheard:
+            return
         body = data if isinstance(data, bytes) else json.dumps(data).encode()
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -171,11 +193,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def seed(self) -> None:
         order = self.json()
-        repository = REPOSITORIES.setdefault(order["repo"], Repository("alice", order.get("private", False)))
+        repository = REPOSITORIES.setdefault(order["repo"], Repository(order["repo"], "alice", order.get("private", False)))
         files = dict(repository.files("main")[1])
-        root = Path(order["folder"])
-        for path in sorted(p for p in root.rglob("*") if p.is_file()):
+        root = Path(order["folder"]) if order.get("folder") else None
+        for path in sorted(p for p in root.rglob("*") if p.is_file()) if root else ():
             files[f"{order.get('at', '')}{path.relative_to(root).as_posix()}"] = path.read_bytes()
+        for name, path in order.get("paths", {}).items():
+            if path not in READ:
+                READ[path] = Path(path).read_bytes()
+            files[name] = READ[path]
         for name in order.get("files", {}):
             files[name] = order["files"][name].encode()
         self.send(200, repository.commit(order.get("branch", "main"), files, "seeded"))
@@ -199,7 +225,33 @@ class Handler(BaseHTTPRequestHandler):
         }
         self.send(200, told)
 
+    def collection(self) -> None:
+        order = self.json()
+        COLLECTIONS[order["slug"]] = order["items"]
+        self.send(200, {})
+
     # the Hub
+
+    def models(self) -> None:
+        """A page of the models of an author, newest first, with a link to the next page."""
+        author, start = self.query["author"][0], int(self.query.get("cursor", ["0"])[0])
+        names = [name for name in REPOSITORIES if name.startswith(f"{author}/")][::-1]
+        headers = {}
+        if start + PAGE < len(names):
+            url = f"http://{self.headers['Host']}/api/models?author={author}&cursor={start + PAGE}"
+            headers["Link"] = f'<{url}>; rel="next"'
+        self.send(200, [{"id": name, "private": False} for name in names[start : start + PAGE]], headers)
+
+    def collected(self, slug: str) -> None:
+        if slug not in COLLECTIONS:
+            raise Refusal(404, "Collection not found")
+        items = [
+            {"_id": str(at), "id": name, "type": kind, "position": at}
+            for at, (kind, name) in enumerate(COLLECTIONS[slug])
+        ]
+        about = {"title": slug, "owner": {"name": "alice"}, "lastUpdated": "2023-05-01T00:00:00.000Z"}
+        more = {"position": 0, "private": False, "theme": "blue", "upvotes": 0}
+        self.send(200, {"slug": slug, "items": items, **about, **more})
 
     def whoami(self) -> None:
         who = self.user()
@@ -217,7 +269,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(409, "You already created this model repo", url=url)
         if who != (name.split("/")[0], "write"):
             raise Refusal(403, f"You don't have the rights to create a model under {name.split('/')[0]!r}")
-        REPOSITORIES[name] = Repository(who[0], order.get("visibility") == "private")
+        REPOSITORIES[name] = Repository(name, who[0], order.get("visibility") == "private")
         self.send(200, {"url": url, "name": name})
 
     def validate(self) -> None:
@@ -378,8 +430,11 @@ _REPO, _REV = r"(?P<repo>[^/]+/[^/]+)", r"(?P<rev>[^/]+)"
 ROUTES = [
     ("POST", "/_test/seed", Handler.seed),
     ("POST", "/_test/fail", Handler.fail),
+    ("POST", "/_test/collection", Handler.collection),
     ("GET", "/_test/log", Handler.log),
     ("GET", "/_test/state", Handler.state),
+    ("GET", "/api/models", Handler.models),
+    ("GET", "/api/collections/(?P<slug>.+)", Handler.collected),
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.validate),
