@@ -15,7 +15,7 @@ from kcv2diffusers.backend import choose_backend
 from kcv2diffusers.cli.app import print_json
 from kcv2diffusers.cli.hub import log_in, publish
 from kcv2diffusers.cli.options import Json, Quiet
-from kcv2diffusers.cli.progress import note, progress_bar, say, stages, tell
+from kcv2diffusers.cli.progress import be_quiet, note, progress_bar, say, stages, tell
 from kcv2diffusers.cli.verification import (
     keep_figures,
     require_packages,
@@ -95,6 +95,7 @@ def dreambooth(**given: Any) -> None:
     The result is exported as a diffusers pipeline.
     """
     from kcv2diffusers.dreambooth.fine_tuning import trainer
+    from kcv2diffusers.dreambooth.ranks import rank
     from kcv2diffusers.sources.diffusers_pipeline import prediction_of
 
     file, as_json = given.pop("config"), given.pop("json")
@@ -103,6 +104,8 @@ def dreambooth(**given: Any) -> None:
         name: str(v) if isinstance(v, StrEnum) else v for name, v in given.items() if v not in (None, [])
     }
     config = make_config(values, file)
+    if rank():
+        be_quiet(True)
     train = trainer(config, note)
     report = Path(config.out) / "verify"
     if config.verify:
@@ -130,7 +133,7 @@ def dreambooth(**given: Any) -> None:
         options = {"license": config.license or None, "private": config.private}
         pushed = publish(result.export, config.push_to_hub, **options)
     found = {"verified": verified, "pushed": pushed}
-    if as_json:
+    if as_json and not rank():
         print_json(result.to_dict() | {name: each.to_dict() for name, each in found.items() if each})
     else:
         tell("\n".join(each.text() for each in (result, *found.values()) if each))

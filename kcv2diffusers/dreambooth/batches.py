@@ -14,6 +14,7 @@ import numpy as np
 
 from kcv2diffusers.diffusion import LATENT_CHANNELS, LATENT_SCALE, PIXELS_PER_LATENT, TRAIN_STEPS, Array
 from kcv2diffusers.dreambooth.photos import Photo, Size, bucket_of, read_mask, read_photo
+from kcv2diffusers.dreambooth.ranks import ALONE, Group
 
 Batch = dict[str, Array]
 """Inputs of a step, by name."""
@@ -84,6 +85,18 @@ class Examples:
                 self.mask(number, size, (flip, _MIDDLE))
             progress(done, len(wanted))
 
+    def exchange(self, wanted: Sequence[tuple[int, Size]], group: Group) -> None:
+        """Complete the cache with what the other processes of `group` encoded, each its share of `wanted`."""
+        if group.count == 1:
+            return
+        for number, (height, width) in wanted:
+            shape = (height // PIXELS_PER_LATENT, width // PIXELS_PER_LATENT, 2 * LATENT_CHANNELS)
+            for flip in (False, True) if self.flip else (False,):
+                key = (number, (height, width), flip)
+                own = self._moments.get(key)
+                self._moments[key] = group.sum(np.zeros(shape, "float32") if own is None else own)
+                self.mask(number, (height, width), (flip, _MIDDLE))
+
     def _encoded(self, number: int, size: Size, flip: bool, place: tuple[float, float]) -> Array:
         picture = read_photo(self.photos[number], size, place=place, flip=flip)
         assert self.encode is not None, "everything was to be in the cache"
@@ -97,7 +110,8 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
     Examples and `prior` (n,) float32, 1 for a class image. All images of a step have one size. n is the batch
     size, or twice that with prior preservation. If the photos have masks there is `mask` (n, height / 8,
     width / 8, 1) too. A share `caption_dropout` of all images has the empty prompt in place of its own. Each
-    epoch contains every photo of the subject at least once, and as often as its folder name says.
+    epoch contains every photo of the subject at least once, and as often as its folder name says. If `group`
+    has several processes, each gets its share of a step's images.
     """
 
     def __init__(
@@ -112,11 +126,12 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         offset_noise: float = 0.0,
         caption_dropout: float = 0.0,
         timesteps: int = TRAIN_STEPS,
+        group: Group = ALONE,
     ) -> None:
         super().__init__()
         self.instance, self.classes, self.batch_size = instance, classes, batch_size
         self.steps, self.start, self.seed, self.offset_noise = steps, start, seed, offset_noise
-        self.timesteps, self.caption_dropout = timesteps, caption_dropout
+        self.timesteps, self.caption_dropout, self.group = timesteps, caption_dropout, group
         self.by_size: dict[Size, list[int]] = {}
         for number, photo in enumerate(instance.photos):
             numbers = self.by_size.setdefault(bucket_of(photo.size, instance.resolution), [])
@@ -127,10 +142,10 @@ class Batches(keras.utils.PyDataset):  # type: ignore[misc]
         return self.steps - self.start
 
     def __getitem__(self, index: int) -> tuple[dict[str, Array]]:
-        return (self.step(self.start + index),)
+        return (self.group.part(self.step(self.start + index)),)
 
     def step(self, number: int) -> Batch:
-        """The inputs of step `number`, counted from 0."""
+        """The inputs of step `number`, counted from 0, for all processes together."""
         epoch, position = divmod(number, self.epoch_length)
         size, chosen = self._epoch(epoch)[position]
         rng = np.random.default_rng((self.seed, 1, number))

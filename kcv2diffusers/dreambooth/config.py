@@ -93,7 +93,10 @@ class Config:
 
     steps: int = _option(400, "Number of training steps.", least=1)
     batch_size: int = _option(
-        1, "Photos per step. With prior preservation a step has as many class images.", least=1
+        1,
+        "Photos per step, on all devices and processes together. With prior preservation a step has as many "
+        "class images.",
+        least=1,
     )
     learning_rate: float = _option(
         5e-6, "Learning rate of the UNet (LoRA: 1e-4 is usual). With prodigy a factor, by default 1.", least=0
@@ -203,7 +206,7 @@ class Config:
         "Keras backend. auto: KERAS_BACKEND, else the best one that is installed.",
         choices=("auto", *BACKENDS),
     )
-    devices: int = _option(1, "Number of devices for data parallelism (JAX).", least=1)
+    devices: int = _option(1, "Number of devices of one process for data parallelism (JAX).", least=1)
     rematerialise: bool = _option(
         False, "Recompute activations in the backward pass (gradient checkpointing): slower, less memory."
     )

@@ -1,14 +1,16 @@
-"""Precision and devices of a run: the dtype policy, TF32, and data parallelism on one host."""
+"""Precision and devices of a run: the dtype policy, TF32, and data parallelism."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import keras
+import numpy as np
 
 from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.ranks import Group
 from kcv2diffusers.errors import Error
 
 
@@ -71,40 +73,70 @@ def _half(capability: Any) -> str:
     return "mixed_bfloat16" if major >= 8 else "mixed_float16"  # bfloat16 since Ampere
 
 
-@contextmanager
-def spread(config: Config) -> Iterator[None]:
-    """Run the steps of this block data-parallel on `config.devices` devices.
+def devices_of(config: Config, group: Group) -> list[str]:
+    """JAX's devices for `spread`: `config.devices`, or all of all processes; empty if there is one.
 
-    Variables created in the block are replicated on each device, and the images of a batch are split among
-    them. Raises Error if the backend, the number of devices or the batch size does not allow it.
+    Raises Error if the backend, the number of devices or the batch size does not allow it.
     """
-    count = config.devices
-    if count == 1:
-        yield
-        return
-    if keras.backend.backend() != "jax":
+    count, words, on_jax = config.devices, f"--devices {config.devices}", keras.backend.backend() == "jax"
+    if group.count > 1:
+        if count > 1:
+            raise Error(f"{words} is for one process; this run has {group.count}, which use all theirs.")
+        count = len(keras.distribution.list_devices()) if on_jax else group.count
+        words = f"{count} devices of {group.count} processes"
+    elif count > 1 and not on_jax:
         raise Error(
-            f"--devices {count} needs JAX; this is {keras.backend.backend()}.\nSet KERAS_BACKEND=jax."
+            f"{words} needs JAX; this is {keras.backend.backend()}.\n"
+            "Set KERAS_BACKEND=jax, or start a process for each device with torchrun."
         )
-    devices = keras.distribution.list_devices()
-    if len(devices) < count:
-        raise Error(f"--devices {count}: this machine has {len(devices)} ({', '.join(devices)}).")
     pictures = config.batch_size * (2 if config.prior_preservation else 1)
     if pictures % count:
         raise Error(
-            f"--devices {count}: the {pictures} pictures of a step cannot be divided among them.\n"
-            "Change --batch-size."
+            f"{words}: the {pictures} pictures of a step cannot be divided among them.\nChange --batch-size."
         )
-    with keras.distribution.DataParallel(devices=devices[:count]).scope():
+    if count == 1 or not on_jax:
+        return []
+    devices = keras.distribution.list_devices()
+    if len(devices) < count:
+        raise Error(f"{words}: this machine has {len(devices)} ({', '.join(devices)}).")
+    return list(devices[:count])
+
+
+@contextmanager
+def spread(devices: list[str], models: Iterable[keras.Model]) -> Iterator[None]:
+    """Run the steps of this block data-parallel on `devices`, if there are any.
+
+    The variables of `models`, and those created in the block, are replicated on each device. The images of a
+    batch are split among them.
+    """
+    if not devices:
+        yield
+        return
+    with keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False).scope():
+        for variable in (variable for model in models for variable in model.variables):
+            variable._initialize_layout()
+            # From the host, because JAX copies no array from a device to those of other processes.
+            variable._direct_assign(np.asarray(variable.value))
         yield
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Within `spread`: a block whose batches are not split, as for sample images, which may be one image."""
+def together(variables: Sequence[keras.Variable]) -> Iterator[None]:
+    """Within or after `spread`: a block that computes on one device of this process, as for sample images.
+
+    `variables` have their values there.
+    """
+    if not any(getattr(variable, "_layout", None) for variable in variables):
+        yield
+        return
     distribution = keras.distribution.distribution()
+    held = [(variable, variable._layout, variable._value) for variable in variables]
     keras.distribution.set_distribution(None)
+    for variable, _, value in held:
+        variable._layout, variable._value = None, value.addressable_data(0)
     try:
         yield
     finally:
+        for variable, layout, value in held:
+            variable._layout, variable._value = layout, value
         keras.distribution.set_distribution(distribution)

@@ -5,11 +5,12 @@ Missing class images are generated, and latents are encoded once.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from PIL import Image
 from kcv2diffusers.dreambooth.batches import Examples
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.memory import drawing_advice, memory_errors
-from kcv2diffusers.dreambooth.photos import Photo, bucket_of, check_masks, find_photos
+from kcv2diffusers.dreambooth.photos import Photo, Size, bucket_of, check_masks, find_photos
+from kcv2diffusers.dreambooth.ranks import ALONE, Group
 from kcv2diffusers.errors import Error, plain
 from kcv2diffusers.models.base import Base
 from kcv2diffusers.models.sampler import PROMPT_LENGTH, initial_noise
@@ -77,32 +79,39 @@ def _described(config: Config, folders: Iterable[tuple[str, str]], notes: list[s
     return photos
 
 
-def class_photos(config: Config, base: Base, notes: list[str], progress: StageProgress) -> list[Photo]:
+def class_photos(
+    config: Config, base: Base, notes: list[str], progress: StageProgress, group: Group = ALONE
+) -> list[Photo]:
     """The class images of every subject, each with its prompt.
 
-    Each class has those in its folder, plus generated ones up to the configured number. Subjects with the
-    same prompt and folder share a class.
+    Each class has those in its folder, plus generated ones up to the configured number. Each process of
+    `group` generates its share. Subjects with the same prompt and folder share a class.
     """
     wanted = [(subject.class_prompt, subject.class_images) for subject in config.every_subject]
     classes = [each for each in dict.fromkeys(wanted) if each[0]]
     photos: list[Photo] = []
     for number, (prompt, given) in enumerate(classes):
         folder = Path(given or Path(config.out) / f"class{f'-{number + 1}' if number else ''}")
-        drawn = _of_class(config, prompt, folder, base, notes, progress)
+        drawn = _of_class(config, prompt, folder, base, notes, progress, group)
         photos += [replace(photo, prompt=prompt, mask=None) for photo in drawn]
     return photos
 
 
 def _of_class(
-    config: Config, prompt: str, folder: Path, base: Base, notes: list[str], progress: StageProgress
+    config: Config,
+    prompt: str,
+    folder: Path,
+    base: Base,
+    notes: list[str],
+    progress: StageProgress,
+    group: Group,
 ) -> list[Photo]:
     folder.mkdir(parents=True, exist_ok=True)
-    missing = config.num_class_images - len(find_photos(folder).found)
-    numbers = (n for n in count() if not _class_path(folder, n).exists())
+    wanted = group.share(_missing(folder, config.num_class_images, group))
     sampler, size = base.sampler(), base.image_size
     at_once = config.sample_batch_size or config.batch_size
-    for done in range(0, missing, at_once):
-        batch = list(islice(numbers, min(at_once, missing - done)))
+    for done in range(0, len(wanted), at_once):
+        batch = wanted[done : done + at_once]
         noise = np.concatenate([initial_noise(1, size, size, config.seed + number) for number in batch])
         with memory_errors(lambda: drawing_advice(at_once)):
             latents = sampler.sample(
@@ -116,8 +125,19 @@ def _of_class(
             path = _class_path(folder, number)
             with whole_file(path) as part:
                 Image.fromarray(image).save(part, format="png")
-        progress("Drawing the class", done + len(batch), missing, "")
+        progress("Drawing the class", done + len(batch), len(wanted), "")
+    group.wait()
     return usable_photos(folder, notes)[: config.num_class_images]
+
+
+def _missing(folder: Path, count: int, group: Group) -> list[int]:
+    """The numbers of the class images that a folder lacks, as rank 0 sees it."""
+    found = np.zeros(count, "int32")
+    if group.first:
+        missing = max(0, count - len(find_photos(folder).found))
+        numbers = (n for n in itertools.count() if not _class_path(folder, n).exists())
+        found[:missing] = [n + 1 for n in islice(numbers, missing)]
+    return [n - 1 for n in group.sum(found).tolist() if n]
 
 
 def _class_path(folder: Path, number: int) -> Path:
@@ -162,14 +182,28 @@ def _conditions(config: Config, base: Base, prompts: Iterable[str]) -> dict[str,
 
 
 def encode(
-    instance: Examples, prior: Examples | None, held: Examples | None, progress: StageProgress
+    instance: Examples,
+    prior: Examples | None,
+    held: Examples | None,
+    progress: StageProgress,
+    group: Group = ALONE,
 ) -> None:
-    """Encode all that the steps need: each photo at its size, class images at every size of the photos."""
-    sizes = [bucket_of(photo.size, instance.resolution) for photo in instance.photos]
-    instance.fill(list(enumerate(sizes)), lambda done, total: progress("Encoding photos", done, total, ""))
+    """Encode all that the steps need: each photo at its size, class images at every size of the photos.
+
+    Each process of `group` encodes its share.
+    """
+
+    def fill(examples: Examples, wanted: Sequence[tuple[int, Size]], words: str) -> None:
+        examples.fill(group.share(wanted), lambda done, total: progress(words, done, total, ""))
+        examples.exchange(wanted, group)
+
+    def own(examples: Examples) -> list[Size]:
+        return [bucket_of(photo.size, examples.resolution) for photo in examples.photos]
+
+    sizes = own(instance)
+    fill(instance, list(enumerate(sizes)), "Encoding photos")
     if held is not None:
-        own = [bucket_of(photo.size, held.resolution) for photo in held.photos]
-        held.fill(list(enumerate(own)), lambda done, total: progress("Encoding held out", done, total, ""))
+        fill(held, list(enumerate(own(held))), "Encoding held out")
     if prior is not None:
         wanted = [(number, size) for size in sorted(set(sizes)) for number in range(len(prior.photos))]
-        prior.fill(wanted, lambda done, total: progress("Encoding the class", done, total, ""))
+        fill(prior, wanted, "Encoding the class")

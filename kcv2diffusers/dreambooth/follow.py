@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.devices import together
 from kcv2diffusers.dreambooth.drawings import Drawings
 from kcv2diffusers.dreambooth.loggers import open_loggers
+from kcv2diffusers.dreambooth.ranks import ALONE, Group
 from kcv2diffusers.dreambooth.validation import Validation
 from kcv2diffusers.errors import Error
 from kcv2diffusers.progress import StageProgress
@@ -37,40 +38,47 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
         start: int,
         progress: StageProgress,
         validation: Validation | None = None,
+        group: Group = ALONE,
     ) -> None:
         super().__init__()
         self.config, self.checkpoints, self.drawings, self.progress = config, checkpoints, drawings, progress
         self.validation = validation
         self.start, self.step, self.stopped_by, self.problem = start, start, 0, ""
-        self.loggers = open_loggers(config)
+        self.group, self.asked = group, 0
+        self.loggers = open_loggers(config) if group.first else []
         self.log = Path(config.out) / LOG
         self.rows = [row for row in read_log(self.log) if row[0] <= start]
         self.started = self.read_at = self.saved_at = time.monotonic()
         self.waiting: list[tuple[int, Any, float]] = []  # steps with losses still on the device
 
     def stop(self, signal: int) -> None:
-        """Save a checkpoint after this step, then end training."""
-        self.stopped_by = signal
+        """Save a checkpoint after this step, or a later one that all processes reach, then end training."""
+        self.asked = signal
 
     def draw(self) -> None:
         """Draw sample images with the weights that a checkpoint would hold now."""
-        if keras.backend.backend() == "jax":
-            self.checkpoints.trainer.jax_state_sync()
-        with self.checkpoints.averaged(), together():
+        with self._as_saved():
             self.drawings.draw(self.step)
 
     def validate(self) -> None:
         """Log the validation loss with the weights that a checkpoint would hold now."""
         assert self.validation is not None
+        with self._as_saved():
+            loss = self.validation.loss(self.checkpoints.trainer)
+        self.validation.add(self.step, loss)
+        for log in self.loggers:
+            log(self.step, {"validation_loss": loss})
+
+    @contextmanager
+    def _as_saved(self) -> Iterator[None]:
+        """A block with the weights that a checkpoint would hold now, on one device of this process."""
         trainer = self.checkpoints.trainer
         if keras.backend.backend() == "jax":
             trainer.jax_state_sync()
         # Before the first step the moving averages are not those of the weights yet.
-        with self.checkpoints.averaged() if self.step else nullcontext(), together():
-            loss = self.validation.loss(trainer)
-        self.validation.add(self.step, loss)
-        for log in self.loggers:
-            log(self.step, {"validation_loss": loss})
+        averaged = self.checkpoints.averaged() if self.step else nullcontext()
+        with together([*trainer.variables, *trainer.optimizer.variables]), averaged:
+            yield
 
     def losses(self) -> list[float]:
         """The loss of each step, including the steps before the run was resumed."""
@@ -83,6 +91,10 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """`logs` holds the step's loss, which the device may still be computing."""
         self.step += 1
+        self.stopped_by = self.group.largest(self.asked)
+        if not self.group.first:
+            self.model.stop_training = bool(self.stopped_by)
+            return
         self.waiting.append((self.step, (logs or {})["step_loss"], time.monotonic() - self.started))
         self.checkpoints.check()
         every = self.config.checkpoint_every

@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from kcv2diffusers.diffusion import SD, Array, Schedule, min_snr_weights
+from kcv2diffusers.dreambooth.ranks import ALONE, Group
 from kcv2diffusers.models.layers import Tensor
 
 
@@ -44,6 +45,8 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
     arXiv:2303.09556); 0 weights all equally. The weight of a timestep applies to its own image, of the
     subject or of the class. `schedule` is the noise schedule that the UNet was trained with. `record_steps`
     is for PyTorch on a GPU: the step of each batch shape is recorded once as a CUDA graph and then replayed.
+    On PyTorch `group` has the processes that each train on a share of a step, and `photos` is the number of
+    the subject's images in a whole step; the sum of their losses is the loss of the step.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         snr_gamma: float = 0.0,
         schedule: Schedule = SD,
         record_steps: bool = True,
+        group: Group = ALONE,
+        photos: int = 0,
     ) -> None:
         super().__init__(name="dreambooth", autocast=False)
         self.unet, self.text_encoder = unet, text_encoder
@@ -65,6 +70,7 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
         self.weight = self._table("weight", min_snr_weights(signal, snr_gamma, prediction_type))
         self.step_loss = Last(name="step_loss")
         self.record_steps = record_steps
+        self.group, self.photos = group, photos
         self._torch_step: Any = None
         self.built = True
 
@@ -111,7 +117,7 @@ class DreamBooth(keras.Model):  # type: ignore[misc]
     def loss_of(self, x: dict[str, Tensor], y_pred: Tensor) -> Tensor:
         """`compute_loss` without updating the metric."""
         weight = 1 - x["prior"] + self.prior_weight * x["prior"]
-        return ops.sum(weight * self.errors(x, y_pred)) / ops.sum(1 - x["prior"])
+        return ops.sum(weight * self.errors(x, y_pred)) / (self.photos or ops.sum(1 - x["prior"]))
 
     def errors(self, x: dict[str, Tensor], y_pred: Tensor) -> Tensor:
         """The mean squared error of each image, weighted by its mask and its timestep: (n,)."""

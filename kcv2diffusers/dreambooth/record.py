@@ -23,12 +23,12 @@ LEGS_FILE = "legs.json"
 _PACKAGES = ("kcv2diffusers", "keras", "torch", "jax", "tensorflow", "numpy", "pillow")
 
 
-def keep_record(config: Config, start: int) -> None:
+def keep_record(config: Config, start: int, processes: int = 1) -> None:
     """Record in the run's folder that the run starts or resumes at step `start` with these options.
 
     `config.toml` keeps the options that the run began with, except the number of steps, which is updated. An
-    entry of `legs.json` has `start`, `date`, `backend`, `versions`, and in `changed` the options that differ
-    from those in `config.toml`.
+    entry of `legs.json` has `start`, `date`, `backend`, `processes` (their number), `versions`, and in
+    `changed` the options that differ from those in `config.toml`.
     """
     out = Path(config.out)
     given = replace(config, resume=False)
@@ -38,6 +38,7 @@ def keep_record(config: Config, start: int) -> None:
         "start": start,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "backend": config.backend,
+        "processes": processes,
         "changed": {name: value for name, value in asdict(given).items() if value != had[name]},
         "versions": {"python": platform.python_version(), **versions(_PACKAGES)},
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from kcv2diffusers.dreambooth import torch_updates
 
 Tensor = torch.Tensor
 Batch = dict[str, Tensor]
+
+_ALIGNED = 4  # numbers: PyTorch's fused kernels are faster on gradients at multiples of 16 bytes
 
 
 class TorchStep:
@@ -33,16 +36,42 @@ class TorchStep:
         self.recorded: dict[Any, _Recorded] = {}
         self.pool: Any = None  # the memory pool that all recordings share
         self.gradients: list[Tensor] = []  # the buffers that all recordings write to
+        self.sums: Tensor | None = None  # with several processes: the memory of all gradients and the loss
+        if model.group.count > 1:
+            self._join()
 
     def __call__(self, batch: Mapping[str, Any]) -> Tensor:
         """Train on `batch`, named arrays or tensors on the host; returns its loss, a scalar on the device."""
         given = {name: torch.as_tensor(value) for name, value in batch.items()}
         if recording := self._recording(given):
             loss, gradients = recording(given), self.gradients
+        elif self.sums is not None:
+            on_device = {name: value.to(self.device) for name, value in given.items()}
+            loss, gradients = self.into_gradients(on_device), self.gradients
         else:
             loss, gradients = self._compute({name: value.to(self.device) for name, value in given.items()})
+        if self.sums is not None:
+            loss = self._summed(loss)
         torch_updates.update(self.model.optimizer, gradients, self.variables)
         return loss
+
+    def _join(self) -> None:
+        """Take the weights and the optimizer's state of rank 0, and lay the gradients out in one tensor."""
+        for variable in (*self.model.variables, *self.model.optimizer.variables):
+            torch.distributed.broadcast(variable.value.data, 0)
+        ends = list(accumulate(-(-v.value.numel() // _ALIGNED) * _ALIGNED for v in self.variables))
+        self.sums = torch.zeros(ends[-1] + 1, device=self.device)
+        self.gradients = [
+            self.sums[start:][: variable.value.numel()].view(variable.value.shape)
+            for variable, start in zip(self.variables, [0, *ends], strict=False)
+        ]
+
+    def _summed(self, loss: Tensor) -> Tensor:
+        """Sum the gradients over the processes, in place, and return the sum of the loss."""
+        assert self.sums is not None
+        self.sums[-1] = loss
+        torch.distributed.all_reduce(self.sums)
+        return self.sums[-1].clone()
 
     def _compute(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """The loss, and the gradients of the scaled loss."""
@@ -59,8 +88,9 @@ class TorchStep:
             return None
         key = tuple((name, tuple(value.shape)) for name, value in batch.items())
         if key not in self.recorded:
-            if not self.gradients:
+            if self.pool is None:
                 self.pool = torch.cuda.graph_pool_handle()
+            if not self.gradients:
                 self.gradients = [torch.empty_like(variable.value) for variable in self.variables]
             try:
                 self.recorded[key] = _Recorded(self, batch)
@@ -70,7 +100,8 @@ class TorchStep:
                 warnings.warn(f"training steps are not recorded, and slower: {error}", stacklevel=2)
                 self.model.record_steps = False
                 self.recorded.clear()
-                self.gradients.clear()
+                if self.sums is None:
+                    self.gradients.clear()
         return self.recorded.get(key)
 
     def into_gradients(self, batch: Batch) -> Tensor:

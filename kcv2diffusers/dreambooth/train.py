@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +20,13 @@ from kcv2diffusers.diffusion import Schedule
 from kcv2diffusers.dreambooth.batches import SIZED, Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, least_bytes, saved_steps
 from kcv2diffusers.dreambooth.config import Config
-from kcv2diffusers.dreambooth.devices import allow_tf32, attention_noted, best_precision, spread
+from kcv2diffusers.dreambooth.devices import (
+    allow_tf32,
+    attention_noted,
+    best_precision,
+    devices_of,
+    spread,
+)
 from kcv2diffusers.dreambooth.drawings import Drawings, samples
 from kcv2diffusers.dreambooth.examples import (
     class_photos,
@@ -34,9 +40,12 @@ from kcv2diffusers.dreambooth.lora import add_lora, load_lora, store_frozen_as_c
 from kcv2diffusers.dreambooth.memory import memory_errors, training_advice
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
+from kcv2diffusers.dreambooth.photos import Photo
+from kcv2diffusers.dreambooth.ranks import Group, joined
 from kcv2diffusers.dreambooth.record import keep_record
 from kcv2diffusers.dreambooth.tokens import add_tokens, name_tokens
 from kcv2diffusers.dreambooth.validation import Validation
+from kcv2diffusers.environment import own_version
 from kcv2diffusers.errors import Error
 from kcv2diffusers.maps.parts import label
 from kcv2diffusers.models import rematerialise
@@ -47,7 +56,7 @@ from kcv2diffusers.pictures import chart
 from kcv2diffusers.pipeline_files import KOHYA_LORA_FILE, LORA_FILE, MODEL_INDEX, RUN_FILE, SAMPLES_FILE
 from kcv2diffusers.progress import StageProgress, silent_stages
 from kcv2diffusers.sources.lora import check_finite, read_lora
-from kcv2diffusers.system.interruption import SIGNALS, keeps
+from kcv2diffusers.system.interruption import SIGNALS, is_watching, keeps
 from kcv2diffusers.system.output import check_folder, check_target
 from kcv2diffusers.targets.lora_merge import Merge, check_merges
 
@@ -85,36 +94,48 @@ class Result:
 def train(config: Config, progress: StageProgress = silent_stages) -> Result:
     """Run the training that `config` describes.
 
-    Raises Error with a message for the user; files saved before the error are kept.
+    Raises Error with a message for the user; files saved before the error are kept. If a launcher started
+    several processes, each trains on its share of every step, and that of rank 0 does everything else.
     """
+    with joined(keras.backend.backend()) as group:
+        return _train(config, progress if group.first else silent_stages, group)
+
+
+def _train(config: Config, progress: StageProgress, group: Group) -> Result:
     out = Path(config.out)
     notes: list[str] = []
-    _check_folders(config)
-    config = _resolved(config)
-    allow_tf32()
-    photos, held = subject_photos(config, notes), held_photos(config, notes)
-    files = _base_files(config)
-    prompts = [photo.prompt for photo in photos]
-    if config.train_token:
-        name_tokens(files, config.train_token, prompts)
-    files.check_prompts(*prompts, *(photo.prompt for photo in held))
-    if done := _finished_before(config, files.prediction_type):
+    with group.first_alone():  # downloads, and errors that all would print
+        _check_folders(config)
+        config = _resolved(config)
+        allow_tf32()
+        devices = devices_of(config, group)
+        photos, held = subject_photos(config, notes), held_photos(config, notes)
+        files = _base_files(config)
+        prompts = [photo.prompt for photo in photos]
+        if config.train_token:
+            name_tokens(files, config.train_token, prompts)
+        files.check_prompts(*prompts, *(photo.prompt for photo in held))
+    group.check_same(config.toml(public=True), own_version(), *_names([*photos, *held]))
+    if done := _finished_before(config, files.prediction_type, group):
         return done
     matches = {part: match for part, (match, _) in files.parts.items()}
-    with spread(config), memory_errors(lambda: training_advice(config, matches)):
+    with memory_errors(lambda: training_advice(config, matches)):
         base = files.load(moments=True, dtype=config.precision)
     out.mkdir(parents=True, exist_ok=True)
     keeps(f"what is in {out} is kept, and --resume goes on with it")
     drawings = Drawings(config, base.sampler(), base.image_size)
-    classes = class_photos(config, base, notes, progress) if config.prior_preservation else None
+    classes = class_photos(config, base, notes, progress, group) if config.prior_preservation else None
+    group.check_same(*_names(classes or ()))
     instance, prior, kept_out = make_examples(config, base, photos, classes, held)
     if config.cache:
         with memory_errors(lambda: "Use a lower --resolution or --precision."):
-            encode(instance, prior, kept_out, progress)
-    with spread(config), memory_errors(lambda: training_advice(config, matches)):
+            encode(instance, prior, kept_out, progress, group)
+    with memory_errors(lambda: training_advice(config, matches)):
         trained = _freeze(config, base)
-        model = _trainer(config, base)
-        _release(config, base, drawings, instance, prior, kept_out)
+    _release(config, base, drawings, instance, prior, kept_out)
+    stepped = {"unet": base.unet, **trained}.values()
+    with spread(devices, stepped), memory_errors(lambda: training_advice(config, matches)):
+        model = _trainer(config, base, group)
         checkpoints = Checkpoints(
             out,
             model,
@@ -127,8 +148,10 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
             note=notes.append,
             tokenizer=base.tokenizer.files if config.train_token else None,
         )
-        start = _start(config, checkpoints)
-        keep_record(config, start)
+        start = _start(config, checkpoints, group)
+        group.check_same(str(start))
+        if group.first:
+            keep_record(config, start, group.count)
         batches = Batches(
             instance,
             prior,
@@ -139,18 +162,19 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
             offset_noise=config.offset_noise,
             caption_dropout=config.caption_dropout,
             timesteps=base.schedule.num_train_timesteps,
+            group=group,
         )
         validation = None
-        if kept_out is not None:
+        if kept_out is not None and group.first:
             count = base.schedule.num_train_timesteps
             validation = Validation(
                 kept_out, out, batch_size=config.batch_size, timesteps=count, seed=config.seed, start=start
             )
-        run = Follow(config, checkpoints, drawings, start, progress, validation)
+        run = Follow(config, checkpoints, drawings, start, progress, validation, group)
         if start < config.steps:
 
             def advice() -> str:
-                return training_advice(config, matches, model, lambda: batches.step(run.step))
+                return training_advice(config, matches, model, lambda: group.part(batches.step(run.step)))
 
             with _signals(run.stop), memory_errors(advice), checkpoints.finished(), attention_noted(notes):
                 callbacks = Unread([run], add_history=True, model=model, epochs=1, steps=len(batches))
@@ -159,10 +183,12 @@ def train(config: Config, progress: StageProgress = silent_stages) -> Result:
         raise Error(run.problem)
     finished = run.step >= config.steps
     result = Result(out, checkpoint_path(out, run.step), run.step, finished, run.stopped_by, notes=notes)
-    chart(run.losses(), "loss").save(out / "loss.png")
+    if group.first:
+        chart(run.losses(), "loss").save(out / "loss.png")
+    group.leave()
     if validation and validation.rows:
         notes.append(validation.text())
-    if result.finished:
+    if result.finished and group.first:
         run.draw()
         if config.export:
             result.export = _export(config, run.step, base.prediction_type)
@@ -231,18 +257,20 @@ def _check_lora(config: Config, files: BaseFiles) -> None:
         )
 
 
-def _finished_before(config: Config, prediction_type: str) -> Result | None:
+def _finished_before(config: Config, prediction_type: str, group: Group) -> Result | None:
     """The result of a resumed run that had already ended; None for any other run.
 
     Nothing is trained. Only a missing export is made.
     """
     out = Path(config.out)
     last = max(saved_steps(out), default=0) if config.resume else 0
-    if last < config.steps or (config.sample_prompt and not samples(out, last).exists()):
+    ended = last >= config.steps and (not config.sample_prompt or samples(out, last).exists())
+    if not group.from_first(ended):
         return None
+    group.leave()
     checkpoint = checkpoint_path(out, last)
     result = Result(out, checkpoint, last, True, notes=["The run has ended before; nothing is trained."])
-    if config.export:
+    if config.export and group.first:
         result.export = Path(config.export)
         if not (result.export / MODEL_INDEX).exists():
             _export(config, last, prediction_type)
@@ -282,6 +310,11 @@ def _resolved(config: Config) -> Config:
     return replace(config, backend=running, precision=precision, sample_batch_size=drawn)
 
 
+def _names(photos: Sequence[Photo]) -> list[str]:
+    """What must be the same in all processes about photos."""
+    return [f"{photo.path.name} {photo.size} {photo.repeats} {photo.prompt}" for photo in photos]
+
+
 def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
     """Set which variables are trainable, and return the trained parts."""
     base.image_encoder.trainable = base.decoder.trainable = False
@@ -311,7 +344,7 @@ def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
     return trained
 
 
-def _trainer(config: Config, base: Base) -> DreamBooth:
+def _trainer(config: Config, base: Base, group: Group) -> DreamBooth:
     """The compiled DreamBooth model."""
     with dtype_policy(config.precision):
         model = DreamBooth(
@@ -321,6 +354,8 @@ def _trainer(config: Config, base: Base) -> DreamBooth:
             prior_weight=config.prior_weight,
             snr_gamma=config.snr_gamma,
             schedule=base.schedule,
+            group=group,
+            photos=config.batch_size if group.count > 1 and keras.backend.backend() == "torch" else 0,
         )
     # Not `trainable_variables`, which is empty for a model that a LoRA has frozen.
     slower = [v for v in base.text_encoder.variables if v.trainable] if config.train_text_encoder else []
@@ -343,9 +378,10 @@ def _release(config: Config, base: Base, drawings: Drawings, *examples: Examples
         del base.text_encoder, drawings.sampler.text_encoder
 
 
-def _start(config: Config, checkpoints: Checkpoints) -> int:
+def _start(config: Config, checkpoints: Checkpoints, group: Group) -> int:
     """Restore the newest checkpoint and return its step; 0 for a new run."""
-    checkpoints.tidy()
+    if group.first:
+        checkpoints.tidy()
     steps = saved_steps(checkpoints.folder) if config.resume else []
     if not steps:
         return 0
@@ -372,11 +408,16 @@ def _dataset(batches: Batches) -> Any:
 def _signals(stop: Callable[[int], None]) -> Iterator[None]:
     """Call `stop` with the signal number on SIGINT or SIGTERM; a second signal gets the previous handler."""
     before: dict[int, Any] = {}  # previous handlers
+    received: list[int] = []
 
     def handle(number: int, _: FrameType | None) -> None:
-        stop(number)
-        signal.signal(number, before[number])
-        os.write(2, b"\nStopping after this step. Once more ends at once.\n")
+        received.append(number)
+        if len(received) == 1:
+            stop(number)
+            os.write(2, b"\nStopping after this step. Once more ends at once.\n")
+        elif not is_watching():
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     for stopping in SIGNALS:
         before[stopping] = signal.signal(stopping, handle)

@@ -28,6 +28,7 @@ _ONE_PRESS = 0.3  # seconds within which signals count as one: wrappers forward 
 _WATCHED = hasattr(signal, "pthread_kill") and hasattr(signal, "pthread_sigmask")
 
 _received, _at, _kept = 0, 0.0, "nothing was written"
+_watching = False
 
 
 _leaving: list[str] = []  # the message of each active `ends_at_once` block
@@ -82,6 +83,11 @@ def interruptible() -> Iterator[None]:
         gc.freeze()  # avoids a last garbage collection at exit, a tenth of the time of `inspect`
 
 
+def is_watching() -> bool:
+    """Whether a thread ends this process at a second signal, whatever the handlers of signals do."""
+    return _watching
+
+
 def hold_signals() -> None:
     """Block the signals until `interruptible` starts. The block survives `exec` into another program."""
     if hasattr(signal, "pthread_sigmask"):
@@ -89,6 +95,7 @@ def hold_signals() -> None:
 
 
 def _listen() -> None:
+    global _watching
     sys.unraisablehook = _shown(sys.unraisablehook)
     sys.excepthook = _shown(sys.excepthook)  # Cython calls it for exceptions that it cannot raise
     for number in SIGNALS:
@@ -100,6 +107,7 @@ def _listen() -> None:
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     Thread(target=_watch, args=(reading,), daemon=True).start()
+    _watching = True
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 

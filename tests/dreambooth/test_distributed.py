@@ -1,0 +1,311 @@
+"""Runs of several processes on CPUs train as one process does, and begin and end together."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+from support.checkpoints import small_base
+from support.dreambooth.run import PROMPTS, arguments, command, environment, run
+
+from kcv2diffusers.dreambooth import devices
+from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.ranks import Group, joined, rank
+from kcv2diffusers.errors import Error
+
+# The command, which prints a hash of the trained weights and the optimizer's state.
+NOTING = """
+import hashlib
+import sys
+
+import keras
+from kcv2diffusers.cli import main
+from kcv2diffusers.dreambooth.model import DreamBooth
+
+fit = DreamBooth.fit
+
+def noting(self, *given, **options):
+    fit(self, *given, **options)
+    digest = hashlib.sha256()
+    for variable in (*self.trainable_variables, *self.optimizer.variables):
+        digest.update(keras.ops.convert_to_numpy(variable).tobytes())
+    print("state", digest.hexdigest(), file=sys.stderr)
+
+DreamBooth.fit = noting
+main()
+"""
+FEW = [*PROMPTS, "--num-class-images", "2", "--sample-steps", "2", "--learning-rate", "1e-5"]
+SECONDS = 300  # for a machine that does other things too
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    return small_base()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 255, (64, 64, 3), "uint8")).save(folder / f"{number}.png")
+    return folder
+
+
+def start(count: int, given: list[str], backend: str = "torch") -> list[subprocess.Popen[str]]:
+    """The processes of a run, as a cluster's launcher starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    found = []
+    for number in range(count):
+        variables = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        if backend == "jax":
+            names = {"PROCESS_ID": number, "NUM_PROCESSES": count, "JOB_ADDRESSES": f"127.0.0.1:{port}"}
+            variables = {f"KERAS_DISTRIBUTION_{name}": value for name, value in names.items()}
+            # The compiler's own work takes longer than what it saves.
+            variables |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+        found.append(
+            subprocess.Popen(
+                given,
+                env=environment(backend) | {name: str(value) for name, value in variables.items()},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return found
+
+
+def end(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """The exit code and the output of each process."""
+    found = []
+    for process in processes:
+        try:
+            out, err = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            for each in processes:
+                each.kill()
+            raise
+        found.append((process.returncode, out, err))
+    return found
+
+
+def noted(*given: str | Path) -> list[str]:
+    return [sys.executable, "-c", NOTING, *arguments(*given)]
+
+
+def check_alike(ended: list[tuple[int, str, str]]) -> None:
+    """All processes have ended well and in one state, and only the first has printed anything."""
+    assert [code for code, _, _ in ended] == [0] * len(ended), ended
+    states = {line for _, _, err in ended for line in err.splitlines() if line.startswith("state ")}
+    assert len(states) == 1
+    assert "Training" in ended[0][2] and "Step " in ended[0][1]
+    for _, out, err in ended[1:]:
+        assert not out and "Training" not in err and "Encoding" not in err
+
+
+def state(out: Path, step: int) -> dict[str, np.ndarray]:
+    with h5py.File(out / "resume" / f"step-{step:06}.h5") as file:
+        groups = (file["trainable"], file["optimizer"])
+        return {item.name: item[()].astype("float64") for group in groups for item in group.values()}
+
+
+def check_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    """The same weights and optimizer state, but for the order of sums."""
+    assert one.keys() == other.keys()
+    assert max(np.abs(one[name] - other[name]).max() for name in one) < 1e-6
+    sums = [
+        sum(values.sum() for name, values in each.items() if "trainable" in name) for each in (one, other)
+    ]
+    assert abs(sums[0] - sums[1]) < 1e-6 * abs(sums[0])
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with (out / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps in one process."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    done = run(base, photos, out, *FEW, "--batch-size", "2", "--steps", "4")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.slow
+def test_torchrun(base: Path, photos: Path, whole: Path, tmp_path: Path) -> None:
+    """Two processes by the documented command, from the class pictures to the export."""
+    out = tmp_path / "out"
+    given = [
+        *FEW,
+        "--batch-size",
+        "2",
+        "--steps",
+        "4",
+        "--sample-prompt",
+        "a car",
+        "--export",
+        tmp_path / "p",
+    ]
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launched, *command(base, photos, out, *given)[1:]],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Step 4: ") == 1 and done.stderr.count("Training 4/4") == 1
+    check_same(state(whole, 4), state(out, 4))
+    for one, two in zip(rows(whole), rows(out), strict=True):
+        np.testing.assert_allclose(float(two["loss"]), float(one["loss"]), rtol=1e-4)
+    for path in (whole / "class").iterdir():
+        both = [np.asarray(Image.open(each / "class" / path.name), "int") for each in (whole, out)]
+        assert np.abs(both[0] - both[1]).max() <= 1
+    assert len(list((out / "class").iterdir())) == 2
+    assert (out / "samples" / "step-000004.png").exists() and (tmp_path / "p" / "model_index.json").exists()
+    assert [leg["processes"] for leg in json.loads((out / "legs.json").read_text())] == [2]
+
+
+@pytest.mark.slow
+def test_low_rank_updates_and_averages(base: Path, photos: Path, whole: Path, tmp_path: Path) -> None:
+    """They go on with what one process began; one trains on a photo, the other on a picture of the class."""
+    options = [
+        *FEW, "--class-images", whole / "class", "--lora-rank", "2", "--ema", "0.9",
+        "--accumulate", "2", "--train-text-encoder", "--snr-gamma", "5", "--offset-noise", "0.1", "--flip",
+        "--no-cache", "--prior-weight", "0.5", "--checkpoint-every", "1", "--keep-checkpoints", "3",
+    ]  # fmt: skip
+    done = run(base, photos, tmp_path / "one", *options, "--steps", "3")
+    assert done.returncode == 0, done.stderr
+    for path in ("checkpoints/step-000001", "resume/step-000001.h5"):
+        source, target = tmp_path / "one" / path, tmp_path / "two" / path
+        target.parent.mkdir(parents=True)
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+    resumed = [*options, "--steps", "3", "--resume"]
+    check_alike(end(start(2, noted(base, photos, tmp_path / "two", *resumed))))
+    for step in (2, 3):
+        check_same(state(tmp_path / "one", step), state(tmp_path / "two", step))
+
+
+@pytest.mark.full_size  # half a minute of a processor
+def test_four_go_on_where_one_began(base: Path, photos: Path, whole: Path, tmp_path: Path) -> None:
+    """Each of the four has a photo or a picture of the class."""
+    options = [*FEW, "--class-images", whole / "class", "--batch-size", "2"]
+    done = run(base, photos, tmp_path, *options, "--steps", "2")
+    assert done.returncode == 0, done.stderr
+    check_alike(end(start(4, noted(base, photos, tmp_path, *options, "--steps", "4", "--resume"))))
+    check_same(state(whole, 4), state(tmp_path, 4))
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3", "4"]
+    legs = json.loads((tmp_path / "legs.json").read_text())
+    assert [(leg["start"], leg["processes"]) for leg in legs] == [(0, 1), (2, 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_process_that_is_stopped(
+    base: Path, photos: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    options = [*FEW, "--class-images", whole / "class", "--checkpoint-every", "2"]
+    processes = start(2, command(base, photos, tmp_path, *options, "--steps", "100000"))
+    deadline = time.monotonic() + SECONDS
+    while not list((tmp_path / "resume").glob("step-*.h5")):
+        assert processes[0].poll() is None and time.monotonic() < deadline, end(processes)
+        time.sleep(0.02)
+    processes[1].send_signal(number)
+    if number == signal.SIGTERM:  # as a cluster does that sends it to the launcher too
+        processes[1].send_signal(number)
+    stopped = time.monotonic()
+    (code, out, err), (other, _, other_err) = end(processes)
+    steps = sorted(int(path.stem[5:]) for path in (tmp_path / "resume").glob("step-*.h5"))
+    if number == signal.SIGTERM:
+        assert (code, other) == (143, 143), (err, other_err)
+        assert f"Step {steps[-1]}" in out and "--resume goes on" in out
+    else:
+        assert (code, other) == (1, -signal.SIGKILL), err
+        assert "Another process of this run has ended" in err and "Traceback" not in err
+        assert time.monotonic() - stopped < 30
+    done = run(base, photos, tmp_path, *options, "--steps", str(steps[-1] + 1), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path)) == steps[-1] + 1
+
+
+@pytest.mark.full_size  # XLA compiles for minutes of a processor in each process
+def test_jax(base: Path, photos: Path, whole: Path, tmp_path: Path) -> None:
+    """Two processes train as one process of PyTorch does, and draw; then one is stopped."""
+    options = [*FEW, "--class-images", whole / "class", "--batch-size", "2", "--sample-prompt", "a car"]
+    check_alike(end(start(2, noted(base, photos, tmp_path, *options, "--steps", "4"), "jax")))
+    np.testing.assert_allclose(
+        [float(row["loss"]) for row in rows(tmp_path)],
+        [float(row["loss"]) for row in rows(whole)],
+        rtol=2e-4,
+    )
+    assert (tmp_path / "samples" / "step-000004.png").exists()
+
+
+# What can be known in one process.
+
+
+class Third(Group):
+    """The third of three processes; the others gave what `others` says."""
+
+    others = 0
+
+    def sum(self, values: np.ndarray) -> np.ndarray:
+        return values + self.others
+
+
+def test_shares() -> None:
+    batch = {"latents": np.arange(12).reshape(6, 2), "prior": np.arange(6)}
+    parts = [Group(number, 3).part(batch) for number in range(3)]
+    for name, values in batch.items():
+        assert np.array_equal(np.concatenate([part[name] for part in parts]), values)
+    shares = [item for number in range(3) for item in Group(number, 3).share(range(7))]
+    assert sorted(shares) == list(range(7))
+
+
+def test_processes_that_differ_are_refused() -> None:
+    Group().check_same("a", "b")
+    with pytest.raises(Error, match="ranks 0 and 2 have other options, photos or versions"):
+        Third(2, 3).check_same("a", "b")
+
+
+def test_a_step_that_cannot_be_divided_is_refused() -> None:
+    assert devices.devices_of(Config(batch_size=3, class_prompt="a car"), Third(2, 3)) == []
+    with pytest.raises(Error, match="3 devices of 3 processes: the 4 pictures of a step cannot be divided"):
+        devices.devices_of(Config(batch_size=2, class_prompt="a car"), Third(2, 3))
+    with pytest.raises(Error, match="--devices 2 is for one process; this run has 3"):
+        devices.devices_of(Config(devices=2), Third(2, 3))
+
+
+def test_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher of one process is none; one for another backend is refused."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    addresses = {"PROCESS_ID": "1", "NUM_PROCESSES": "1", "JOB_ADDRESSES": "localhost:1"}
+    for name, value in addresses.items():
+        monkeypatch.setenv(f"KERAS_DISTRIBUTION_{name}", value)
+    with joined("torch") as group:
+        assert (group.rank, group.count, rank()) == (0, 1, 0)
+    monkeypatch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "2")
+    assert rank() == 1
+    with pytest.raises(Error, match="for another backend than torch"), joined("torch"):
+        pass
+    assert os.environ["KERAS_DISTRIBUTION_PROCESS_ID"] == "1"
