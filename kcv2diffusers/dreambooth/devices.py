@@ -79,27 +79,25 @@ def devices_of(config: Config, group: Group) -> list[str]:
     Raises Error if the backend, the number of devices or the batch size does not allow it.
     """
     count, words, on_jax = config.devices, f"--devices {config.devices}", keras.backend.backend() == "jax"
-    if group.count > 1:
-        if count > 1:
-            raise Error(f"{words} is for one process; this run has {group.count}, which use all theirs.")
-        count = len(keras.distribution.list_devices()) if on_jax else group.count
-        words = f"{count} devices of {group.count} processes"
-    elif count > 1 and not on_jax:
+    if count > 1 and group.count > 1:
+        raise Error(f"{words} is for one process; this run has {group.count}, which use all theirs.")
+    if count > 1 and not on_jax:
         raise Error(
             f"{words} needs JAX; this is {keras.backend.backend()}.\n"
             "Set KERAS_BACKEND=jax, or start a process for each device with torchrun."
         )
+    devices = list(keras.distribution.list_devices()) if on_jax else []
+    if group.count > 1:
+        count = len(devices) or group.count
+        words = f"{group.count} processes with {count} devices"
+    elif len(devices) < count and on_jax:
+        raise Error(f"{words}: this machine has {len(devices)} ({', '.join(devices)}).")
     pictures = config.batch_size * (2 if config.prior_preservation else 1)
     if pictures % count:
         raise Error(
             f"{words}: the {pictures} pictures of a step cannot be divided among them.\nChange --batch-size."
         )
-    if count == 1 or not on_jax:
-        return []
-    devices = keras.distribution.list_devices()
-    if len(devices) < count:
-        raise Error(f"{words}: this machine has {len(devices)} ({', '.join(devices)}).")
-    return list(devices[:count])
+    return devices[:count] if count > 1 else []
 
 
 @contextmanager

@@ -6,11 +6,14 @@ A launcher starts them and sets environment variables: torchrun its own for PyTo
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,12 +30,11 @@ _KERAS = (
     "KERAS_DISTRIBUTION_NUM_PROCESSES",
     "KERAS_DISTRIBUTION_JOB_ADDRESSES",
 )
-_SECONDS_TO_END = 10  # JAX waits at the end of a process for the others, also for those that failed
+_LONGEST = timedelta(hours=1)  # for PyTorch: the others wait while rank 0 draws or saves
 # What the libraries say when another process has gone.
 _LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
-    "Broken pipe",
     "Gloo",
     "gloo",
     "NCCL",
@@ -127,9 +129,9 @@ class _TorchGroup(Group):
                     "Start as many processes a machine as it has GPUs (torchrun --nproc-per-node)."
                 )
             torch.cuda.set_device(place)  # Keras computes on the current device
-            dist.init_process_group("cpu:gloo,cuda:nccl")
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_LONGEST)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=_LONGEST)
         super().__init__(dist.get_rank(), dist.get_world_size())
         self._posted: Any = None
 
@@ -168,9 +170,7 @@ class _JaxGroup(Group):
         rank, count, addresses = (os.environ[name] for name in _KERAS)
         # Otherwise JAX handles SIGTERM.
         jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
-        jax.distributed.initialize(
-            addresses.split(",")[0], int(count), int(rank), shutdown_timeout_seconds=_SECONDS_TO_END
-        )
+        jax.distributed.initialize(addresses.split(",")[0], int(count), int(rank))
         super().__init__(jax.process_index(), jax.process_count())
         self._posted: Any = None
         sharding: Any = jax.sharding
@@ -229,12 +229,20 @@ def joined(backend: str) -> Iterator[Group]:
     named = f"rank {rank()}: " if rank() else ""
     try:
         yield _TorchGroup() if backend == "torch" else _JaxGroup()
-    except Error as error:
-        raise Error(f"{named}{error}") from error
-    except Exception as error:
-        if not any(words in str(error) for words in _LOST):
+    except BaseException as error:
+        # The libraries would wait at the end of this process for the others.
+        atexit.register(_end_at_once, error.code if isinstance(error, SystemExit) else 1)
+        if isinstance(error, Error):
+            raise Error(f"{named}{error}") from error
+        if not isinstance(error, Exception) or not any(words in str(error) for words in _LOST):
             raise
         raise Error(
             f"{named}Another process of this run has ended, and so does this one; what was saved is kept.\n"
             "The message of the other says why. --resume goes on."
         ) from error
+
+
+def _end_at_once(code: object) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)

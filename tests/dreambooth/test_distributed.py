@@ -115,7 +115,8 @@ def check_alike(ended: list[tuple[int, str, str]]) -> None:
     assert len(states) == 1
     assert "Training" in ended[0][2] and "Step " in ended[0][1]
     for _, out, err in ended[1:]:
-        assert not out and "Training" not in err and "Encoding" not in err
+        printed = [line for line in out.splitlines() if not line.startswith("[Gloo]")]  # by JAX, on CPUs
+        assert not printed and "Training" not in err and "Encoding" not in err
 
 
 def state(out: Path, step: int) -> dict[str, np.ndarray]:
@@ -249,14 +250,10 @@ def test_a_process_that_is_stopped(
 
 @pytest.mark.full_size  # XLA compiles for minutes of a processor in each process
 def test_jax(base: Path, photos: Path, whole: Path, tmp_path: Path) -> None:
-    """Two processes train as one process of PyTorch does, and draw; then one is stopped."""
+    """Two processes train as one process of PyTorch does, and draw."""
     options = [*FEW, "--class-images", whole / "class", "--batch-size", "2", "--sample-prompt", "a car"]
     check_alike(end(start(2, noted(base, photos, tmp_path, *options, "--steps", "4"), "jax")))
-    np.testing.assert_allclose(
-        [float(row["loss"]) for row in rows(tmp_path)],
-        [float(row["loss"]) for row in rows(whole)],
-        rtol=2e-4,
-    )
+    check_same(state(whole, 4), state(tmp_path, 4))
     assert (tmp_path / "samples" / "step-000004.png").exists()
 
 
@@ -289,7 +286,7 @@ def test_processes_that_differ_are_refused() -> None:
 
 def test_a_step_that_cannot_be_divided_is_refused() -> None:
     assert devices.devices_of(Config(batch_size=3, class_prompt="a car"), Third(2, 3)) == []
-    with pytest.raises(Error, match="3 devices of 3 processes: the 4 pictures of a step cannot be divided"):
+    with pytest.raises(Error, match="3 processes with 3 devices: the 4 pictures of a step cannot be divided"):
         devices.devices_of(Config(batch_size=2, class_prompt="a car"), Third(2, 3))
     with pytest.raises(Error, match="--devices 2 is for one process; this run has 3"):
         devices.devices_of(Config(devices=2), Third(2, 3))
