@@ -87,7 +87,9 @@ def follow(examples: Examples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     def make(start: int, **options: Any) -> Follow:
         config = Config(out=str(tmp_path), steps=5, checkpoint_minutes=0.0, **options)
         validation = Validation(examples, tmp_path, batch_size=4, timesteps=1000, seed=0, start=start)
-        trainer = SimpleNamespace(jax_state_sync=lambda: None)
+        trainer = SimpleNamespace(
+            jax_state_sync=lambda: None, variables=[], optimizer=SimpleNamespace(variables=[])
+        )
         checkpoints: Any = SimpleNamespace(
             trainer=trainer, check=lambda: None, averaged=averaged, save=lambda *_, **__: None
         )
