@@ -40,6 +40,7 @@ class Reference(StrEnum):
 
     builtin = "builtin"
     keras_cv = "keras-cv"
+    keras_hub = "keras-hub"
 
 
 @with_part_options
@@ -76,12 +77,13 @@ def verify(
         ),
     ] = Level.images,
     reference: Annotated[
-        Reference,
+        Reference | None,
         typer.Option(
-            help="The Keras side: built-in models, or KerasCV's classes (need TensorFlow and keras-cv).",
+            help="The Keras side: built-in models (default), KerasCV's classes (need TensorFlow and keras-cv), or "
+            "KerasHub's (for Stable Diffusion 3, where they are the default).",
             rich_help_panel=VERIFICATION,
         ),
-    ] = Reference.builtin,
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -132,7 +134,7 @@ def verify(
         base=base or [],
         variant=variant,
         level=level.value,
-        reference=reference.value,
+        reference=reference and reference.value,
         prompts=prompt,
         steps=steps,
         guidance=guidance_scale,

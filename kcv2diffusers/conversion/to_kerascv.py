@@ -134,7 +134,7 @@ def to_keras(
         if stated:
             write_json(folder / CONFIG_FILE, stated)
         if format == PRESET:
-            write_json(folder / COMPONENT_CONFIG, _preset(parts, components, scheduler))
+            write_json(folder / COMPONENT_CONFIG, preset_of(parts, components, scheduler))
         for tokenizer in family.tokenizers:
             copy_tokenizer(source / tokenizer.name, folder / tokenizer.name)
         run_finite(jobs, progress, allow_nonfinite=allow_nonfinite)
@@ -181,12 +181,12 @@ def _lay_out(folder: Path, parts: Mapping[str, Match], files: Mapping[str, str],
     return [job for name, held in together.items() for job in WRITERS[format](folder / name, *held)]
 
 
-def _preset(
+def preset_of(
     parts: Mapping[str, Match], components: Mapping[str, Component], scheduler: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the config.json of the preset that holds the parts."""
+    """The config.json of the preset that holds the parts; their family has one."""
     family = family_of(parts)
-    assert family.preset is not None  # `_check_format`
+    assert family.preset is not None
     configs: dict[str, Mapping[str, Any]] = {"scheduler": {**family.scheduler, **scheduler}}
     size = family.image_size
     for folder, component in components.items():

@@ -32,6 +32,7 @@ class Part:
     - `rank`: hints are tried in ascending rank
     - `tolerances`: for verification, largest absolute difference / largest absolute value: `stock` for
       unmodified diffusers, `attributed` for diffusers with KerasCV's numerics, `block` for one block
+    - `adapter`: the module of `verification.parts` that compares it
     """
 
     name: str
@@ -40,6 +41,7 @@ class Part:
     hint: re.Pattern[str] | None
     rank: int
     tolerances: Mapping[str, float]
+    adapter: str
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,16 @@ class TokenizerFolder:
 
 @dataclass(frozen=True)
 class Preset:
-    """A preset of KerasHub: the name of its weight file, and the template of its config.json."""
+    """A preset of KerasHub.
+
+    - `weights`: the name of its weight file
+    - `model`: the template of its config.json
+    - `attributes`: the attribute of the Keras model that is a part, by part
+    """
 
     weights: str
     model: Mapping[str, Any]
+    attributes: Mapping[str, str]
 
     @property
     def kind(self) -> str:
@@ -106,6 +114,8 @@ class Family:
     - `no_base`: a remark on each version that has no base
     - `modelspec`: metadata entries of a single file by version
     - `preset`: the preset of a Keras model that holds all parts; None if there is no such model
+    - `library`: the Keras library whose models they are
+    - `references`: the Keras sides that a verification can compare with; the first one is the default
     """
 
     name: str
@@ -124,6 +134,8 @@ class Family:
     modelspec: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     preset: Preset | None = None
     backbone: tuple[str, ...] = ()
+    library: str = "KerasCV"
+    references: tuple[str, ...] = ("builtin", "keras-cv")
 
     @property
     def tokenizer_part(self) -> str | None:
@@ -236,6 +248,7 @@ def _part(name: str, table: str, data: Mapping[str, Any]) -> Part:
         hint=re.compile(hint["pattern"], re.I) if hint else None,
         rank=hint.get("rank", 0),
         tolerances=data.get("tolerances", {}),
+        adapter=data.get("adapter", name),
     )
 
 
@@ -264,4 +277,6 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         modelspec=data.get("modelspec", {}),
         preset=Preset(**data["preset"]) if "preset" in data else None,
         backbone=tuple(data.get("backbone", ())),
+        library=data.get("library", Family.library),
+        references=tuple(data.get("references", Family.references)),
     )

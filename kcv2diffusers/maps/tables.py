@@ -222,6 +222,7 @@ class Table:
     - `equal`: products of symbols that are equal to a symbol
     - `stated`: symbols whose values config.json states, and the names of its entries
     - `preset`: entries of config.json, and their names in the config.json of a KerasHub preset
+    - `numerics`: what the Keras model computes otherwise, by name: an attribute of torch modules and its value
     """
 
     name: str
@@ -242,6 +243,7 @@ class Table:
     equal: Mapping[str, str] = field(default_factory=dict)
     stated: Mapping[str, str] = field(default_factory=dict)
     preset: Mapping[str, str] = field(default_factory=dict)
+    numerics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def known_entries(self) -> frozenset[str]:
@@ -473,6 +475,7 @@ def _load(name: str, data: Mapping[str, Any]) -> Table:
         equal=data.get("equal", {}),
         stated=data.get("stated", {}),
         preset=data.get("preset", {}),
+        numerics=data.get("numerics", {}),
     )
 
 

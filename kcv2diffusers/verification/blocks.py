@@ -11,24 +11,33 @@ from kcv2diffusers.sources.recognise import Match
 
 @dataclass(frozen=True)
 class Module:
-    """The table row of one layer: the diffusers module, the Keras layer, and the text of the row."""
+    """The table row of one layer.
+
+    `name` is the diffusers module, `layer` the Keras layer, `kind` its class in snake case, and `path` its path in
+    a `.weights.h5` file. `row` is the text of the row.
+    """
 
     name: str
     layer: str
     row: str
+    kind: str
+    path: str
 
 
 def modules_of(match: Match) -> list[Module]:
     """The blocks of a part in the order of the Keras model's layers."""
     modules = []
-    table = match.spec.table.name
+    table, group = match.spec.table.name, match.spec.table.groups[match.part]
     for row, number, i in match.spec.layers(match.dims.get(REPEAT, 0)):
         text = json.dumps([row.layer, row.module, " ".join(map(str, row.sizes))])
+        layer = f"{row.layer}_{number}" if number else row.layer
         modules.append(
             Module(
                 row.module.replace("{i}", str(i)),
-                f"{row.layer}_{number}" if number else row.layer,
+                layer,
                 f"{table}.toml: {text}",
+                row.block,
+                f"{group}/{layer}" if group else layer,
             )
         )
     return modules

@@ -1,4 +1,4 @@
-"""The diffusers side: the stock parts on the same inputs, as users run them and with KerasCV's numerics.
+"""The diffusers side: the stock parts on the same inputs, as users run them and with Keras' numerics.
 
     python -m kcv2diffusers.verification.diffusers_side FOLDER
 
@@ -9,8 +9,8 @@ its error is its own. A wrong block is reported; errors that it propagates are n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,21 @@ import transformers
 
 from kcv2diffusers.diffusion import Array
 from kcv2diffusers.progress import StageProgress
-from kcv2diffusers.verification import stock_pipeline
-from kcv2diffusers.verification.blocks import modules_of
+from kcv2diffusers.maps.parts import family_of
+from kcv2diffusers.verification import stock_flow, stock_pipeline
+from kcv2diffusers.verification.attribution import numerics
+from kcv2diffusers.verification.blocks import Module, modules_of
 from kcv2diffusers.verification.exchange import Arrays, side_main
 from kcv2diffusers.verification.images import SIDES
 from kcv2diffusers.verification.inputs import batches, block_inputs
 from kcv2diffusers.verification.metrics import relative_error
-from kcv2diffusers.verification.parts import Inputs, known
+from kcv2diffusers.verification.parts import Inputs, known, outputs_of
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.sides import Side, open_sides
 from kcv2diffusers.verification.torch_arrays import first, last
 
-
-@contextmanager
-def numerics(model: Any, kind: str) -> Iterator[None]:
-    """Within this block, `model` computes with the KerasCV numerics that `kind` names.
-
-    `kind` contains "gelu", "epsilon" or both; "stock" changes nothing.
-    """
-    with ExitStack() as stack:
-        if "gelu" in kind:
-            stack.enter_context(stock_pipeline.kerascv_gelu(model))
-        if "epsilon" in kind:
-            stack.enter_context(stock_pipeline.kerascv_epsilon(model))
-        yield
+PIPELINES = {"StableDiffusionPipeline": stock_pipeline, "StableDiffusion3Pipeline": stock_flow}
+"""How each class of pipelines is loaded and draws."""
 
 
 def run(folder: Path, request: Request, progress: StageProgress) -> None:
@@ -54,7 +45,8 @@ def run(folder: Path, request: Request, progress: StageProgress) -> None:
     sides = open_sides(request)
     told = json.loads((folder / "plan.json").read_text())
     drawn = told["draw"]
-    pipe = stock_pipeline.load(request.pipeline, _variant(sides)) if drawn else None
+    stock: Any = PIPELINES[family_of(sides).index["_class_name"]]
+    pipe = stock.load(request.pipeline, _variant(sides)) if drawn else None
     blocks: dict[str, dict[str, float]] = {}
     with torch.no_grad():
         for done, (part, names) in enumerate(told["modules"].items()):
@@ -68,7 +60,7 @@ def run(folder: Path, request: Request, progress: StageProgress) -> None:
             del model
         progress("diffusers side: parts", len(told["modules"]), len(told["modules"]), "")
         if pipe is not None:
-            _images(folder, request, sides, pipe, told["size"], progress)
+            _images(folder, request, sides, stock, pipe, told["size"], progress)
     versions = {library.__name__: library.__version__ for library in (diffusers, transformers, torch)}
     results = {"blocks": blocks, "versions": versions}
     (folder / "diffusers" / "results.json").write_text(json.dumps(results))
@@ -110,58 +102,69 @@ def modules(
     adapted = known(side.part)
     kinds = adapted.kinds(side, request)
     for kind in kinds:
-        with numerics(model, kind):
+        with numerics(side.source.spec.table, model, kind):
             for number in range(len(next(iter(given.values())))):
                 one = {name: values[number : number + 1] for name, values in given.items()}
                 outputs.save(last(adapted.forward(model, one)), side.part, kind, number)
-    with numerics(model, kinds[-1]):
+    with numerics(side.source.spec.table, model, kinds[-1]):
         return _blocks(side, model, block_inputs(given, crop=crop), Arrays(folder / "keras"))
 
 
 def _blocks(side: Side, model: Any, given: Inputs, expected: Arrays) -> dict[str, float]:
     rename = side.source.spec.table.rename
     torch_modules = {str(rename(f"{name}.")).removesuffix("."): m for name, m in model.named_modules()}
+    tensors = {str(rename(name)) for name in model.state_dict()}
     errors: dict[str, float] = {}
 
-    def compare(name: str) -> Callable[[Any, Any, Any], Any]:
+    def compare(module: Module) -> Callable[[Any, Any, Any], Any]:
         def hook(_: Any, __: Any, output: Any) -> Any:
             """Measure the block's error, then replace its output with that of the Keras side."""
-            got = output if isinstance(output, torch.Tensor) else output[0]
-            wanted = expected.load(side.part, "block", name)
-            errors[name] = relative_error(last(got), wanted)[1]
-            right = first(wanted).reshape(got.shape)
+            several = [output] if isinstance(output, torch.Tensor) else list(output[:])
+            errors[module.name] = 0.0
+            for number, place in enumerate(outputs_of(side.part, module.kind)):
+                if (side.part, "block", module.name, number) not in expected:
+                    continue
+                wanted, got = expected.load(side.part, "block", module.name, number), several[place]
+                error = relative_error(_as(wanted, last(got)), wanted)[1]
+                errors[module.name] = max(errors[module.name], error)
+                several[place] = first(_as(last(got), wanted)).reshape(got.shape)
             if isinstance(output, torch.Tensor):
-                return right
-            if isinstance(output, tuple):
-                return (right, *output[1:])
-            return type(output)(right)
+                return several[0]
+            return tuple(several) if isinstance(output, tuple) else type(output)(several[0])
 
         return hook
 
     with ExitStack() as stack:
         for module in modules_of(side.source):
+            if module.name in tensors:  # a tensor of a module that has other rows
+                continue
             if module.name not in torch_modules:
                 errors[module.name] = float("inf")
                 continue
-            handle = torch_modules[module.name].register_forward_hook(compare(module.name))
+            handle = torch_modules[module.name].register_forward_hook(compare(module))
             stack.callback(handle.remove)
         known(side.part).forward(model, given)
     return errors
 
 
+def _as(like: Array, values: Array) -> Array:
+    """An image or feature map as a sequence of its pixels, or back, if `like` is one."""
+    if {like.ndim, values.ndim} == {3, 4}:
+        return values.reshape(like.shape)
+    return values
+
+
 def _images(
-    folder: Path, request: Request, sides: dict[str, Side], pipe: Any, size: int, progress: StageProgress
+    folder: Path,
+    request: Request,
+    sides: dict[str, Side],
+    stock: Any,
+    pipe: Any,
+    size: int,
+    progress: StageProgress,
 ) -> None:
     inputs, outputs = Arrays(folder / "inputs"), Arrays(folder / "diffusers")
-    text = pipe.tokenizer(
-        ["", *request.prompts],
-        padding="max_length",
-        max_length=pipe.tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="np",
-    )
-    outputs.save(text.input_ids, "tokens")
-    kind = known("unet").kinds(sides["unet"], request)[-1]
+    outputs.save(stock.tokens(pipe, ["", *request.prompts]), "tokens")
     todo = batches(request, size)
     total, done = 2 * len(todo) * request.steps, 0
     for name, batch in product(SIDES, todo):
@@ -173,9 +176,10 @@ def _images(
 
         with ExitStack() as stack:
             if name == "attributed":
-                stack.enter_context(numerics(pipe.unet, kind))
-                stack.enter_context(numerics(pipe.vae, "epsilon"))
-            drawn = stock_pipeline.draw(
+                for side in sides.values():
+                    table, kind = side.source.spec.table, known(side.part).kinds(side, request)[-1]
+                    stack.enter_context(numerics(table, getattr(pipe, table.folder), kind))
+            drawn = stock.draw(
                 pipe,
                 [prompt for _, prompt, _ in batch],
                 np.concatenate([inputs.load("noise", seed) for _, _, seed in batch]),

@@ -45,12 +45,13 @@ class Run:
 
 @dataclass
 class Images:
-    """All runs, the PSNR limits in dB, and other differences (`problems`)."""
+    """All runs, the PSNR limits in dB, other differences (`problems`), and the Keras `library`."""
 
     runs: list[Run]
     bar: float
     bar_attributed: float
     problems: list[str] = field(default_factory=list)
+    library: str = "KerasCV"
 
     def worst(self, side: str) -> Run:
         """The run whose images are least similar."""
@@ -63,7 +64,7 @@ class Images:
             return found
         for side, bar, how in (
             ("stock", self.bar, ""),
-            ("attributed", self.bar_attributed, " with KerasCV's GELU and epsilon"),
+            ("attributed", self.bar_attributed, f" with {self.library}'s GELU and epsilon"),
         ):
             run = self.worst(side)
             least = getattr(run, side).psnr
@@ -73,7 +74,7 @@ class Images:
         return found
 
 
-def measure(folder: Path, request: Request, *, exact: bool) -> Images:
+def measure(folder: Path, request: Request, library: str, *, exact: bool) -> Images:
     """Compare the arrays that both sides wrote to `folder`. `exact` says that both have the same GELU."""
     keras, torch = Arrays(folder / "keras"), Arrays(folder / "diffusers")
     runs = []
@@ -83,7 +84,7 @@ def measure(folder: Path, request: Request, *, exact: bool) -> Images:
         runs.append(Run(prompt, seed, stock, attributed))
     bar = PSNR_ATTRIBUTED if exact else PSNR
     problems = _tokens(keras.load("tokens"), torch.load("tokens"), ["", *request.prompts])
-    return Images(runs, bar, PSNR_ATTRIBUTED, problems)
+    return Images(runs, bar, PSNR_ATTRIBUTED, problems, library)
 
 
 def _likeness(keras: Arrays, torch: Arrays, side: str, number: int) -> Likeness:

@@ -54,7 +54,7 @@ def batches(request: Request, size: int) -> list[list[tuple[int, str, int]]]:
     return [numbered[first : first + count] for first in range(0, len(numbered), count)]
 
 
-def initial_noise(size: int, seed: int) -> Array:
-    """Standard normal noise (1, size / 8, size / 8, 4) float32."""
-    shape = (1, size // PIXELS_PER_LATENT, size // PIXELS_PER_LATENT, 4)
+def initial_noise(size: int, seed: int, channels: int) -> Array:
+    """Standard normal noise (1, size / 8, size / 8, channels) float32."""
+    shape = (1, size // PIXELS_PER_LATENT, size // PIXELS_PER_LATENT, channels)
     return np.random.default_rng(seed).standard_normal(shape).astype("float32")

@@ -97,7 +97,7 @@ def _modules(side: Side, model: keras.Model, given: Inputs, outputs: Arrays, *, 
     blocks = keras.Model(model.inputs, [layer.output for layer in layers])
     found = _forward(side, blocks, block_inputs(given, crop=crop))
     for module, values in zip(modules_of(side.source), found, strict=True):
-        outputs.save(values, side.part, "block", module.name)
+        outputs.save(values, side.part, "block", module.name, 0)
 
 
 def _images(

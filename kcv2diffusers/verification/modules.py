@@ -7,20 +7,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kcv2diffusers.maps.parts import parts
+from kcv2diffusers.maps.parts import family_of, parts
 from kcv2diffusers.verification.blocks import Module, modules_of
 from kcv2diffusers.verification.exchange import Arrays
 from kcv2diffusers.verification.metrics import relative_error
 from kcv2diffusers.verification.parts import known
 from kcv2diffusers.verification.sides import Side
 
-# Labels of the numerics that `Adapter.kinds` returns.
+# Labels of the numerics that `Adapter.kinds` returns; {} is the Keras library.
 KINDS = {
     "stock": "stock diffusers",
-    "epsilon": "KerasCV's epsilon",
-    "gelu": "KerasCV's GELU",
-    "gelu, epsilon": "KerasCV's GELU and epsilon",
+    "epsilon": "{}'s epsilon",
+    "gelu": "{}'s GELU",
+    "gelu, epsilon": "{}'s GELU and epsilon",
 }
+
+
+def kind_label(kind: str, part: str) -> str:
+    """The label of numerics for messages."""
+    return KINDS[kind].format(family_of([part]).library)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,7 @@ class Part:
         if not self.stock <= self.bar:
             beyond.append(f"{self.stock:.1e} (limit {self.bar:.0e})")
         if not self.attributed <= self.bar_attributed and self.attributed != self.stock:
-            how = KINDS[list(self.errors)[-1]]
+            how = kind_label(list(self.errors)[-1], self.part)
             beyond.append(f"{self.attributed:.1e} with {how} (limit {self.bar_attributed:.0e})")
         if self.departing and not beyond:
             beyond.append(f"{self.stock:.1e}")

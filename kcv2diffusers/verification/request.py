@@ -11,11 +11,11 @@ from typing import Literal
 from kcv2diffusers.errors import Error, no_choice
 
 LEVELS = ("weights", "modules", "images")
-REFERENCES = ("builtin", "keras-cv")
+REFERENCES = ("builtin", "keras-cv", "keras-hub")
 GELUS = ("exact", "tanh")
 Gelu = Literal["exact", "tanh"]
 PROMPTS = ("a red car on a street",)
-MULTIPLE = {"builtin": 64, "keras-cv": 128}  # pixels; KerasCV rounds sizes to multiples of 128
+MULTIPLE = {"builtin": 64, "keras-cv": 128, "keras-hub": 16}  # pixels; KerasCV rounds to multiples of 128
 _FILE = "request.json"
 
 
@@ -26,8 +26,8 @@ class Request:
     `sources` and `named` (by part) are the checkpoints that `pipeline` was made of. `base` is where the
     conversion took the other parts from. `gelu` is the activation of an SD2 text encoder (None: as the
     conversion infers it). `unet_gelu` is the GELU that the Keras UNet was trained with. `prediction_type` is
-    what the UNet predicts (None: as in `sides.scheduler`). `size` is in pixels; None means the pipeline's
-    own.
+    what the UNet predicts (None: as in `sides.scheduler`). `reference` is the Keras side (None: the first of
+    the family's). `size` is in pixels; None means the pipeline's own.
     """
 
     pipeline: str
@@ -38,7 +38,7 @@ class Request:
     gelu: str | None = None
     unet_gelu: Gelu = "tanh"
     prediction_type: str | None = None
-    reference: str = "builtin"
+    reference: str | None = None
     level: str = "images"
     prompts: list[str] = field(default_factory=lambda: list(PROMPTS))
     steps: int = 25
@@ -54,14 +54,14 @@ class Request:
             ("gelu", self.gelu, GELUS),
             ("unet-gelu", self.unet_gelu, GELUS),
         ):
-            if value not in choices and not (option == "gelu" and value is None):
+            if value not in choices and not (option in ("gelu", "reference") and value is None):
                 raise no_choice(f"--{option}", value, choices)
         for option, number in (("steps", self.steps), ("images-per-prompt", self.seeds)):
             if number < 1:
                 raise Error(f"--{option} {number}: give at least 1.")
         if self.steps > 1000:
             raise Error(f"--steps {self.steps}: there are 1000 timesteps.")
-        multiple = MULTIPLE[self.reference]
+        multiple = MULTIPLE[self.reference] if self.reference else min(MULTIPLE.values())
         if self.size is not None and (self.size < multiple or self.size % multiple):
             raise Error(f"--image-size {self.size}: give a multiple of {multiple}.")
         if not self.prompts:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kcv2diffusers.maps.parts import label
+from kcv2diffusers.maps.parts import family_of, label
 from kcv2diffusers.verification.images import Images
 from kcv2diffusers.verification.modules import Part
 from kcv2diffusers.verification.request import Request
@@ -49,6 +49,11 @@ class Verified:
         return found
 
     @property
+    def library(self) -> str:
+        """The Keras library of the parts."""
+        return family_of(self.weights.tensors).library
+
+    @property
     def passed(self) -> bool:
         """Whether everything is within the tolerances."""
         return not any(self.failures().values())
@@ -88,14 +93,14 @@ class Verified:
         for setting in self.settings:
             lines.append(f"  {setting}")
         for found in self.modules or []:
-            how = ", with KerasCV's GELU and epsilon"
+            how = f", with {self.library}'s GELU and epsilon"
             attributed = f"{how} {found.attributed:.1e}" if len(found.errors) > 1 else ""
             lines.append(f"  {found.name}: error {found.stock:.1e}{attributed}")
         if self.images is not None and self.images.runs:
             stock, attributed = (getattr(self.images.worst(s), s) for s in ("stock", "attributed"))
             lines.append(f"  pictures: PSNR {stock.psnr:.1f} dB, SSIM {stock.ssim:.5f}")
             alike = f"PSNR {attributed.psnr:.1f} dB, SSIM {attributed.ssim:.5f}"
-            lines.append(f"  with KerasCV's GELU and epsilon: {alike}")
+            lines.append(f"  with {self.library}'s GELU and epsilon: {alike}")
         lines += self.notes
         if self.report:
             lines.append(f"Report: {self.report}")

@@ -28,6 +28,7 @@ from kcv2diffusers.verification import weights
 from kcv2diffusers.verification.exchange import Arrays, require, run_side
 from kcv2diffusers.verification.inputs import initial_noise, module_inputs
 from kcv2diffusers.verification.parts import adapter
+from kcv2diffusers.verification.preset import write_preset
 from kcv2diffusers.verification.request import MULTIPLE, PROMPTS, Gelu, Request
 from kcv2diffusers.verification.result import Input, Verified
 from kcv2diffusers.verification.settings import check_settings
@@ -45,7 +46,7 @@ def verify(
     base: SourcePath | Sequence[SourcePath] = (),
     variant: str | None = None,
     level: Literal["weights", "modules", "images"] = "images",
-    reference: Literal["builtin", "keras-cv"] = "builtin",
+    reference: Literal["builtin", "keras-cv", "keras-hub"] | None = None,
     prompts: Sequence[str] = PROMPTS,
     steps: int = 25,
     guidance: float = 7.5,
@@ -63,8 +64,8 @@ def verify(
     `pipeline` is a folder, hf://user/repo, or a single file, which diffusers reads. `sources` are the
     checkpoints. `parts` give the source of a single part, such as `unet`. `base` is where the conversion took
     the other parts from. `variant` is the preferred variant of the pipeline's weight files. `level` is the
-    last level to check: weights, modules or images. `reference` is the Keras side: our models, or KerasCV's
-    own classes. Images are generated for each of `prompts` with `seeds` seeds, in `steps` steps at the
+    last level to check: weights, modules or images. `reference` is the Keras side: our models, or the own
+    classes of KerasCV or KerasHub (default: our models, and KerasHub for Stable Diffusion 3). Images are generated for each of `prompts` with `seeds` seeds, in `steps` steps at the
     guidance scale `guidance`, `size` pixels high and wide (default: the pipeline's own). `gelu` is the
     activation of an SD2 text encoder (default: as the conversion infers it). `unet_gelu` is the GELU of the
     Keras UNet. `prediction_type` is what the UNet predicts (default: as its source states).
@@ -107,7 +108,7 @@ def _verify(request: Request, report: SourcePath | None, progress: StageProgress
     seconds: dict[str, float] = {}
     with _timed(seconds, "weights"):
         sides = open_sides(request)
-        _check_reference(request, sides)
+        request = _with_reference(request, sides)
         compared = weights.compare(sides, _megabytes(progress))
         wanted = scheduler(request, sides)
         settings = check_settings(Path(request.pipeline), sides, source_paths(request), wanted)
@@ -139,17 +140,49 @@ def require_packages(request: Request, report: SourcePath | None) -> None:
         require("jinja2", "PIL")
         if Path(report).exists() and not Path(report).is_dir():
             raise Error(f"{report}: is a file.\nGive --report a folder.")
-    if request.reaches("modules") and request.reference == "keras-cv":
+    if request.reaches("modules") and request.reference in _CLASSES:
+        packages, refusal = _CLASSES[request.reference]
         try:
-            require("tensorflow", "keras_cv")
+            require(*packages)
         except Error:
+            raise Error(refusal) from None
+
+
+# The packages that the own classes of a Keras library need, and what is said without them.
+_CLASSES = {
+    "keras-cv": (
+        ("tensorflow", "keras_cv"),
+        "--reference keras-cv runs KerasCV's own classes, which need TensorFlow.\n"
+        "pip install tensorflow keras-cv, or use --reference builtin.",
+    ),
+    "keras-hub": (
+        ("keras_hub", "tensorflow_text"),
+        "KerasHub, whose own classes are run, is not installed.\n"
+        "pip install 'kcv2diffusers[keras-hub]', or use --level weights.",
+    ),
+}
+_SIDES = {"builtin": "keras_side", "keras-cv": "keras_side", "keras-hub": "keras_hub_side"}
+"""The module of the Keras side."""
+
+
+def _with_reference(request: Request, sides: Mapping[str, Side]) -> Request:
+    """The request with its Keras side. Raises Error if it cannot be run on these parts."""
+    family = family_of(sides)
+    reference = request.reference or family.references[0]
+    if reference not in family.references:
+        raise Error(
+            f"--reference {reference}: not for {family.label}.\n"
+            f"Use --reference {' or '.join(family.references)}."
+        )
+    request = replace(request, reference=reference)
+    require_packages(request, None)
+    if reference == "keras-hub" and request.reaches("modules"):
+        lacking = [part for part in family.parts if part not in sides and part not in family.optional]
+        if lacking:
             raise Error(
-                "--reference keras-cv runs KerasCV's own classes, which need TensorFlow.\n"
-                "pip install tensorflow keras-cv, or use --reference builtin."
-            ) from None
-
-
-def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
+                f"{request.pipeline}: has no {label(lacking[0])}; KerasHub's models need a whole pipeline.\n"
+                "Use --level weights."
+            )
     if (
         request.reaches("images")
         and request.reference == "keras-cv"
@@ -166,6 +199,7 @@ def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
             f"{request.pipeline}: has a {unusual[0]} of unusual widths; KerasCV's classes have none.\n"
             "Use --reference builtin."
         )
+    return request
 
 
 def _run_sides(
@@ -189,7 +223,7 @@ def _run_sides(
             arrays.save(values, part, name)
     if draw:
         for seed in range(request.seeds):
-            arrays.save(initial_noise(size, seed), "noise", seed)
+            arrays.save(initial_noise(size, seed, _latents(sides)), "noise", seed)
     wanted = {part: list(given) for part, given in inputs.items()}
     request.save(folder)
     (folder / "plan.json").write_text(json.dumps({"modules": wanted, "draw": draw, "size": size}))
@@ -198,11 +232,13 @@ def _run_sides(
         return
     # The diffusers side needs PyTorch, so it is installed.
     backend = "tensorflow" if request.reference == "keras-cv" else "torch"
-    for side in ("keras", "diffusers"):
+    if request.reference == "keras-hub":
+        write_preset(folder / "preset", Path(request.pipeline), sides, size)
+    for side, module in (("keras", _SIDES[request.reference or ""]), ("diffusers", "diffusers_side")):
         Arrays(folder / side)
         with _timed(result.seconds, f"{side} side"):
             title = "Keras side" if side == "keras" else "diffusers side"
-            run_side(f"{side}_side", title, folder, progress, backend)
+            run_side(module, title, folder, progress, backend)
     told = json.loads((folder / "diffusers" / "results.json").read_text())
     result.versions |= json.loads((folder / "keras" / "versions.json").read_text()) | told["versions"]
     result.modules = modules.measure(folder, sides, wanted)
@@ -211,8 +247,8 @@ def _run_sides(
     if draw:
         from kcv2diffusers.verification import images
 
-        exact = sides["unet"].unet_gelu(request) == "exact"
-        found = images.measure(folder, request, exact=exact)
+        exact = "unet" in sides and sides["unet"].unet_gelu(request) == "exact"
+        found = images.measure(folder, request, family_of(sides).library, exact=exact)
         assert result.images is None
         result.images = found
         own = [side.name for side in sides.values() if not side.given]
@@ -221,7 +257,7 @@ def _run_sides(
 
 
 def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> bool:
-    """Whether the pipeline can generate images with KerasCV's timesteps.
+    """Whether the pipeline can generate images with Keras' timesteps.
 
     If it cannot, the reason is recorded as a failure. Raises Error if images cannot be compared at all.
     """
@@ -232,7 +268,8 @@ def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> 
     family = family_of(sides)
     if any(adapter(part) is None for part in family.parts):
         raise Error(f"{folder}: pictures of {family.label} cannot be compared here.\nUse --level weights.")
-    if not (folder / MODEL_INDEX).is_file() or any(part not in sides for part in family.parts):
+    required = [part for part in family.parts if part not in family.optional]
+    if not (folder / MODEL_INDEX).is_file() or any(part not in sides for part in required):
         raise Error(f"{folder}: not a whole pipeline, which pictures need.\nUse --level modules.")
     if result.weights.broken:
         problem = "not drawn, for tensors that are missing or wrong"
@@ -248,12 +285,17 @@ def _size(request: Request, sides: Mapping[str, Side]) -> int:
     """Height and width in pixels: the requested size, else the pipeline's own."""
     if request.size is not None:
         return request.size
-    unet = sides.get("unet")
-    stated = unet.component.config.get("sample_size") if unet else None
-    multiple = MULTIPLE[request.reference]
+    drawing = sides.get(family_of(sides).scheduler_part or "")
+    stated = drawing.component.config.get("sample_size") if drawing else None
+    multiple = MULTIPLE[request.reference or "builtin"]
     usual = family_of(sides).image_size
     size = PIXELS_PER_LATENT * stated if type(stated) is int and 0 < stated <= _MOST_LATENTS else usual
     return max(multiple, size // multiple * multiple)
+
+
+def _latents(sides: Mapping[str, Side]) -> int:
+    """The number of channels of latents."""
+    return sides[family_of(sides).scheduler_part or ""].source.dims["latent"]
 
 
 def _megabytes(progress: StageProgress) -> weights.Advance:

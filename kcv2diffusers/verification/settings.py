@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kcv2diffusers.errors import Error, SourceError
-from kcv2diffusers.maps.parts import family_of
+from kcv2diffusers.maps.parts import TokenizerFolder, family_of
 from kcv2diffusers.pipeline.configs import model_index
 from kcv2diffusers.pipeline.tokenizer_files import EOS, TokenizerFiles, find_tokenizer
-from kcv2diffusers.pipeline_files import MODEL_INDEX, SCHEDULER_FILE, TOKENIZER
+from kcv2diffusers.pipeline_files import MODEL_INDEX, SCHEDULER_FILE
 from kcv2diffusers.sources.diffusers_pipeline import read_json
 from kcv2diffusers.verification.sides import Side
 
@@ -61,8 +61,9 @@ def check_settings(
         problems += _index(pipeline / MODEL_INDEX, sides, scheduler.get("_class_name"))
         if scheduler:
             problems += _scheduler(pipeline / SCHEDULER_FILE, scheduler)
-    if (pipeline / TOKENIZER).is_dir():
-        problems += _tokenizer(pipeline / TOKENIZER, sides, sources)
+    for tokenizer in family_of(sides).tokenizers:
+        if not tokenizer.copied and (pipeline / tokenizer.name).is_dir():
+            problems += _tokenizer(pipeline / tokenizer.name, tokenizer, sides, sources)
     return problems
 
 
@@ -107,55 +108,61 @@ def _scheduler(path: Path, wanted: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _tokenizer(folder: Path, sides: Mapping[str, Side], sources: Sequence[Path]) -> list[str]:
-    problems, stated = [], False
+def _tokenizer(
+    folder: Path, tokenizer: TokenizerFolder, sides: Mapping[str, Side], sources: Sequence[Path]
+) -> list[str]:
+    problems, stated, pad = [], False, tokenizer.pad or EOS
+    text = sides.get(tokenizer.part)
     for name in _TOKENIZER_FILES:
         if not (folder / name).exists():
             continue
         try:
             data = read_json(folder / name)
         except SourceError:
-            problems.append(f"tokenizer/{name}: not a JSON object")
+            problems.append(f"{tokenizer.name}/{name}: not a JSON object")
             continue
         token, length = data.get("pad_token"), data.get("model_max_length")
         token = token.get("content") if isinstance(token, dict) else token
         stated = stated or token is not None
-        if token is not None and token != EOS:
-            problems.append(f"tokenizer/{name}: pad_token is {json.dumps(token)}, not {json.dumps(EOS)}")
-        text = sides.get("text_encoder")
+        if token is not None and token != pad:
+            problems.append(
+                f"{tokenizer.name}/{name}: pad_token is {json.dumps(token)}, not {json.dumps(pad)}"
+            )
         if length is not None and text is not None and length != text.source.dims["length"]:
             wanted = text.source.dims["length"]
-            problems.append(f"tokenizer/{name}: model_max_length is {json.dumps(length)}, not {wanted}")
+            problems.append(
+                f"{tokenizer.name}/{name}: model_max_length is {json.dumps(length)}, not {wanted}"
+            )
     if not stated and not problems:
-        problems.append(f"tokenizer: states no pad_token, which must be {json.dumps(EOS)}")
+        problems.append(f"{tokenizer.name}: states no pad_token, which must be {json.dumps(pad)}")
     try:
         files = find_tokenizer(folder)
-        return problems + _vocabulary(files, sides, sources)
+        return problems + _vocabulary(tokenizer.name, files, text, sources)
     except SourceError as error:
-        return [*problems, f"tokenizer: {error.problem}"]
+        return [*problems, f"{tokenizer.name}: {error.problem}"]
 
 
-def _vocabulary(files: TokenizerFiles, sides: Mapping[str, Side], sources: Sequence[Path]) -> list[str]:
+def _vocabulary(name: str, files: TokenizerFiles, text: Side | None, sources: Sequence[Path]) -> list[str]:
     """Problems of the vocabulary.
 
     It must have as many tokens as the text encoder has embeddings, and equal that of a tokenizer beside a
     source.
     """
     problems = []
-    if (text := sides.get("text_encoder")) is not None:
+    if text is not None:
         tokens, rows = len(files.vocab) + len(files.placeholder_tokens), text.source.dims["vocabulary"]
         if tokens != rows and (tokens > rows or text.source.known):
             problems.append(
-                f"tokenizer: {tokens} tokens for {rows} embeddings; convert with the text encoder's own, by "
+                f"{name}: {tokens} tokens for {rows} embeddings; convert with the text encoder's own, by "
                 "--tokenizer"
             )
     for source in sources:
-        if not (source / TOKENIZER).is_dir():
+        if not (source / name).is_dir():
             continue
         try:
-            other = find_tokenizer(source / TOKENIZER)
+            other = find_tokenizer(source / name)
         except Error:
             continue
         if (files.vocab, files.merges) != (other.vocab, other.merges):
-            problems.append(f"tokenizer: another vocabulary than that of {source / 'tokenizer'}")
+            problems.append(f"{name}: another vocabulary than that of {source / name}")
     return problems

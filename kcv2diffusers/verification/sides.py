@@ -95,15 +95,22 @@ def open_sides(request: Request) -> dict[str, Side]:
     sound = {part: match for part, match in owns.items() if not match.problems}
     checked = check_together(sound | given)
     given = {part: checked[part] for part in given}
-    sides = {}
+    sides: dict[str, Side] = {}
+    configs: dict[str, Mapping[str, Any]] = {}
     for part in family_of(owns | parts).parts:
-        component = components.get(table_of(part).folder)
+        folder_name = table_of(part).folder
+        component = components.get(folder_name)
         if component is None or (part not in given and part not in owns):
             continue
-        source, config = given.get(part), component.config
+        source = given.get(part)
+        config: Mapping[str, Any] = component.config
         if source is not None:
-            stating = base if table_of(part).folder in base.components else _stating(component)
-            config = config_for(source, stating, None, request.gelu, None)
+            if (
+                folder_name not in configs
+            ):  # the first part of a component has the sizes that its config states
+                stating = base if folder_name in base.components else _stating(component)
+                configs[folder_name] = config_for(source, stating, None, request.gelu, None)
+            config = configs[folder_name]
         sides[part] = Side(source or owns[part], component, part in given, config)
     return sides
 
@@ -129,9 +136,10 @@ def scheduler(request: Request, sides: Mapping[str, Side]) -> dict[str, Any]:
     It is the noise schedule that a part, for Stable Diffusion the UNet, was trained with, and the prediction
     type of `request`, if any. For a part that is not among the sources it is the pipeline's config.
     """
-    part = family_of(sides).scheduler_part
-    if part is None:
-        return {}
+    family = family_of(sides)
+    part = family.scheduler_part
+    if part is None or family.scheduler:
+        return dict(family.scheduler)
     trained = sides.get(part)
     if trained is not None and trained.given:
         config, _ = scheduler_with(trained.source)

@@ -93,6 +93,19 @@ def in_float32(model: Any) -> Any:
     return model if model.dtype == torch.float32 else model.to(torch.float32)
 
 
+def tokens(pipe: Any, prompts: Sequence[str]) -> Array:
+    """The token ids of prompts, (prompts, tokens)."""
+    text = pipe.tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=pipe.tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="np",
+    )
+    ids: Array = text.input_ids
+    return ids
+
+
 def draw(
     pipe: Any,
     prompts: Sequence[str],

@@ -107,7 +107,9 @@ def back(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         to_keras(out, out=files)
         to_keras(out, out=folder / f"{kind}-preset", format="preset")
         plan[kind] = {
-            part: str(path) for part, name in WRITTEN.items() if (path := files / f"{name}.weights.h5").exists()
+            part: str(path)
+            for part, name in WRITTEN.items()
+            if (path := files / f"{name}.weights.h5").exists()
         }
         plan[kind]["preset"] = str(folder / f"{kind}-preset")
     (folder / "plan.json").write_text(json.dumps(plan))

@@ -1,8 +1,9 @@
-"""What verification needs to know of each part: one module per part, named as the part in the weight maps.
+"""What verification needs to know of each part: one module per part, which the weight maps name as `adapter`.
 
-Each module has `inputs` (drawn by NumPy), `build` and `keras_inputs` (for our models), `kerascv_model`,
-`forward` (through the torch model of its component) and `kinds` (the numerics in which it is measured).
-Frameworks are imported inside functions, because the two sides run in separate processes.
+Each module has `inputs` (drawn by NumPy), `forward` (through the torch model of its component) and `kinds` (the
+numerics in which it is measured). For our models and KerasCV's it has `build`, `keras_inputs` and
+`kerascv_model`, for those of KerasHub `keras_hub`. Frameworks are imported inside functions, because the two
+sides run in separate processes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from kcv2diffusers.diffusion import Array
+from kcv2diffusers.maps.parts import parts
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.sides import Side
 
@@ -42,17 +44,27 @@ class Adapter(Protocol):
     def keras_inputs(self, side: Side, given: Inputs) -> Any:
         """The inputs of a forward pass in the form that the Keras model takes."""
 
+    def keras_hub(self, model: Any, part: Any, given: Inputs) -> Any:
+        """One forward pass of KerasHub's model of the part, as in its sampler; `model` is the whole model."""
+
     def forward(self, model: Any, given: Inputs) -> Any:
-        """One forward pass of the torch model, as in `StableDiffusionPipeline`; returns a torch tensor."""
+        """One forward pass of the torch model, as in diffusers' pipeline; returns a torch tensor."""
 
     def kinds(self, side: Side, request: Request) -> list[str]:
         """The numerics to measure: "stock", "epsilon", "gelu", "gelu, epsilon"; all of KerasCV's last."""
 
 
+def outputs_of(part: str, layer: str) -> tuple[int, ...]:
+    """For each output of a Keras layer of the class `layer`, its place in a tuple that diffusers' module returns."""
+    found: tuple[int, ...] = getattr(known(part), "OUTPUTS", {}).get(layer, (0,))
+    return found
+
+
 def adapter(part: str) -> Adapter | None:
     """The adapter of a part. None means that only the part's weights can be compared."""
-    name = f"{__name__}.{part}"
-    if not part.isidentifier() or find_spec(name) is None:
+    stem = parts()[part].adapter
+    name = f"{__name__}.{stem}"
+    if not stem.isidentifier() or find_spec(name) is None:
         return None
     return cast(Adapter, import_module(name))
 
