@@ -59,7 +59,7 @@ def parse_strength(given: SourcePath) -> tuple[SourcePath, float]:
     if found is None:
         return given, 1.0
     strength = float(found[2])
-    if abs(strength) > np.finfo(np.float32).max:
+    if abs(strength) > float(np.finfo(np.float32).max):
         raise Error(f"--lora {given}: the strength is too large.\nGive a number such as 0.8.")
     return found[1], strength
 
