@@ -22,7 +22,7 @@ from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.lora import Lora, Update
 from kcv2diffusers.sources.lora_names import KOHYA, SPELLINGS
 from kcv2diffusers.sources.recognise import Match
-from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.sources.tensor import Tensor, in_memory
 from kcv2diffusers.system.output import check_folder, check_free_file, new_file
 from kcv2diffusers.targets.lora import lora_plan, write_lora
 from kcv2diffusers.targets.lora_merge import float_values, keras_axes, kernel_view
@@ -142,8 +142,8 @@ def extract_lora(
             updates[component, module] = Update(
                 component,
                 module,
-                _factor(target, down.astype(kind)),
-                _factor(target, up.astype(kind)),
+                in_memory("down", down.astype(kind), target),
+                in_memory("up", up.astype(kind), target),
                 float(len(down)),
             )
             shares[f"{component}.{module}"] = share
@@ -297,8 +297,3 @@ def _left_singular(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         gram += block @ block.T
     values, vectors = np.linalg.eigh(gram)
     return np.maximum(values[::-1], 0), vectors[:, ::-1]
-
-
-def _factor(path: Path, values: np.ndarray) -> Tensor:
-    """Return a tensor whose values are in memory."""
-    return Tensor("factor", values.shape, values.dtype, path, None, load=lambda: values)

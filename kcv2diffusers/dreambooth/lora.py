@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from safetensors.numpy import save_file
 from kcv2diffusers.diffusion import LATENT_CHANNELS, Array
 from kcv2diffusers.dreambooth.snapshots import Values
 from kcv2diffusers.models.layers import Conv2D, Dense
-from kcv2diffusers.sources.lora import ADAPTER, Update
-from kcv2diffusers.targets.lora import adapter_config
+from kcv2diffusers.sources.lora import Update
+from kcv2diffusers.targets.lora import adapter_metadata
 
 
 def add_lora(
@@ -158,7 +157,4 @@ def write_lora(path: Path, parts: Mapping[str, keras.Model], names: Mapping[int,
             tensors[f"{part}.{module}.lora_A.weight"] = np.ascontiguousarray(down)
             tensors[f"{part}.{module}.lora_B.weight"] = np.ascontiguousarray(up)
             ranks[part, module] = rank
-    metadata = {"format": "pt"}
-    if len(set(ranks.values())) > 1:  # not every version of diffusers then takes alpha for the rank
-        metadata[ADAPTER] = json.dumps(adapter_config(ranks, ranks), sort_keys=True)
-    save_file(tensors, path, metadata=metadata)
+    save_file(tensors, path, metadata={"format": "pt", **adapter_metadata(ranks, ranks)})

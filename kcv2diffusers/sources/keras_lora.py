@@ -23,7 +23,7 @@ from kcv2diffusers.maps.tables import REPEAT, Share, Slot, Spec, specs
 from kcv2diffusers.sources.hdf5 import Tree, read_tree
 from kcv2diffusers.sources.lora import Lora, Update
 from kcv2diffusers.sources.recognise import Match
-from kcv2diffusers.sources.tensor import Tensor, values_of
+from kcv2diffusers.sources.tensor import Tensor, in_memory, values_of
 
 ENDING = ".lora.h5"
 SPELLING = "keras-hub"
@@ -183,7 +183,11 @@ def _updates(
             up = np.concatenate([up[_range(slot.columns, model)] for slot in slots])
             name = f"{component}.{module}"
             updates[component, module] = Update(
-                component, module, _held(f"{name}.A", down, path), _held(f"{name}.B", up, path), len(down)
+                component,
+                module,
+                in_memory(f"{name}.A", down, path),
+                in_memory(f"{name}.B", up, path),
+                len(down),
             )
     return updates
 
@@ -204,7 +208,3 @@ def _range(share: Share | None, model: _Model) -> slice:
         return slice(None)
     first = _first(share, model)
     return slice(first, first + (share.count.value(model.dims) or 0))
-
-
-def _held(name: str, values: np.ndarray, path: Path) -> Tensor:
-    return Tensor(name, values.shape, values.dtype, path, None, load=lambda: values)

@@ -35,7 +35,15 @@ OTHER_KINDS = tuple(
     )
 )
 _LORA_READ = "LoRA files of Stable Diffusion 1 and 2 in the spellings of diffusers and kohya are read."
-_XL = re.compile(r"(lora_te2_|text_encoder_2\.).*")
+_FACTOR = r".*\.(lora_(A|B|down|up)(\.default)?\.weight|alpha)"
+_OTHER_MODELS = tuple(
+    (re.compile(pattern + _FACTOR), f"a LoRA of {what}")
+    for pattern, what in (
+        (r"(lora_te2_|text_encoder_2\.)", "Stable Diffusion XL"),
+        (r"(lora_unet_|diffusion_model\.)(joint|double|single)_blocks", "Stable Diffusion 3 or Flux"),
+        (r"transformer\.", "Stable Diffusion 3 or Flux"),
+    )
+)
 _LISTED = 8  # names listed in an error message
 _MOST = 10_000  # tensors in a file; a LoRA of every layer of Stable Diffusion 2 has 1,100
 
@@ -97,7 +105,7 @@ def read_lora(source: str | PathLike[str]) -> Lora:
     tensors, metadata = read_header(path)
     if len(tensors) > _MOST:
         raise SourceError(path, f"its {len(tensors)} tensors are more than any LoRA here has.", _LORA_READ)
-    for pattern, what in (*OTHER_KINDS, (_XL, "a LoRA of Stable Diffusion XL")):
+    for pattern, what in (*OTHER_KINDS, *_OTHER_MODELS):
         if any(pattern.fullmatch(tensor.name) for tensor in tensors):
             raise SourceError(path, f"of {what}, which is not read here.", _LORA_READ)
     factors, strangers, spellings = _factors(path, tensors)

@@ -67,6 +67,11 @@ def values_of(tensor: Tensor) -> np.ndarray:
     return tensor.view(data.data, 0).reshape(tensor.shape)
 
 
+def in_memory(name: str, values: np.ndarray, path: Path) -> Tensor:
+    """A tensor whose values are in memory. `path` is the file that error messages name."""
+    return Tensor(name, values.shape, values.dtype, path, None, load=lambda: values)
+
+
 def columns(tensor: Tensor, first: int, count: int) -> Tensor:
     """The slice of `count` columns (last axis) of a tensor, from column `first` on, without a checksum."""
     shape = (*tensor.shape[:-1], count)

@@ -12,7 +12,7 @@ import numpy as np
 
 from kcv2diffusers.sources.lora import ADAPTER, Lora, Update
 from kcv2diffusers.sources.lora_names import KOHYA
-from kcv2diffusers.sources.tensor import Tensor
+from kcv2diffusers.sources.tensor import Tensor, in_memory
 from kcv2diffusers.targets.safetensors import Entry, Stored, write_stored
 from kcv2diffusers.targets.transfer import Job
 
@@ -38,8 +38,7 @@ class LoraPlan:
 def lora_plan(lora: Lora, spelling: str) -> LoraPlan:
     """Return the tensors of `lora` in their stored dtypes, named as in `spelling` ("diffusers" or "kohya").
 
-    kohya stores alpha as a tensor. diffusers assumes that alpha equals the rank; if any alpha differs, PEFT's
-    config is written into the metadata.
+    kohya stores alpha as a tensor. diffusers has it in the metadata, where it needs to be told.
     """
     metadata = {name: text for name, text in lora.metadata.items() if name not in ("format", ADAPTER)}
     metadata[WRITTEN] = spelling
@@ -52,12 +51,11 @@ def lora_plan(lora: Lora, spelling: str) -> LoraPlan:
         else:
             down, up = (f"{update.component}.{update.module}.{factor}" for factor in _DIFFUSERS)
         tensors += [_stored(down, update.down), _stored(up, update.up)]
-    if spelling == "diffusers" and any(u.alpha != u.rank for u in lora.updates.values()):
-        config = adapter_config(
-            {key: update.rank for key, update in lora.updates.items()},
-            {key: update.alpha for key, update in lora.updates.items()},
+    if spelling == "diffusers":
+        metadata |= adapter_metadata(
+            {place: update.rank for place, update in lora.updates.items()},
+            {place: update.alpha for place, update in lora.updates.items()},
         )
-        metadata[ADAPTER] = json.dumps(config, sort_keys=True)
     # Larger dtypes come first, so that each tensor is aligned to its item size.
     return LoraPlan(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize), metadata)
 
@@ -76,30 +74,32 @@ def _alpha(update: Update) -> Tensor:
     value = np.asarray(update.alpha, update.down.dtype)
     if float(value) != update.alpha:
         value = np.asarray(update.alpha, np.float32)
-    return Tensor("alpha", (), value.dtype, update.down.path, None, load=lambda: value)
+    return in_memory("alpha", value, update.down.path)
 
 
-def adapter_config(
+def adapter_metadata(
     ranks: Mapping[tuple[str, str], int], alphas: Mapping[tuple[str, str], float]
-) -> dict[str, object]:
+) -> dict[str, str]:
     """Return PEFT's configs as diffusers stores them in the metadata.
 
-    `ranks` and `alphas` are those of each module, by its component and name.
+    `ranks` and `alphas` are those of each module, by its component and name. The result is empty if all ranks
+    are the same and each alpha is the rank: this is what diffusers assumes. For ranks that differ, not every
+    version of diffusers assumes that alpha is the rank.
     """
+    if len(set(ranks.values())) == 1 and ranks == alphas:
+        return {}
     entries: dict[str, object] = {}
-    for component in KOHYA:
+    for component in dict.fromkeys(component for component, _ in ranks):
         # PEFT also matches names by their suffix. transformers 5 has no names that begin with text_model.
-        mine = {key[1].removeprefix("text_model."): key for key in ranks if key[0] == component}
-        if not mine:
-            continue
-        rank = Counter(ranks[key] for key in mine.values()).most_common(1)[0][0]
-        alpha = Counter(alphas[key] for key in mine.values()).most_common(1)[0][0]
+        mine = {place[1].removeprefix("text_model."): place for place in ranks if place[0] == component}
+        rank = Counter(ranks[place] for place in mine.values()).most_common(1)[0][0]
+        alpha = Counter(alphas[place] for place in mine.values()).most_common(1)[0][0]
         config = {
             "r": rank,
             "lora_alpha": alpha,
-            "rank_pattern": {name: ranks[key] for name, key in mine.items() if ranks[key] != rank},
-            "alpha_pattern": {name: alphas[key] for name, key in mine.items() if alphas[key] != alpha},
+            "rank_pattern": {name: ranks[place] for name, place in mine.items() if ranks[place] != rank},
+            "alpha_pattern": {name: alphas[place] for name, place in mine.items() if alphas[place] != alpha},
             "target_modules": sorted(mine),
         }
         entries |= {f"{component}.{name}": value for name, value in config.items()}
-    return entries
+    return {ADAPTER: json.dumps(entries, sort_keys=True)}

@@ -234,6 +234,12 @@ REFUSED: list[tuple[str, Callable[[Tensors], Tensors], str]] = [
     ("DoRA", changed(dora_scale=ones(4, 1)), "a DoRA"),
     ("Tucker", changed(lora_mid__weight=ones(4, 4, 3, 3)), "Tucker"),
     ("XL", lambda t: t | {"lora_te2_text_model_x.lora_down.weight": ones(4, 4)}, "Stable Diffusion XL"),
+    ("SD3", lambda t: t | {"transformer.proj_out.lora_A.weight": ones(4, 4)}, "Stable Diffusion 3 or Flux"),
+    (
+        "Flux",
+        lambda _: {"lora_unet_double_blocks_0_x.lora_up.weight": ones(4, 4)},
+        "Stable Diffusion 3 or Flux",
+    ),
     ("no up", changed(lora_up__weight=None), "no factor 'up'"),
     ("no down", changed(lora_down__weight=None), "no factor 'down'"),
     ("ranks differ", changed(lora_up__weight=ones(24, 3, 1, 1)), "do not fit each other"),
@@ -317,25 +323,35 @@ def test_metadata_of_peft(text: str, message: str | None, pipelines, tmp_path: P
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_damaged_files_are_read_or_refused(pipelines, tmp_path: Path) -> None:
-    """A thousand mutations of the header: an `Error` of two lines, or a LoRA."""
+def test_damaged_files_are_converted_or_refused(pipelines, tmp_path: Path) -> None:
+    """A thousand mutations of the header: an `Error` of two lines and nothing left behind, or a LoRA that can
+    be converted. Whether it fits a model is then told too.
+    """
     sound = save(kohya(pipelines["sd1"]), tmp_path / "sound.safetensors").read_bytes()
     end = 8 + int.from_bytes(sound[:8], "little")
     rng = random.Random(0)
+    source, out = tmp_path / "lora.safetensors", tmp_path / "out.safetensors"
+    commands = [
+        lambda: convert_lora(source, out=out),
+        lambda: convert(base=pipelines["sd1"], out=tmp_path / "merged", lora=source, dry_run=True),
+    ]
     refused = 0
-    for _ in range(1000):
+    for number in range(1000):
         content = bytearray(sound)
         for _ in range(rng.choice((1, 1, 2, 8))):
             content[rng.randrange(end)] = rng.randrange(256)
         if rng.random() < 0.1:
             del content[rng.randrange(len(content)) :]
-        (tmp_path / "lora.safetensors").write_bytes(content)
+        source.write_bytes(content)
         try:
-            read_lora(tmp_path / "lora.safetensors")
+            commands[number % 10 == 0]()
         except Error as error:
             refused += 1
             assert len(str(error).splitlines()) == 2
+            assert not out.exists()
+        out.unlink(missing_ok=True)
     assert 500 < refused < 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora.safetensors", "sound.safetensors"]
 
 
 def test_a_file_is_only_replaced_if_it_was_written_here(pipelines, tmp_path: Path) -> None:
