@@ -29,6 +29,13 @@ class Error(Exception):
     """An expected failure. The message tells the user what is wrong and what to do about it."""
 
 
+def one_line(error: Exception) -> str:
+    """Return the message of an error as one line: each of its lines is a sentence."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    ended = (line if line[-1] in ".:;,!?" else f"{line}." for line in lines[:-1] if line)
+    return " ".join([*ended, *lines[-1:]])
+
+
 def no_choice(option: str, given: object, choices: Iterable[str]) -> Error:
     """Return the Error for a value that is not one of the choices."""
     known = list(choices)

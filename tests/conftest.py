@@ -34,6 +34,7 @@ KERASCV = (
     "test_bad_bundles.py",
     "test_bad_target.py",
     "test_hub_download.py",
+    "test_rescue_run.py",
     "test_pipeline.py",
     "test_portable.py",
     "test_not_weights.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from kcv2diffusers.errors import Error, plain
+from kcv2diffusers.errors import Error, one_line, plain
 from kcv2diffusers.hub.address import Address
 from kcv2diffusers.hub.listing import Listing, candidates, chosen, is_pipeline
 
@@ -25,7 +25,7 @@ _INSTEAD = (
     (r"\.(pb|index)$|\.data-\d+-of-\d+$", "part of a TensorFlow checkpoint, without the rest"),
 )
 _DESCRIBING = re.compile(r"(^|/)(\.gitattributes|\.gitignore|README\.md|LICENSE[^/]*)$")
-_TRANSFORMERS = re.compile(r"(^|/)tf_model[^/]*\.h5$")
+_NO_CHECKPOINT = re.compile(r"(^|/)(tf_model[^/]*|[^/]*\.lora)\.h5$")  # .h5 by name, but not of a whole model
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,14 @@ def decide(repository: str, listing: Listing) -> Decision:
     """Decide by the files of a repository and their sizes in bytes."""
     if is_pipeline(listing):
         return Decision(reason=PIPELINE)
-    found = [c for c in candidates(listing, repository) if not _TRANSFORMERS.search(c.path)]
+    found = [c for c in candidates(listing, repository) if not _NO_CHECKPOINT.search(c.path)]
     if not found:
         return _single_file(repository, listing) or Decision(reason=_instead(listing))
+    address = Address(repository)
     try:
-        picked = chosen(found, None, Address(repository))
+        picked = chosen(found, None, address)
     except Error as error:
-        return Decision(reason=" ".join(str(error).replace("\n", " ").split()))
+        return Decision(reason=one_line(error).removeprefix(f"{address}: "))
     only = picked[0].name if len(picked) == 1 < len(candidates(listing, repository)) else ""
     text_encoder = any(c.part == "text_encoder" for c in picked)
     return Decision(only, sum(c.size for c in picked), text_encoder)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kcv2diffusers.errors import Error, TargetError, plain
+from kcv2diffusers.errors import Error, TargetError, one_line, plain
 from kcv2diffusers.hub.address import Address
 from kcv2diffusers.hub.client import Refused, Unreachable, redact
 from kcv2diffusers.hub.download import SIBLINGS, cache_of_its_own, look, sibling
@@ -49,7 +49,7 @@ ENDS = (PUBLISHED, STORED, SKIPPED, FAILED)
 
 STAGING = ".rescue-now"
 _SAID = 400  # characters of a reason
-_SNAPSHOT = re.compile(r"\S*/models--[\w.-]+/snapshots/[0-9a-f]{40}/")
+_SNAPSHOT = re.compile(r"\S*/models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]{40}(/?)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,9 +207,9 @@ def _converted(order: Order, source: Source, decision: Decision, out: Path) -> V
 
 def _ended(order: Order, outcome: str, error: Exception, staging: Path | None) -> Result:
     """The result of an order that raised `error`; its reason has no path of a temporary folder."""
-    words = " ".join(str(error).split())
+    words = one_line(error)
     if staging is not None:
-        words = _SNAPSHOT.sub("", words)
+        words = _SNAPSHOT.sub(lambda found: "" if found[3] else f"{found[1]}/{found[2]}", words)
         words = words.replace(f"{staging}{os.sep}", "").replace(str(staging), "the result")
     words = re.sub(rf"^(hf://)?{re.escape(order.repository)}(@[0-9a-f]{{40}})?: ", "", words)
     return Result(repository=order.repository, outcome=outcome, reason=plain(redact(words))[:_SAID])

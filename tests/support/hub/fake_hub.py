@@ -45,7 +45,9 @@ class Repository:
         self.commit("main", {}, "initial commit")
 
     def commit(self, branch: str, files: dict[str, bytes], message: str) -> str:
-        oid = hashlib.sha1(f"{self.name}{branch}{len(self.commits)}{message}".encode(errors="replace")).hexdigest()
+        oid = hashlib.sha1(
+            f"{self.name}{branch}{len(self.commits)}{message}".encode(errors="replace")
+        ).hexdigest()
         self.commits[oid], self.heads[branch] = files, oid
         self.messages.append(message)
         return oid
@@ -193,7 +195,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def seed(self) -> None:
         order = self.json()
-        repository = REPOSITORIES.setdefault(order["repo"], Repository(order["repo"], "alice", order.get("private", False)))
+        repository = REPOSITORIES.setdefault(
+            order["repo"], Repository(order["repo"], "alice", order.get("private", False))
+        )
         files = dict(repository.files("main")[1])
         root = Path(order["folder"]) if order.get("folder") else None
         for path in sorted(p for p in root.rglob("*") if p.is_file()) if root else ():
@@ -220,6 +224,7 @@ class Handler(BaseHTTPRequestHandler):
                 "private": r.private,
                 "heads": {h: sorted(r.commits[c]) for h, c in r.heads.items()},
                 "messages": r.messages,
+                "oids": {name: oid_of(name, data) for name, data in r.files("main")[1].items()},
             }
             for name, r in REPOSITORIES.items()
         }

@@ -25,6 +25,7 @@ UNET, TEXT = PARTS[:2]
 CONFIG = "kcv2diffusers.json"
 CARD = "---\nlicense: creativeml-openrail-m\ntags: [keras, '<script>alert(1)</script>']\n---\n# A model\n"
 COUNT = 200
+TOKENIZER_WORDS = 691  # of the tiny base, whose tokenizer the pipelines have
 WEIGHTS = {
     "unet": "unet/diffusion_pytorch_model.safetensors",
     "text_encoder": "text_encoder/model.safetensors",
@@ -99,8 +100,10 @@ class Wild:
             shutil.copy(self.folder / "legacy" / "unet.h5", found[name])
             with h5py.File(found[name], "r+") as file:
                 names: list[str] = []
-                file.visititems(lambda n, item, names=names: names.append(n) if hasattr(item, "dtype") else None)
-                first = next(n for n in names if file[n].ndim == 2)
+                file.visititems(
+                    lambda n, item, names=names: names.append(n) if hasattr(item, "dtype") else None
+                )
+                first = next(n for n in names if getattr(file[n], "ndim", 0) == 2)
                 value = file[first][()]
                 del file[first]
                 file[first] = value[:, :-1] if name == "shape" else value * np.nan
@@ -155,7 +158,10 @@ class Wild:
         found = [
             *(Repository(f"four-{n}", self.files("legacy", *PARTS), own=every, **done) for n in (1, 2, 3)),
             *(Repository(f"new-{n}", self.files("weights", *PARTS), own=every, **done) for n in (1, 2)),
-            *(Repository(f"unet-{n}", self.files("legacy", UNET), own=("unet",), **done) for n in (1, 2, 3, 4)),
+            *(
+                Repository(f"unet-{n}", self.files("legacy", UNET), own=("unet",), **done)
+                for n in (1, 2, 3, 4)
+            ),
             *(Repository(f"two-{n}", self.files("legacy", UNET, TEXT), own=both, **done) for n in (1, 2)),
             Repository("deep", self.files("weights", UNET, TEXT, at="weights/run-1/"), own=both, **done),
             Repository("archive", {**archive, **rest}, own=both, **done),
@@ -208,7 +214,12 @@ class Wild:
             ("onnx", 4, {"unet.onnx": "x"}, "a format that is not read"),
             ("pictures", 4, {"1.png": "x", "2.jpg": "x"}, "no weights among its 2 files"),
             ("zip", 3, {"unet.zip": "x"}, "an archive"),
-            ("graph", 3, {"saved_model.pb": "x", "keras_metadata.pb": "x"}, "part of a TensorFlow checkpoint"),
+            (
+                "graph",
+                3,
+                {"saved_model.pb": "x", "keras_metadata.pb": "x"},
+                "part of a TensorFlow checkpoint",
+            ),
             ("merges", 3, {"a.safetensors": "x", "b.safetensors": "x"}, "several .safetensors"),
             ("epochs", 4, {f"unet_{n}.h5": "x" for n in range(3)}, "3 checkpoints for the UNet"),
         )
@@ -219,8 +230,19 @@ class Wild:
         ]
         bare = self.files("legacy", UNET, card=False)
         found += [Repository(f"unlicensed-{n}", bare, reason="states no license") for n in range(5)]
-        found += [Repository(f"taken-{n}", self.files("legacy", UNET), reason="exists already") for n in range(3)]
-        hostile = ("<script>alert(1)<", "=HYPERLINK(1)", "..", "a\n[9/9] b", "\x1b[2J", "a--b", "-rf", "a\udc80")
+        found += [
+            Repository(f"taken-{n}", self.files("legacy", UNET), reason="exists already") for n in range(3)
+        ]
+        hostile = (
+            "<script>alert(1)<",
+            "=HYPERLINK(1)",
+            "..",
+            "a\n[9/9] b",
+            "\x1b[2J",
+            "a--b",
+            "-rf",
+            "a\udc80",
+        )
         return found + [Repository(f"{OWNER}/{name}", reason="not a name") for name in hostile]
 
     def _broken(self) -> list[Repository]:
@@ -248,7 +270,10 @@ class Wild:
             for n in range(2)
         ]
         names = {"<img src=x onerror=alert(1)>.h5": "x", "\x1b[31m\n[1/1] wild/x: published.h5": "x"}
-        found += [Repository(f"hostile-{n}", texts=names, reason="2 checkpoints", outcome="skipped") for n in (1,)]
+        found += [
+            Repository(f"hostile-{n}", texts=names, reason="several checkpoints", outcome="skipped")
+            for n in (1,)
+        ]
         config = {CONFIG: '{"unet": {"attention_head_dim": "; rm -rf /"}}'}
         mixed = {"unet.h5": self.folder / "legacy" / "unet.h5", "README.md": rest["README.md"]}
         return [*found, Repository("bad-config", mixed, config, outcome="failed")]
