@@ -161,7 +161,7 @@ def check_family(family: Family, parts: Mapping[str, Match]) -> None:
         own = next(match for part, match in parts.items() if part in family.parts)
         raise Error(
             f"{strange.place} ({strange.label}) and {own.place} ({own.label}) do not belong together.\n"
-            f"Give parts of one family: {family.label} has {', '.join(map(label, family.parts))}."
+            f"One is of {family_of([strange.part]).label}, the other of {family.label}: give parts of one."
         )
 
 

@@ -36,7 +36,7 @@ _FAMILIES_READ = "The pipelines of Stable Diffusion 1, 2 and 3 that draw from te
 _MERGE = (
     "Merge it first: pipe.fuse_lora(), pipe.unload_lora_weights(), then save_pretrained into another folder."
 )
-# Entries of config.json that identify other families, and the names of these for messages.
+# Entries of config.json or model_index.json that identify other families, and the names of these in messages.
 _FAMILIES = (
     ("in_channels", 9, "an inpainting model (9 input channels)"),
     ("in_channels", 8, "an InstructPix2Pix model (8 input channels)"),
@@ -44,6 +44,8 @@ _FAMILIES = (
     ("in_channels", 5, "a depth model (5 input channels)"),
     ("addition_embed_type", "text_time", "Stable Diffusion XL"),
     ("addition_embed_type", "image", "Kandinsky"),
+    ("_class_name", "StableDiffusionXLPipeline", "Stable Diffusion XL"),
+    ("_class_name", "FluxPipeline", "Flux"),
     ("_class_name", "FluxTransformer2DModel", "Flux"),
     ("_class_name", "UNetSpatioTemporalConditionModel", "Stable Video Diffusion"),
     ("_class_name", "UNet3DConditionModel", "a video model"),
@@ -81,8 +83,11 @@ def read_pipeline(
     """
     if not folder.is_dir():
         raise SourceError(folder, "no such folder.", "Check the path.")
+    index = _index(folder)
+    if strict and (other := _other_family(index)):
+        raise SourceError(folder, f"of {other}, which is not read here.", _FAMILIES_READ)
     candidates: dict[str, list[Table]] = {}
-    for table in _tables(folder):
+    for table in _tables(folder, index.get("_class_name")):
         candidates.setdefault(table.folder, []).append(table)
     found = {}
     for name, possible in candidates.items():
@@ -92,25 +97,29 @@ def read_pipeline(
                 found[name] = _component(component, possible, variant, strict)
     if not found and wanted is None:
         _refuse_family(folder)
+        known = sorted({table.folder for table in tables().values()})
         raise SourceError(
             folder,
-            "not a diffusers pipeline folder (no unet/, text_encoder/ or vae/ inside).",
+            f"not a diffusers pipeline folder (no {'/, '.join(known)}/ inside).",
             "Check the path.",
         )
     return found
 
 
-def _tables(folder: Path) -> list[Table]:
-    """The tables of a pipeline's components: those of the family that model_index.json names.
+def _index(folder: Path) -> dict[str, Any]:
+    """The entries of a pipeline's model_index.json; empty if it is not there or not JSON."""
+    path = folder / MODEL_INDEX
+    with reading(path):
+        return (parse_object(path.read_bytes()[: 1 << 20]) if path.is_file() else None) or {}
+
+
+def _tables(folder: Path, pipeline_class: object) -> list[Table]:
+    """The tables of a pipeline's components: those of the family of the class in its model_index.json.
 
     Without one it is each family that has the most of the component folders, as a text_encoder/ may belong to
     several.
     """
-    index = folder / MODEL_INDEX
-    with reading(index):
-        data = parse_object(index.read_bytes()[: 1 << 20]) if index.is_file() else None
-    name = (data or {}).get("_class_name")
-    family = family_named(name) if isinstance(name, str) else None
+    family = family_named(pipeline_class) if isinstance(pipeline_class, str) else None
     if family:
         return tables_of(family)
     possible = [tables_of(family) for family in families()]
@@ -160,7 +169,7 @@ def _component(folder: Path, candidates: Sequence[Table], variant: str | None, s
     if (
         strict
         and (not parts or any(match.problems for match in parts.values()))
-        and (family := _family(config))
+        and (family := _other_family(config))
     ):
         raise SourceError(weights, f"of {family}, which is not read here.", _FAMILIES_READ)
     if strict and any(".base_layer." in t.name for t in source.flat):
@@ -186,8 +195,8 @@ def _parts(source: Source, table: Table, config: Mapping[str, Any]) -> dict[str,
     return parts
 
 
-def _family(config: dict[str, Any]) -> str | None:
-    """The other family that a component's config.json belongs to; None if it shows none."""
+def _other_family(config: Mapping[str, Any]) -> str | None:
+    """The other family that a config.json or model_index.json belongs to; None if it shows none."""
     for name, value, family in _FAMILIES:
         if config.get(name) == value:
             return family

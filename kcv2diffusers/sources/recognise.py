@@ -9,6 +9,7 @@ tensor: it belongs to a part, is of a known kind that no pipeline has (`leftover
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from kcv2diffusers.errors import PlanError, SourceError, plain
 from kcv2diffusers.hub.address import shown
-from kcv2diffusers.maps.parts import label, parts
+from kcv2diffusers.maps.parts import families, label, parts
 from kcv2diffusers.maps.sizes import solved
 from kcv2diffusers.maps.tables import REPEAT, Share, Slot, Spec, specs
 from kcv2diffusers.sources.leftovers import EMA, described, is_average, kind_of
@@ -25,6 +26,8 @@ from kcv2diffusers.sources.source import KEYS, Source, StoredLayer, Style
 from kcv2diffusers.sources.tensor import Tensor, columns, rows
 
 _LISTED = 8
+# Other families of Keras models: a pattern that some tensor's path matches, and the name for messages.
+_OTHERS = ((re.compile(r"(^|/)(double|single)_stream_block(_\d+)?/"), "Flux"),)
 _MAX_REPEAT = 1000  # layers of one kind; the limit guards against a layer named NAME_999999999
 
 
@@ -117,7 +120,7 @@ class Match:
         if not self.problems:
             lines = [f"{self.place}: has tensors that belong to no part of Stable Diffusion:"]
         else:
-            whose = "KerasCV " if self.keras else ""
+            whose = "Keras " if self.keras else ""
             lines = [f"{self.place}: not a complete {whose}{self.label}:"]
         for title, entries in (
             ("missing", self.missing),
@@ -135,7 +138,7 @@ class Match:
     def require_complete(self) -> Match:
         """Return this match. Raises PlanError with the report if anything does not fit."""
         if self.problems:
-            whose = "unchanged KerasCV models" if self.keras else "Stable Diffusion's models"
+            whose = "unchanged Keras models" if self.keras else "Stable Diffusion's models"
             raise PlanError(f"{self.report()}\nGive all weights of {whose} in each file.")
         if self.strangers:
             raise PlanError(f"{self.report()}\nSave the models of Stable Diffusion without them.")
@@ -149,7 +152,7 @@ def recognise(source: Source) -> Match:
     """
     best = _best(source)
     if best is None:
-        raise _unknown(source.path, len(source.tensors))
+        raise _unknown(source.path, source.tensors)
     return best
 
 
@@ -174,11 +177,14 @@ def _is_at(source: Source, spec: Spec) -> bool:
     return bool(spec.place) and f"/{source.inside}".endswith(f"/{spec.place}")
 
 
-def _unknown(path: Path, count: int, whose: str = "KerasCV ") -> SourceError:
+def _unknown(path: Path, tensors: Iterable[Tensor], whose: str = "Keras ") -> SourceError:
+    names = [tensor.name for tensor in tensors]
+    known = f"Models of {' and '.join(family.label for family in families())} are read."
+    for pattern, what in _OTHERS:
+        if any(pattern.search(name) for name in names):
+            return SourceError(path, f"of {what}, which is not read here.", known)
     return SourceError(
-        path,
-        f"its {count} tensors are not those of a {whose}Stable Diffusion model.",
-        "SD1 and SD2 of KerasCV are known, and SD3 of KerasHub as .weights.h5, .keras or a preset.",
+        path, f"its {len(names)} tensors are not those of a {whose}Stable Diffusion model.", known
     )
 
 
@@ -197,8 +203,8 @@ def _checkpoint(path: Path, models: list[Source]) -> list[Match]:
     """The parts among the models of one checkpoint, with its other tensors classified."""
     matches = [match for model in models for match in _parts(model)]
     if not matches:
-        whose = "" if all(model.style is Style.NAMED for model in models) else "KerasCV "
-        raise _unknown(path, sum(len(model.tensors) for model in models), whose)
+        whose = "" if all(model.style is Style.NAMED for model in models) else "Keras "
+        raise _unknown(path, (tensor for model in models for tensor in model.tensors), whose)
     kept = [match for match in matches if not _is_copy(match, matches)]
     used = {id(tensor) for match in kept for tensor in match.stored}
     stored = {(t.crc32c, t.shape) for match in kept for t in match.stored if t.crc32c is not None}

@@ -33,8 +33,8 @@ _OTHERS = tuple((pattern, what, _LORA) for pattern, what in OTHER_KINDS) + tuple
     (re.compile(pattern), what, remedy)
     for pattern, what, remedy in (
         (r"lora_(unet|te\d?)_.*|.*\.(lora_(down|up|A|B)|lora_linear_layer|lora)\..*", "a LoRA", _MERGE),
-        (r"(.*\.)?(double_blocks|single_blocks)\.\d+\..*", "Flux", _READ),
-        (r"(.*\.)?joint_blocks\.\d+\..*", "Stable Diffusion 3", _READ),
+        (r"(.*\.)?(double_blocks|single_blocks|single_transformer_blocks)\.\d+\..*", "Flux", _READ),
+        (r"(.*\.)?joint_blocks\.\d+\..*|transformer_blocks\.\d+\.attn\..*", "Stable Diffusion 3", _READ),
         (r"conditioner\.embedders\.1\..*", "Stable Diffusion XL", _READ),
         (r"text_encoders\..*", "Stable Diffusion 3 or a later family", _READ),
         (

@@ -62,7 +62,7 @@ def test_a_keras_model_of_something_else(cli: Cli, tmp_path: Path, home: Path) -
         for number in range(3):
             file[f"layers/dense_{number}/vars/0"] = np.zeros((7, 7), "f4")
     message = cli.refuses(*alone(path, home), watch=home, names=path)
-    assert "its 3 tensors are not those of a KerasCV Stable Diffusion model" in message
+    assert "its 3 tensors are not those of a Keras Stable Diffusion model" in message
 
 
 @pytest.mark.parametrize("make", ["missing", "pipe", "folder", "pipeline", "saved_model"])

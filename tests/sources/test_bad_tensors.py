@@ -119,9 +119,9 @@ def test_a_missing_layer(cli: Cli, copy: Callable[..., Path], home: Path, contai
                 group.attrs["layer_names"] = names
     message = cli.refuses(*alone(path, home), watch=home, names=path, report=True)
     if container == "export":  # a bare list of variables: where one is missing, none after it has a place
-        assert "its 51 tensors are not those of a KerasCV" in message
+        assert "its 51 tensors are not those of a Keras" in message
     else:
-        assert "not a complete KerasCV text encoder" in message and "missing (" in message
+        assert "not a complete Keras text encoder" in message and "missing (" in message
 
 
 @pytest.mark.parametrize("container", ["legacy.h5", "model.h5", "weights.weights.h5", "model.keras"])
@@ -148,7 +148,7 @@ def test_sizes_of_zero(cli: Cli, legacy: Path, home: Path) -> None:
             del file[name]
             file.create_dataset(name, data=np.zeros([0] * len(shape), "f4"))
     message = cli.refuses(*alone(legacy, home), watch=home, names=legacy)
-    assert "its 52 tensors are not those of a KerasCV Stable Diffusion model" in message
+    assert "its 52 tensors are not those of a Keras Stable Diffusion model" in message
 
 
 def test_a_layer_numbered_in_the_billions(cli: Cli, copy: Callable[..., Path], home: Path) -> None:

@@ -194,8 +194,8 @@ def test_xl(tiny: Path) -> None:
 
 def test_a_pipeline_without_any_known_component(tmp_path: Path) -> None:
     (tmp_path / "transformer").mkdir()
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(Error, match=r"a pipeline of another family \(FluxPipeline\)"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
+    with pytest.raises(Error, match=r"a pipeline of another family \(PixArtAlphaPipeline\)"):
         read_pipeline(tmp_path)
 
 
