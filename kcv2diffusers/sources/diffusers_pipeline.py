@@ -169,7 +169,7 @@ def _component(folder: Path, candidates: Sequence[Table], variant: str | None, s
     if (
         strict
         and (not parts or any(match.problems for match in parts.values()))
-        and (family := _other_family(config))
+        and (family := _other_family(config) or _other_class(config, candidates))
     ):
         raise SourceError(weights, f"of {family}, which is not read here.", _FAMILIES_READ)
     if strict and any(".base_layer." in t.name for t in source.flat):
@@ -201,6 +201,13 @@ def _other_family(config: Mapping[str, Any]) -> str | None:
         if config.get(name) == value:
             return family
     return None
+
+
+def _other_class(config: Mapping[str, Any], candidates: Sequence[Table]) -> str | None:
+    """The diffusers class that a component's config.json states, if it is none of the candidates'."""
+    stated = config.get("_class_name")
+    known = [table.diffusers.rpartition(".")[2] for table in candidates]
+    return plain(stated) if isinstance(stated, str) and stated not in known else None
 
 
 def _weights(folder: Path, name: str, variant: str | None) -> Path:

@@ -178,7 +178,7 @@ def test_other_unets(tiny: Path, entries: dict[str, object], channels: int, fami
     tensors["conv_in.weight"] = np.zeros((shape[0], channels, *shape[2:]), "f4")
     save_file(tensors, weights)
     _change_config(tiny / "unet" / "config.json", **entries)
-    with pytest.raises(Error, match=rf"of {family}.*\nThe pipelines of Stable Diffusion 1 and 2"):
+    with pytest.raises(Error, match=rf"of {family}.*\nThe pipelines of Stable Diffusion 1, 2 and 3"):
         read_pipeline(tiny)
 
 
@@ -193,7 +193,7 @@ def test_xl(tiny: Path) -> None:
 
 
 def test_a_pipeline_without_any_known_component(tmp_path: Path) -> None:
-    (tmp_path / "transformer").mkdir()
+    (tmp_path / "prior").mkdir()
     (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
     with pytest.raises(Error, match=r"a pipeline of another family \(PixArtAlphaPipeline\)"):
         read_pipeline(tmp_path)

@@ -65,6 +65,15 @@ def test_a_flux_pipeline_as_base(tmp_path: Path) -> None:
     assert "of Flux, which is not read here" in refusal(file, out=tmp_path / "out", base=base)
 
 
+def test_a_transformer_of_another_class(tmp_path: Path) -> None:
+    base, file = tmp_path / "pixart", keras_hub.models() / "sd35l" / "clip_l.weights.h5"
+    (base / "transformer").mkdir(parents=True)
+    (base / "transformer" / "config.json").write_text(json.dumps({"_class_name": "PixArtTransformer2DModel"}))
+    tensors = {"transformer_blocks.0.attn1.to_q.weight": np.zeros((4, 4), "float32")}
+    save_file(tensors, base / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert "of PixArtTransformer2DModel, which is" in refusal(file, out=tmp_path / "out", base=base)
+
+
 def test_an_mmdit_with_a_vae_of_kerascv(tmp_path: Path) -> None:
     file, vae = keras_hub.models() / "sd35l" / "diffuser.weights.h5", tmp_path / "vae_decoder.weights.h5"
     shutil.copy(Path(str(resources.files("kcv2diffusers"))) / "tiny" / vae.name, vae)
