@@ -37,6 +37,7 @@ def _option(
 # Of the options beta1, beta2 and epsilon, those that an optimizer has.
 MOMENTS = {
     "adamw": ("beta1", "beta2", "epsilon"),
+    "adamw8bit": ("beta1", "beta2", "epsilon"),
     "adam_mini": ("beta1", "beta2", "epsilon"),
     "lion": ("beta1", "beta2"),
     "prodigy": ("beta1", "beta2", "epsilon"),
@@ -111,7 +112,8 @@ class Config:
     warmup_steps: int = _option(0, "Warm-up steps of the learning rate.", least=0)
     optimizer: str = _option(
         "adamw",
-        "Optimizer. adam_mini and adafactor need the least memory. prodigy finds the learning rate itself.",
+        "Optimizer. adam_mini, adafactor and adamw8bit (bitsandbytes, on PyTorch) need the least memory. "
+        "prodigy finds the learning rate itself.",
         choices=tuple(MOMENTS),
     )
     weight_decay: float = _option(0.01, "Decoupled weight decay.", least=0)
@@ -126,8 +128,8 @@ class Config:
     )
     epsilon: float = _option(
         0.0,
-        "What is added to the root of the second moment. 0: that of the optimizer, 1e-7 (adam_mini, prodigy: "
-        "1e-8).",
+        "What is added to the root of the second moment. 0: that of the optimizer, 1e-7 (adam_mini, "
+        "adamw8bit, prodigy: 1e-8).",
         least=0,
     )
     clip_norm: float = _option(

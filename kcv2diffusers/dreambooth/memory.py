@@ -18,7 +18,9 @@ from kcv2diffusers.sources.lora import read_lora
 from kcv2diffusers.sources.recognise import Match
 
 # Bytes of optimizer state per byte of float32 weights; shared or factored state counts as none.
-STATES = {"adamw": 2.0, "adam_mini": 0.5, "adafactor": 0.0, "lion": 1.0, "prodigy": 4.0}
+STATES = {
+    "adamw": 2.0, "adamw8bit": 0.5, "adam_mini": 0.5, "adafactor": 0.0, "lion": 1.0, "prodigy": 4.0,
+}  # fmt: skip
 _LORA_RANK = 4  # the rank that the advice suggests
 # diffusers' names of the projections that LoRA updates.
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")

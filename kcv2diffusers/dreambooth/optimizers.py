@@ -10,7 +10,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from kcv2diffusers.dreambooth import prodigy
+from kcv2diffusers.dreambooth import adamw8bit, prodigy
+from kcv2diffusers.dreambooth.adamw8bit import AdamW8bit
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.prodigy import Prodigy
 from kcv2diffusers.models.layers import Tensor
@@ -70,6 +71,7 @@ class AdamMini(keras.optimizers.Optimizer):  # type: ignore[misc]
 _MOMENTS = {"beta1": "beta_1", "beta2": "beta_2", "epsilon": "epsilon"}  # names of Config and of Keras
 _CLASSES = {
     "adamw": keras.optimizers.Adam,
+    "adamw8bit": AdamW8bit,
     "adam_mini": AdamMini,
     "adafactor": keras.optimizers.Adafactor,
     "lion": keras.optimizers.Lion,
@@ -203,6 +205,7 @@ def _kernel(name: str) -> Any:
 
         kernels = {
             "adamw": torch_updates.fused_adamw,
+            "adamw8bit": adamw8bit.update,
             "adam_mini": torch_updates.adam_mini,
             "lion": torch_updates.lion,
             "prodigy": torch_updates.prodigy,

@@ -17,6 +17,7 @@ import keras
 from kcv2diffusers.conversion.lora import convert_lora
 from kcv2diffusers.conversion.to_diffusers import convert, is_output
 from kcv2diffusers.diffusion import Schedule
+from kcv2diffusers.dreambooth.adamw8bit import check_adamw8bit
 from kcv2diffusers.dreambooth.batches import SIZED, Batches, Examples
 from kcv2diffusers.dreambooth.checkpoints import Checkpoints, checkpoint_path, least_bytes, saved_steps
 from kcv2diffusers.dreambooth.config import Config
@@ -108,6 +109,8 @@ def _train(config: Config, progress: StageProgress, group: Group) -> Result:
         _check_folders(config)
         config = _resolved(config)
         allow_tf32()
+        if config.optimizer == "adamw8bit":
+            check_adamw8bit()
         devices = devices_of(config, group)
         photos, held = subject_photos(config, notes), held_photos(config, notes)
         files = _base_files(config)

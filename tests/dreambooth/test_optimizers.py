@@ -7,9 +7,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kcv2diffusers.dreambooth import prodigy, torch_updates
+from kcv2diffusers.dreambooth import adamw8bit, prodigy, torch_updates
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.optimizers import Course, make_optimizer
+from kcv2diffusers.errors import Error
 
 RATE, DECAY = 0.01, 0.1
 
@@ -65,7 +66,8 @@ def test_adam_mini(
 
 
 @pytest.mark.parametrize(
-    ("name", "stated"), [("adamw", 8), ("lion", 4), ("adafactor", 4), ("adam_mini", 2), ("prodigy", 16)]
+    ("name", "stated"),
+    [("adamw", 8), ("adamw8bit", 2), ("lion", 4), ("adafactor", 4), ("adam_mini", 2), ("prodigy", 16)],
 )
 def test_bytes_of_state_for_a_weight(name: str, stated: int) -> None:
     """As the help of --optimizer says."""
@@ -73,7 +75,7 @@ def test_bytes_of_state_for_a_weight(name: str, stated: int) -> None:
     layer.build((1, 256))
     optimizer = make_optimizer(Config(optimizer=name), [])
     optimizer.build(layer.trainable_variables)
-    bytes_of = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
+    bytes_of = {"bfloat16": 2, "float32": 4, "int32": 4, "int64": 8, "uint8": 1}
     held = sum(
         np.prod(variable.shape) * bytes_of[keras.backend.standardize_dtype(variable.dtype)]
         for variable in optimizer.variables
@@ -257,3 +259,50 @@ def test_prodigy_is_its_authors(
     for variable, expected in zip(ours, theirs, strict=True):
         found, wanted = keras.ops.convert_to_numpy(variable), expected.detach().numpy()
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="bitsandbytes is for PyTorch")
+@pytest.mark.parametrize("moments", [{}, {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-4}])
+def test_adamw8bit_is_that_of_bitsandbytes(moments: dict[str, float]) -> None:
+    """Bit by bit; of weights whose last block is not full, and of one with moments of 32 bits."""
+    import torch
+
+    optim = pytest.importorskip("bitsandbytes.optim")
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal(shape).astype("float32") for shape in ((70, 60), (3, 3, 20, 30), (50,))]
+    ours = [keras.Variable(value) for value in values]
+    theirs = [torch.nn.Parameter(torch.from_numpy(value.copy())) for value in values]
+    config = Config(
+        optimizer="adamw8bit", learning_rate=RATE, weight_decay=DECAY, clip_norm=0, lr_schedule="linear",
+        steps=20, **moments,
+    )  # fmt: skip
+    optimizer = make_optimizer(config, ())
+    optimizer.build(ours)
+    plain = optim.AdamW8bit(
+        theirs, betas=(moments.get("beta1", 0.9), moments.get("beta2", 0.999)),
+        eps=moments.get("epsilon", 1e-8), weight_decay=DECAY,
+    )  # fmt: skip
+    for step in range(20):
+        plain.param_groups[0]["lr"] = float(RATE * (1 - step / 20))
+        for parameter in theirs:
+            parameter.grad = torch.from_numpy(rng.standard_normal(parameter.shape, dtype="float32"))
+        optimizer.apply([parameter.grad.clone() for parameter in theirs])
+        plain.step()
+    states = [plain.state[parameter] for parameter in theirs]
+    for place, (variable, expected, value) in enumerate(zip(ours, theirs, values, strict=True)):
+        found = keras.ops.convert_to_numpy(variable)
+        np.testing.assert_array_equal(found, expected.detach().numpy())
+        assert np.abs(found - value).max() > RATE
+        np.testing.assert_array_equal(optimizer.second[place].value, states[place]["state2"])
+    assert [str(variable.dtype) for variable in optimizer.first] == ["uint8", "uint8", "float32"]
+    np.testing.assert_array_equal(optimizer.scales[1].value[0], states[1]["absmax1"])
+
+
+def test_adamw8bit_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keras.backend, "backend", lambda: "jax")
+    with pytest.raises(Error, match="--optimizer adamw8bit needs PyTorch; this is jax"):
+        adamw8bit.check_adamw8bit()
+    monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Error, match=r"pip install 'kcv2diffusers\[bitsandbytes\]'"):
+        adamw8bit.check_adamw8bit()

@@ -153,9 +153,11 @@ EVERYTHING = [
         [*EVERYTHING, "--lora-rank", "2", "--optimizer", "lion"],
         ["--optimizer", "adafactor"],
         ["--optimizer", "adam_mini", "--precision", "mixed_float16"],
+        ["--optimizer", "prodigy", "--learning-rate", "1", "--accumulate", "2", "--train-text-encoder"],
+        ["--optimizer", "adamw8bit", "--accumulate", "2", "--ema", "0.9"],
         ["--train-token", "sks", "--train-token", "<car>", "--ema", "0.9"],
     ],
-    ids=["plain", "everything", "lora", "adafactor", "mini", "tokens"],
+    ids=["plain", "everything", "lora", "adafactor", "mini", "prodigy", "8bit", "tokens"],
 )
 def test_resuming_reaches_the_same_weights(
     base: Path, photos: Path, whole: Path, tmp_path: Path, options: list[str]
@@ -163,6 +165,8 @@ def test_resuming_reaches_the_same_weights(
     """A run of four steps, and one that goes on where a run was killed after the third: with `--accumulate 2`
     between two updates.
     """
+    if "adamw8bit" in options:
+        pytest.importorskip("bitsandbytes")
     common = [*COMMON, "--class-images", whole / "class", *options, "--checkpoint-every", "3", "--steps", "4"]
     if "--train-token" in options:
         common += ["--instance-prompt", "a sks <car>", "--no-captions"]
