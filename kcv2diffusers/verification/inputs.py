@@ -21,10 +21,9 @@ _BATCH = 256  # side in pixels of the area that one batch may cover
 def module_inputs(sides: Mapping[str, Side], size: int) -> dict[str, Inputs]:
     """Inputs of each part that has a source and an adapter.
 
-    Arrays are channels-last, float32 or int32. `size` is in pixels and is raised to at least 128.
+    Arrays are channels-last, float32 or int32. `size` is in pixels.
     """
     rng = np.random.default_rng(7)
-    size = max(size, BLOCK_SIZE)
     drawn = {
         part: adapted.inputs(side, size, rng)
         for part, side in sides.items()

@@ -9,7 +9,7 @@ from typing import Any
 
 from kcv2diffusers.maps.parts import family_of, label
 from kcv2diffusers.verification.images import Images
-from kcv2diffusers.verification.modules import Part
+from kcv2diffusers.verification.modules import Part, kind_label
 from kcv2diffusers.verification.request import Request
 from kcv2diffusers.verification.weights import Weights
 
@@ -93,8 +93,8 @@ class Verified:
         for setting in self.settings:
             lines.append(f"  {setting}")
         for found in self.modules or []:
-            how = f", with {self.library}'s GELU and epsilon"
-            attributed = f"{how} {found.attributed:.1e}" if len(found.errors) > 1 else ""
+            how = kind_label(list(found.errors)[-1], found.part)
+            attributed = f", with {how} {found.attributed:.1e}" if len(found.errors) > 1 else ""
             lines.append(f"  {found.name}: error {found.stock:.1e}{attributed}")
         if self.images is not None and self.images.runs:
             stock, attributed = (getattr(self.images.worst(s), s) for s in ("stock", "attributed"))

@@ -26,7 +26,7 @@ from kcv2diffusers.sources.gather import SourcePath
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.verification import weights
 from kcv2diffusers.verification.exchange import Arrays, require, run_side
-from kcv2diffusers.verification.inputs import initial_noise, module_inputs
+from kcv2diffusers.verification.inputs import BLOCK_SIZE, initial_noise, module_inputs
 from kcv2diffusers.verification.parts import adapter
 from kcv2diffusers.verification.preset import write_preset
 from kcv2diffusers.verification.request import MULTIPLE, PROMPTS, Gelu, Request
@@ -216,7 +216,8 @@ def _run_sides(
     draw = request.reaches("images") and _can_draw(request, sides, result)
     if not draw and request.reaches("images"):
         request = Request(**{**vars(request), "level": "modules"})
-    inputs = module_inputs(sound, size)
+    # KerasHub's models are of one size.
+    inputs = module_inputs(sound, size if request.reference == "keras-hub" else max(size, BLOCK_SIZE))
     arrays = Arrays(folder / "inputs")
     for part, given in inputs.items():
         for name, values in given.items():

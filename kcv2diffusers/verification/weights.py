@@ -6,6 +6,7 @@ conversion would write, and compares them. No framework is imported.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 from kcv2diffusers.errors import plain
 from kcv2diffusers.sources.tensor import Tensor
 from kcv2diffusers.system.positioned import read_at
-from kcv2diffusers.targets.safetensors import diffusers_entries
+from kcv2diffusers.targets.safetensors import diffusers_entries, together
 from kcv2diffusers.targets.stream import run
 from kcv2diffusers.targets.transfer import Finding, Job, Worker
 from kcv2diffusers.verification.sides import Side
@@ -67,7 +68,7 @@ def compare(sides: Mapping[str, Side], progress: Advance) -> Weights:
             continue
         problems = result.problems[part] = []
         jobs[part] = _jobs(side, sides, problems)
-        result.tensors[part] = len(jobs[part])
+        result.tensors[part] = len({job.name for job in jobs[part]})
         result.values[part] = sum(job.tensor.nbytes // job.tensor.dtype.itemsize for job in jobs[part])
         result.dtypes[part] = ", ".join(sorted({job.dtype.name for job in jobs[part]}))
         if problems:
@@ -82,7 +83,8 @@ def compare(sides: Mapping[str, Side], progress: Advance) -> Weights:
 
     found = {f.name: f for f in run([job for each in jobs.values() for job in each], advance, Comparer)}
     for part, each in jobs.items():
-        here = [found[job.name] for job in each if job.name in found]
+        names = dict.fromkeys(job.name for job in each)  # the pieces of a tensor have its name
+        here = [found[name] for name in names if name in found]
         result.differences[part] = [f for f in here if isinstance(f, Difference)]
         result.problems[part] += [f"{f.name}: {f.problem}" for f in here]
     return result
@@ -102,19 +104,22 @@ def _jobs(side: Side, sides: Mapping[str, Side], problems: list[str]) -> list[Jo
         for tensor in other.own.found.values()
     }
     jobs = []
-    for entry in diffusers_entries(side.source):
-        tensor = stored.pop(entry.name, None)
-        name = f"{folder}: {entry.name}"
+    for wanted in together(diffusers_entries(side.source), np.dtype("float32")):
+        tensor = stored.pop(wanted.name, None)
+        name, source = f"{folder}: {wanted.name}", wanted.entries[0].tensor
         if tensor is None:
             problems.append(
-                f"{name}: missing, {plain(entry.tensor.name)} of {plain(entry.tensor.path.name)} has no place"
+                f"{name}: missing, {plain(source.name)} of {plain(source.path.name)} has no place"
             )
-        elif tensor.shape != entry.shape:
-            problems.append(f"{name}: is {list(tensor.shape)}, not {list(entry.shape)}")
+        elif tensor.shape != wanted.shape:
+            problems.append(f"{name}: is {list(tensor.shape)}, not {list(wanted.shape)}")
         elif tensor.dtype.kind in "iu":
             problems.append(f"{name}: is of {tensor.dtype.name}")
         else:
-            jobs.append(Job(name, entry.tensor, entry.core, tensor.dtype, tensor.path, tensor.offset or 0))
+            at = tensor.offset or 0
+            for entry in wanted.entries:
+                jobs.append(Job(name, entry.tensor, entry.core, tensor.dtype, tensor.path, at))
+                at += math.prod(entry.shape) * tensor.dtype.itemsize
     extra = [tensor for tensor in stored.values() if tensor.name not in others]
     stray = {tensor.name for tensor in side.component.stray}
     first = next(other for other in sides.values() if other.component is side.component and other.given)
