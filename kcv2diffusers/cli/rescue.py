@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +16,7 @@ from kcv2diffusers.errors import Error
 
 if TYPE_CHECKING:
     from kcv2diffusers.rescue.one import Result
-    from kcv2diffusers.rescue.run import Options
+    from kcv2diffusers.rescue.run import Engine, Options
 
 
 def rescue(
@@ -65,6 +67,14 @@ def rescue(
     ] = None,
     license: License = None,
     private: Private = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS|auto|local",
+            help="Spread the repositories over a Ray cluster: the one at an address, the one that runs here, or "
+            "one that is started here.",
+        ),
+    ] = None,
     time_limit: Annotated[
         float, typer.Option(metavar="MINUTES", help="The longest time for one repository.")
     ] = 120.0,
@@ -110,7 +120,8 @@ def rescue(
         from kcv2diffusers.cli.hub import log_in
 
         log_in(f"{options.target}/x", license)
-    outcome = run(what, find, options, retry=retry, tell=progress)
+    with _engine(ray, options) as engine:
+        outcome = run(what, find, options, engine=engine, retry=retry, tell=progress)
     if as_json:
         print_json(outcome.to_dict())
     else:
@@ -118,6 +129,17 @@ def rescue(
         tell(told(outcome).split("\n")[-1])
     if not outcome.complete:
         raise Error("Not all repositories have ended: the Hub or the disk broke some off.\nRun it again.")
+
+
+@contextmanager
+def _engine(ray: str | None, options: Options) -> Iterator[Engine | None]:
+    if ray is None:
+        yield None
+        return
+    from kcv2diffusers.rescue.ray_run import on_ray
+
+    with on_ray(ray, options.minutes) as engine:
+        yield engine
 
 
 def _options(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 import threading
@@ -36,6 +35,7 @@ from kcv2diffusers.rescue.keep import (
     put,
 )
 from kcv2diffusers.rescue.patience import patiently
+from kcv2diffusers.rescue.staging import staging
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.system.output import check_folder
 
@@ -56,12 +56,12 @@ _SNAPSHOT = re.compile(r"\S*/models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]{40
 class Order:
     """What to do with one repository.
 
-    The result goes to `folder`, or is published as `target`. `work` is the folder for what is in progress. A
-    `dry` order only looks.
+    The result goes to `folder`, or is published as `target`. `work` is the folder for what is in progress
+    (None: the system's one for temporary files). A `dry` order only looks.
     """
 
     repository: str
-    work: str
+    work: str | None
     folder: str | None = None
     target: str | None = None
     base: list[str] = field(default_factory=list)
@@ -94,33 +94,27 @@ class Result:
 def rescue_one(order: Order) -> Result:
     """Carry out an order in this process. Whatever happens to it is a result, not an exception."""
     started = time.monotonic()
-    staging: Path | None = None
+    folder: Path | None = None
     try:
         if order.dry:
             result = _look(order)
         else:
-            parent = Path(order.work) / STAGING
-            parent.mkdir(parents=True, exist_ok=True)
-            # Another attempt may not have ended yet, on another machine: each has a folder of its own.
-            prefix = f"{order.repository.replace('/', '--')}."
-            staging = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            result = _rescue(order, staging)
+            parent = Path(order.work or tempfile.gettempdir()) / STAGING
+            with staging(parent, order.repository.replace("/", "--")) as folder:
+                result = _rescue(order, folder)
     except Refused as error:
-        result = _ended(order, FORBIDDEN, error, staging)
+        result = _ended(order, FORBIDDEN, error, folder)
     except (Unreachable, TargetError) as error:
-        result = _ended(order, POSTPONED, error, staging)
+        result = _ended(order, POSTPONED, error, folder)
     except Error as error:
-        result = _ended(order, FAILED, error, staging)
+        result = _ended(order, FAILED, error, folder)
     except OSError as error:
         words = Error(f"{plain(error.filename or 'a file')}: {error.strerror or error}")
-        result = _ended(order, POSTPONED, words, staging)
+        result = _ended(order, POSTPONED, words, folder)
     except (Exception, MemoryError) as error:
         result = _ended(
-            order, FAILED, Error(f"a mistake in kcv2diffusers: {type(error).__name__}: {error}"), staging
+            order, FAILED, Error(f"a mistake in kcv2diffusers: {type(error).__name__}: {error}"), folder
         )
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     return replace(result, seconds=round(time.monotonic() - started, 2))
 
 
@@ -143,8 +137,8 @@ def _folder(order: Order) -> Path:
     return Path(order.folder or "") / order.repository.replace("/", "--")
 
 
-def _rescue(order: Order, staging: Path) -> Result:
-    cache, place = staging / "cache", order.target or _folder(order)
+def _rescue(order: Order, temporary: Path) -> Result:
+    cache, place = temporary / "cache", order.target or _folder(order)
     names = {order.repository, *(order.repository + end for end in SIBLINGS)}
     with cache_of_its_own(cache, names):
         commit, listing = patiently(lambda: look(order.repository))
@@ -157,8 +151,8 @@ def _rescue(order: Order, staging: Path) -> Result:
             return replace(result, reason=reason)
         kept = patiently(lambda: _there(place, source, cache))
         if kept is None:
-            check_folder(staging, 2 * decision.bytes)
-            out = staging / "pipeline"
+            check_folder(temporary, 2 * decision.bytes)
+            out = temporary / "pipeline"
             verified = patiently(lambda: _converted(order, source, decision, out))
             kept = patiently(
                 lambda: put(out, source, place, verified, license=order.license, private=order.private)
@@ -205,12 +199,12 @@ def _converted(order: Order, source: Source, decision: Decision, out: Path) -> V
     return verified
 
 
-def _ended(order: Order, outcome: str, error: Exception, staging: Path | None) -> Result:
+def _ended(order: Order, outcome: str, error: Exception, temporary: Path | None) -> Result:
     """The result of an order that raised `error`; its reason has no path of a temporary folder."""
     words = one_line(error)
-    if staging is not None:
+    if temporary is not None:
         words = _SNAPSHOT.sub(lambda found: "" if found[3] else f"{found[1]}/{found[2]}", words)
-        words = words.replace(f"{staging}{os.sep}", "").replace(str(staging), "the result")
+        words = words.replace(f"{temporary}{os.sep}", "").replace(str(temporary), "the result")
     words = re.sub(rf"^(hf://)?{re.escape(order.repository)}(@[0-9a-f]{{40}})?: ", "", words)
     return Result(repository=order.repository, outcome=outcome, reason=plain(redact(words))[:_SAID])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from kcv2diffusers.rescue.one import (
     Result,
     rescue_one,
 )
+from kcv2diffusers.rescue.staging import sweep
 from kcv2diffusers.rescue.table import summary, write_tables
 from kcv2diffusers.system.interruption import keeps
 from kcv2diffusers.system.output import check_folder
@@ -114,7 +114,7 @@ def rescue(
     options.work.mkdir(parents=True, exist_ok=True)
     with _locked(options.work) as lock:
         place = options.folder or options.work
-        shutil.rmtree(place / STAGING, ignore_errors=True)  # of a run that was killed
+        sweep(place / STAGING)  # what a run left that was killed
         manifest = Manifest(options.work / MANIFEST, options.shared(what))
         keeps("the same command goes on")
         try:
@@ -126,7 +126,7 @@ def rescue(
                         manifest.again(result.repository)
             later = _work(manifest, options, engine or _one_by_one(options, lock), tell)
         finally:
-            shutil.rmtree(place / STAGING, ignore_errors=True)
+            sweep(place / STAGING)
             manifest.close()
         ended = [manifest.ended.get(each) or later[each] for each in manifest.listed or ()]
         tables = write_tables(options.work, ended, f"Rescue of {what}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +141,12 @@ def test_the_weights_are_the_authors(hub: Hub, wild: Wild, calm: Path) -> None:
 
 
 def size(folder: Path) -> int:
+    """Bytes in a folder, from which files may be removed meanwhile."""
     total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += path.lstat().st_size if path.is_file() and not path.is_symlink() else 0
-        except OSError:  # removed meanwhile
-            continue
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += Path(root, name).lstat().st_size
     return total
 
 
@@ -202,5 +204,5 @@ def test_killed_at_any_moment(hub: Hub, wild: Wild, calm: Path, tmp_path: Path) 
     # One repository at a time: its files, the pipeline, and the journal.
     every = sum(result["read"] + result["written"] for result in mine.values())
     most = max(result["read"] + result["written"] for result in mine.values())
-    assert largest[0] < 2 * most + (4 << 20) < every / 4
+    assert most / 2 < largest[0] < 1.5 * most + (4 << 20) < every / 2
     assert {p.name for p in work.iterdir()} == {"rescue.jsonl", "rescue.csv", "rescue.html", ".rescue.lock"}
