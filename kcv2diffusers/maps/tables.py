@@ -202,6 +202,18 @@ class Entries:
     choices: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Ancestor:
+    """The model of stable-diffusion-tensorflow, KerasCV's ancestor, that has the same variables as a part.
+
+    It is one layer of a Keras model; `layer` is its class in snake case. Its variables are in the order of
+    its attributes: that of the part's rows, but for the diffusers modules in `first`, which come first.
+    """
+
+    layer: str
+    first: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
     """One component of a diffusers pipeline.
@@ -213,6 +225,7 @@ class Table:
     - `keras`: the Keras class of each part by version
     - `places`: the group that holds a part in the `.weights.h5` file of a whole model, "" if it has none
     - `groups`: the group inside it that holds the layers of a part
+    - `ancestors`: the ancestor of each part that has one
     - `blocks`: the parameters and leaves of each kind of layer
     - `config`: the entries of config.json
     - `entries`: properties of these entries
@@ -237,6 +250,7 @@ class Table:
     entries: Entries
     places: Mapping[str, str] = field(default_factory=dict)
     groups: Mapping[str, str] = field(default_factory=dict)
+    ancestors: Mapping[str, Ancestor] = field(default_factory=dict)
     nominal: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, Any] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
@@ -379,6 +393,11 @@ class Spec:
         """All slots in Keras' weight order, with repeated rows expanded `repeat` times."""
         return tuple(slot for layer in self.layers(repeat) for slot in self.block(*layer, repeat))
 
+    def ancestral(self, repeat: int) -> list[Slot]:
+        """All slots in the order of the part's ancestor, with repeated rows expanded `repeat` times."""
+        first = tuple(f"{module}." for module in self.table.ancestors[self.part].first)
+        return sorted(self.slots(repeat), key=lambda slot: not slot.target.startswith(first))
+
     def layers(self, repeat: int) -> Iterator[tuple[Row, int, int | None]]:
         """Each layer in Keras' order: its row, its number within its class, and its repetition.
 
@@ -460,6 +479,11 @@ def _load(name: str, data: Mapping[str, Any]) -> Table:
         keras={part: entry["keras"] for part, entry in data["parts"].items()},
         places={part: entry.get("within", "") for part, entry in data["parts"].items()},
         groups={part: entry.get("group", _LAYERS) for part, entry in data["parts"].items()},
+        ancestors={
+            part: Ancestor(entry["ancestor"]["layer"], tuple(entry["ancestor"].get("first", ())))
+            for part, entry in data["parts"].items()
+            if "ancestor" in entry
+        },
         blocks={
             name: (
                 tuple(block["params"]),
@@ -519,6 +543,13 @@ def specs() -> tuple[Spec, ...]:
 def layer_classes() -> frozenset[str]:
     """The classes of all layers that have a row in some table, in snake case."""
     return frozenset(row.layer for spec in specs() for row in spec.rows)
+
+
+@cache
+def ancestors() -> dict[str, str]:
+    """The part of each class of an ancestor's model, in snake case."""
+    found = (table.ancestors.items() for table in tables().values())
+    return {ancestor.layer: part for items in found for part, ancestor in items}
 
 
 @cache

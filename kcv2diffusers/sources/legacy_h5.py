@@ -4,6 +4,8 @@ The attribute `layer_names` lists the layers in model order, `weight_names` the 
 session that saved the file numbered the names (`padded_conv2d_83/conv2d_86/kernel:0`): the stems and their
 order are significant, but only the order of the numbers is. A model that is a layer of another model or an
 attribute of a trainer is one entry of `layer_names`; the names of its weights include those of its layers.
+The UNet and the text encoder of stable-diffusion-tensorflow, KerasCV's ancestor, are such entries. Some of
+their layers are not KerasCV's, so that only the order of their weights is used.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import re
 from dataclasses import replace
 
 from kcv2diffusers.errors import SourceError
-from kcv2diffusers.maps.tables import layer_classes
+from kcv2diffusers.maps.tables import ancestors, layer_classes
 from kcv2diffusers.sources.hdf5 import Tree
 from kcv2diffusers.sources.source import Source, StoredLayer, Style, counted
 from kcv2diffusers.sources.tensor import Tensor
@@ -41,30 +43,46 @@ def read(tree: Tree) -> list[Source]:
         return []
     if len(set(names)) < len(names):
         raise SourceError(tree.path, "lists a layer twice.")
+    weights = {name: _strings(tree.attributes.get(_join(root, name), {}), "weight_names") for name in names}
     layers: dict[str, list[StoredLayer]] = {"": []}  # by model; "" is the root of the file
-    for name in names:
-        path = f"{root}/{name}".lstrip("/")
-        weights = _strings(tree.attributes.get(path, {}), "weight_names") or []
-        for (inside, layer), inner in _by_layer(name, weights).items():
+    ancestral = {}
+    for name, listed in weights.items():
+        path = _join(root, name)
+        if part := ancestors().get(split_number(name)[0]):
+            ancestral[part] = [_stored(tree, path, weight) for weight in listed or ()]
+            continue
+        for (inside, layer), inner in _by_layer(name, listed or []).items():
             mine = layers.setdefault(inside, [])
             stem, number = split_number(layer)
             mine.append(StoredLayer(layer, stem, number, _tensors(tree, path, layer, inner)))
-    listed = {id(t) for mine in layers.values() for layer in mine for t in layer.tensors.values()}
     version = attributes.get("keras_version") or tree.attributes.get("", {}).get("keras_version")
+    model = Source(tree.path, container, Style.ORDER, keras_version=version[0] if version else None)
     models = [
-        Source(
-            tree.path,
-            container,
-            Style.ORDER,
-            counted(mine) if inside else _in_order(mine),
-            keras_version=version[0] if version else None,
-            inside=inside,
-        )
+        replace(model, layers=counted(mine) if inside else _in_order(mine), inside=inside)
         for inside, mine in layers.items()
         if mine
     ]
-    others = [tensor for tensor in tree.tensors.values() if id(tensor) not in listed]
-    return [replace(model, others=[] if index else others) for index, model in enumerate(models)]
+    models += [
+        replace(model, style=Style.ANCESTRAL, flat=flat, part=part)
+        for part, flat in ancestral.items()
+        if flat
+    ]
+    used = {id(tensor) for each in models for tensor in each.tensors}
+    others = [tensor for tensor in tree.tensors.values() if id(tensor) not in used]
+    return [replace(each, others=[] if index else others) for index, each in enumerate(models)]
+
+
+def _join(group: str, name: str) -> str:
+    return f"{group}/{name}".lstrip("/")
+
+
+def _stored(tree: Tree, path: str, weight: str) -> Tensor:
+    tensor = tree.tensors.get(f"{path}/{weight}")
+    if tensor is None:
+        raise SourceError(
+            tree.path, f"{path}/{weight} is listed but not in the file.", "Copy or save it again."
+        )
+    return tensor
 
 
 def _in_order(layers: list[StoredLayer]) -> list[StoredLayer]:
@@ -104,13 +122,8 @@ def _tensors(tree: Tree, path: str, layer: str, weights: list[str]) -> dict[str,
     """
     inner: dict[str, dict[str, Tensor]] = {}
     for weight in weights:
-        tensor = tree.tensors.get(f"{path}/{weight}")
-        if tensor is None:
-            raise SourceError(
-                tree.path, f"{path}/{weight} is listed but not in the file.", "Copy or save it again."
-            )
         where, _, variable = weight.rpartition("/")
-        inner.setdefault(where or layer, {})[variable.split(":")[0]] = tensor
+        inner.setdefault(where or layer, {})[variable.split(":")[0]] = _stored(tree, path, weight)
     stems: dict[str, list[tuple[int | None, str]]] = {}
     for where in inner:
         stem, number = split_number(where.rpartition("/")[2])

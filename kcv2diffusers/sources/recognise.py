@@ -258,7 +258,7 @@ def fit(source: Source, spec: Spec) -> Match:
     """Fit the source's tensors to the slots of one part."""
     if source.style is Style.NAMED:
         return fit_diffusers(source, spec)
-    if source.style is Style.FLAT:
+    if source.style in (Style.FLAT, Style.ANCESTRAL):
         source = _split(source, spec)
     layers = _classified(source, spec)
     layers |= {(spec.table.names.get(name, name), number): layer for (name, number), layer in layers.items()}
@@ -421,7 +421,8 @@ def _split(source: Source, spec: Spec) -> Source:
     tensors: dict[tuple[str, int], dict[str, Tensor]] = {}
     key, at = KEYS[Style.PATH], 0
     skipped: tuple[str, int, str] | None = None
-    for slot in spec.slots(repeat):
+    order = spec.slots(repeat) if source.style is Style.FLAT else spec.ancestral(repeat)
+    for slot in order:
         leaf = (slot.layer, slot.ordinal, slot.path)
         if at < len(source.flat) and leaf != skipped and _could_be(slot, source.flat[at]):
             tensors.setdefault((slot.layer, slot.ordinal), {})[key(slot)] = source.flat[at]

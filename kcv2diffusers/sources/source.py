@@ -10,6 +10,7 @@ form of it, as a key that can be computed from a table's slot:
 - ATTRIBUTE: SavedModels of Keras 2 and TensorFlow checkpoints: Python attributes, no class;
 - ORDER: legacy `.h5`: class, and the rank of each inner layer among those of its class;
 - FLAT: SavedModels exported by Keras 3: only the order of all variables of the model;
+- ANCESTRAL: `.h5` files of stable-diffusion-tensorflow: the same, in the order of that model's attributes;
 - NAMED: single files in Stable Diffusion's original layout: each tensor by its name in diffusers.
 """
 
@@ -32,6 +33,7 @@ class Style(Enum):
     ATTRIBUTE = "attribute"
     ORDER = "order"
     FLAT = "flat"
+    ANCESTRAL = "ancestral"
     NAMED = "named"
 
 
@@ -68,15 +70,16 @@ def counted(layers: list[StoredLayer]) -> list[StoredLayer]:
 class Source:
     """A model in a file or folder as it is stored, not yet matched to a part.
 
-    - `layers`: its layers; `flat`: the list of its variables (style FLAT, and diffusers files)
+    - `layers`: its layers; `flat`: the list of its variables (FLAT, ANCESTRAL and diffusers files)
     - `inside`: the model's place in the checkpoint, as the container names it ("" for the root)
     - `others`: the tensors of the checkpoint that belong to no model; only the first model has them
+    - `part`, `version`: what the reader has determined (None: the best match); a NAMED or ANCESTRAL source is
+      one part
 
-    A NAMED source is one part:
+    Of a NAMED source:
 
     - `named`: its tensors by their names in diffusers, in the layout of diffusers
     - `spelled`: the file's name of each tensor that the part may have, by its name in diffusers
-    - `part`, `version`: the part; a version of None means the best match
     - `leftovers`: tensors that belong to no part but are of a kind that the reader knows, by kind
     - `metadata`: the metadata of the file
     """
