@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 # What each measurement leaves in .cache, by the name of its table in the pages.
 MEASURED = {
     "speed": "benchmark.md",
+    "sd3": "benchmark-sd3.md",
     "train-step": "train_step.md",
     "verify": "verify.md",
     "dreambooth-full": "dreambooth-full.md",
@@ -127,19 +128,23 @@ def containers() -> str:
 def parts() -> str:
     """The parts of the weight maps."""
     from kcv2diffusers.maps.parts import label
-    from kcv2diffusers.maps.tables import tables
+    from kcv2diffusers.maps.tables import served_versions, tables
 
     lines = [
-        "| part | versions | class in KerasCV | class of the component | folder in the pipeline |",
+        "| part | versions | class in Keras | class of the component | folder in the pipeline |",
         "|---|---|---|---|---|",
     ]
     for table in tables().values():
-        versions = ", ".join(name.upper() for name in table.versions if name != "any") or "SD1, SD2"
+        versions = ", ".join(served_versions(table))
         for part, classes in table.keras.items():
             names = ", ".join(f"`{name}`" for name in dict.fromkeys(classes.values()))
             component = f"`{table.diffusers}` | `{table.folder}/`"
             lines.append(f"| {label(part)} | {versions} | {names} | {component} |")
     return "\n".join(lines)
+
+
+def _to(name: str, suffix: str) -> str:
+    return f"`{name}` to `{suffix}`" if suffix else f"`{name}` to the module's name"
 
 
 def layouts() -> str:
@@ -150,7 +155,7 @@ def layouts() -> str:
     for name, layout in LAYOUTS.items():
         for variable in layout.variables:
             shapes = (", ".join(side) for side in (variable.keras, variable.diffusers))
-            cells = (f"`{name}`", ", ".join(layout.sizes), f"`{variable.name}` to `{variable.suffix}`")
+            cells = (f"`{name}`", ", ".join(layout.sizes), _to(variable.name, variable.suffix))
             lines.append("| " + " | ".join((*cells, *(f"({shape})" for shape in shapes))) + " |")
     return "\n".join(lines)
 

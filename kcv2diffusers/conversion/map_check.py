@@ -15,7 +15,7 @@ from kcv2diffusers.maps.layouts import LAYOUTS, core, reverse
 from kcv2diffusers.maps.original import naming, namings
 from kcv2diffusers.maps.parts import family_of, label
 from kcv2diffusers.maps.sizes import Size
-from kcv2diffusers.maps.tables import Share, Spec, Table, specs, tables, tables_of
+from kcv2diffusers.maps.tables import Share, Spec, Table, served_versions, specs, tables
 from kcv2diffusers.pipeline.configs import config_of
 
 
@@ -23,11 +23,8 @@ def listing() -> str:
     """Return one line for each map."""
     rows = []
     for table in tables().values():
-        # A map without versions is for every version of its family.
-        family = [table] if "any" not in table.versions else tables_of(family_of(table.parts))
-        versions = dict.fromkeys(v.upper() for other in family for v in other.versions if v != "any")
         parts = ", ".join(label(part) for part in table.parts)
-        rows.append((table.name, parts, " ".join(versions), table.diffusers))
+        rows.append((table.name, parts, " ".join(served_versions(table)), table.diffusers))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

@@ -18,7 +18,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from kcv2diffusers.maps.layouts import LAYOUTS, Layout, Variable
-from kcv2diffusers.maps.parts import Family, invalid, table_data
+from kcv2diffusers.maps.parts import Family, family_of, invalid, table_data
 from kcv2diffusers.maps.sizes import Size, solved
 
 REPEAT = "repeat"
@@ -526,6 +526,12 @@ def tables() -> dict[str, Table]:
 def tables_of(family: Family) -> list[Table]:
     """The tables of the components of a family's pipelines."""
     return [table for table in tables().values() if set(table.parts) & set(family.parts)]
+
+
+def served_versions(table: Table) -> list[str]:
+    """The versions that a table is for, in capitals; without versions of its own, those of its family."""
+    several = [table] if "any" not in table.versions else tables_of(family_of(table.parts))
+    return list(dict.fromkeys(name.upper() for each in several for name in each.versions if name != "any"))
 
 
 @cache
