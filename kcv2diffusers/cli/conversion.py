@@ -348,9 +348,9 @@ def convert_lora(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a LoRA file between diffusers' and kohya's format, or from KerasHub to diffusers.
+    """Convert a LoRA file to diffusers' or kohya's format.
 
-    The values stay as they are, bit for bit.
+    A file of KerasHub becomes one of diffusers. The values stay as they are, bit for bit.
     """
     from kcv2diffusers.conversion.lora import convert_lora as run
 

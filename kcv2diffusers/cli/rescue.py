@@ -90,9 +90,9 @@ def rescue(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Convert all repositories of an organisation, and publish or store the pipelines.
+    """Convert and publish all repositories of an organisation.
 
-    A run that was interrupted goes on where it was.
+    The pipelines are published, or stored in a folder. A run that was interrupted goes on where it was.
     """
     from kcv2diffusers.rescue import repositories
     from kcv2diffusers.rescue.run import plan, told

@@ -225,9 +225,11 @@ def _by_size(size: int) -> str | None:
 
 @cache
 def _parameters() -> tuple[tuple[str, int], ...]:
-    """The number of parameters of each part in each version."""
+    """The number of parameters of each part in each version, of the parts that have files of their own."""
     counts = []
     for spec in specs():
+        if not parts()[spec.part].hint:
+            continue
         slots = spec.existing(dims := spec.nominal)
         counts.append((spec.part, sum(prod(size.value(dims) or 0 for size in s.shape) for s in slots)))
     return tuple(counts)
