@@ -128,7 +128,7 @@ class Conv2D(keras.layers.Conv2D):  # type: ignore[misc]
             if self.kernel_size == (1, 1) or pixels <= 2 * kernel.shape[-1]:
                 return self._as_product(inputs, kernel, bias)
         outputs = self.convolution_op(inputs, kernel)
-        return outputs if bias is None else ops.add(outputs, ops.reshape(bias, (1, 1, 1, -1)))
+        return outputs if bias is None else ops.add(outputs, bias)
 
     def _by_torch(self, inputs: Tensor, kernel: Tensor, bias: Tensor | None, pixels: int) -> Tensor:
         from kcv2diffusers.models import torch_layers
