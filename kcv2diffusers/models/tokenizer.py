@@ -15,6 +15,7 @@ from pathlib import Path
 from kcv2diffusers.errors import Error, is_unicode, plain
 from kcv2diffusers.pipeline.tokenizer_files import BOS, EOS, TokenizerFiles
 
+_SHOWN = 200  # characters of a text, in an error
 CONTRACTIONS = ("'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
 
 
@@ -90,7 +91,8 @@ class Tokenizer:
         """`encode` for a text of at most `most` ids. Raises Error for a longer one."""
         ids = self.encode(text)
         if len(ids) > most:
-            raise Error(f"the prompt has {len(ids)} tokens, at most {most} fit: {text!r}")
+            shown = text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+            raise Error(f"the prompt has {len(ids)} tokens, at most {most} fit: {shown!r}\nShorten it.")
         return ids
 
     def decode(self, ids: list[int]) -> str:

@@ -102,6 +102,13 @@ def test_a_run(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_caption_that_is_too_long(run: Callable[..., Any], photos: Path) -> None:
+    """It is shown, but not all of a long text."""
+    next(photos.iterdir()).with_suffix(".txt").write_text(100 * LONG)
+    with pytest.raises(Error, match=r"tokens, at most 77 fit: '.{100,300}\.\.\.'\nShorten it"):
+        run()
+
+
 def test_a_disk_that_is_too_small(run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW's state is twice the weights; a LoRA's checkpoints are the weights alone."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 0, 40 * 10**6))
