@@ -475,7 +475,9 @@ def to_keras(
 def inspect(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SRC", help="Checkpoints, folders of them, hf://user/repo, or tiny."),
+        typer.Argument(
+            metavar="SRC", help="Checkpoints, folders of them, pipelines, hf://user/repo, or tiny."
+        ),
     ],
     allow_pickle: AllowPickle = False,
     as_json: Json = False,

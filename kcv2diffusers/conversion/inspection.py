@@ -11,6 +11,7 @@ from kcv2diffusers.errors import plain
 from kcv2diffusers.hub.address import shown
 from kcv2diffusers.maps.parts import label
 from kcv2diffusers.pipeline.modelspec import PREFIX
+from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_pipeline
 from kcv2diffusers.sources.leftovers import summary
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.open import open_all
@@ -96,12 +97,18 @@ def _sizes(match: Match) -> dict[str, int]:
 
 
 def inspect(source: str | PathLike[str], *, allow_pickle: bool = False) -> list[Inspected]:
-    """Return one entry for each part at `source`. Raises SourceError if it cannot be read.
+    """Return one entry for each part at `source`, a diffusers pipeline or checkpoints.
 
-    `allow_pickle` is as in `convert`.
+    `allow_pickle` is as in `convert`. Raises SourceError if the source cannot be read.
     """
+    paths = locate_all(source, pipelines=True)
+    files = [path for path in paths if not is_pipeline(path)]
+    matches = recognise_all(open_all(files, allow_pickle=allow_pickle))
+    for path in filter(is_pipeline, paths):
+        for component in read_pipeline(path, strict=False).values():
+            matches += component.parts.values()
     found = []
-    for match in recognise_all(open_all(locate_all(source), allow_pickle=allow_pickle)):
+    for match in matches:
         opened = match.source
         tensors = [tensor for _, tensor in match.slots()]
         found.append(

@@ -10,15 +10,14 @@ from safetensors import safe_open
 
 from kcv2diffusers.errors import Error, no_choice
 from kcv2diffusers.progress import Progress, silent
-from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_header, read_pipeline
-from kcv2diffusers.sources.gather import SourcePath, gather
+from kcv2diffusers.sources.diffusers_pipeline import read_header
+from kcv2diffusers.sources.gather import SourcePath, parts_of
 from kcv2diffusers.sources.keras_lora import ENDING as KERAS_ENDING
 from kcv2diffusers.sources.keras_lora import SPELLING as KERAS_HUB
 from kcv2diffusers.sources.keras_lora import read_keras_lora
-from kcv2diffusers.sources.locate import locate_all, locate_lora
+from kcv2diffusers.sources.locate import locate_lora
 from kcv2diffusers.sources.lora import Lora, read_lora
 from kcv2diffusers.sources.lora_names import SPELLINGS
-from kcv2diffusers.sources.recognise import Match
 from kcv2diffusers.system.output import check_folder, check_free_file, new_file
 from kcv2diffusers.targets.lora import WRITTEN, lora_plan, write_lora
 from kcv2diffusers.targets.stream import run_finite
@@ -121,13 +120,7 @@ def convert_lora(
 
 def _read(source: SourcePath, base: SourcePath | None) -> Lora:
     if str(source).endswith(KERAS_ENDING):
-        models: dict[str, Match] = {}
-        for path in locate_all(base, pipelines=True) if base is not None else ():
-            if is_pipeline(path):
-                for component in read_pipeline(path).values():
-                    models |= component.parts
-            else:
-                models |= gather([path])
+        models = {} if base is None else parts_of(base)
         return read_keras_lora(
             locate_lora(source), {part: match.require_complete() for part, match in models.items()}
         )

@@ -16,9 +16,7 @@ from kcv2diffusers.dtypes import ALIASES, DTYPES, full_name
 from kcv2diffusers.errors import Error, no_choice
 from kcv2diffusers.maps.tables import Slot
 from kcv2diffusers.progress import Progress, silent
-from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_pipeline
-from kcv2diffusers.sources.gather import SourcePath, gather
-from kcv2diffusers.sources.locate import locate_all
+from kcv2diffusers.sources.gather import SourcePath, parts_of
 from kcv2diffusers.sources.lora import Lora, Update
 from kcv2diffusers.sources.lora_names import KOHYA, SPELLINGS
 from kcv2diffusers.sources.recognise import Match
@@ -196,16 +194,9 @@ def _planned(
 
 def _tensors(source: SourcePath) -> dict[_Place, _Found]:
     """Return the tensors of UNet and text encoder, by component and diffusers name."""
-    paths = locate_all(source, pipelines=True)
-    matches: list[Match] = []
-    for path in paths:
-        if is_pipeline(path):
-            components = read_pipeline(path, list(KOHYA))
-            matches += [match for component in components.values() for match in component.parts.values()]
-    matches += gather([path for path in paths if not is_pipeline(path)]).values()
     found = {
         (match.spec.table.name, slot.target): (match.require_complete(), slot, tensor)
-        for match in matches
+        for match in parts_of(source, list(KOHYA)).values()
         if match.spec.table.name in KOHYA
         for slot, tensor in match.slots()
     }

@@ -11,6 +11,7 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import shown
 from kcv2diffusers.maps.parts import family_of, label
 from kcv2diffusers.maps.tables import spec
+from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_pipeline
 from kcv2diffusers.sources.leftovers import summary
 from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.sources.open import open_all
@@ -52,6 +53,19 @@ def gather(
                 del parts[part]  # it came from a single file
             add_part(parts, match)
     return parts
+
+
+def parts_of(source: SourcePath, components: Sequence[str] | None = None) -> dict[str, Match]:
+    """The matches by part at one source: a diffusers pipeline, or checkpoints.
+
+    Of a pipeline only those of the folders `components` (None: all) are read. Raises Error as `gather`.
+    """
+    paths = locate_all(source, pipelines=True)
+    found = gather([path for path in paths if not is_pipeline(path)])
+    for path in filter(is_pipeline, paths):
+        for component in read_pipeline(path, components).values():
+            found |= component.parts
+    return found
 
 
 def add_part(parts: dict[str, Match], match: Match) -> None:

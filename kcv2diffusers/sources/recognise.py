@@ -179,7 +179,8 @@ def _is_at(source: Source, spec: Spec) -> bool:
 
 def _unknown(path: Path, tensors: Iterable[Tensor], whose: str = "Keras ") -> SourceError:
     names = [tensor.name for tensor in tensors]
-    known = f"Models of {' and '.join(family.label for family in families())} are read."
+    read = " and ".join(family.label for family in families())
+    known = f"Models of {read} are read, KerasHub's as .weights.h5, .keras or a preset."
     for pattern, what in _OTHERS:
         if any(pattern.search(name) for name in names):
             return SourceError(path, f"of {what}, which is not read here.", known)

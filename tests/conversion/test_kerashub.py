@@ -89,7 +89,7 @@ def test_the_mmdit_that_the_example_saves_with_a_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["diffuser.h5", "backbone.h5"])
 def test_legacy_files_are_refused(tmp_path: Path, file: str) -> None:
     """They have the names of layers instead of attributes."""
-    with pytest.raises(SourceError, match=r"not those of a .*\n.* SD3 of KerasHub as \.weights\.h5"):
+    with pytest.raises(SourceError, match=r"not those of a .*\n.* KerasHub's as \.weights\.h5"):
         convert(keras_hub.models() / "sd35l" / file, out=tmp_path / "out", base="none")
 
 

@@ -118,14 +118,13 @@ def test_there_and_back_is_identity(version: str, pipelines, files, tmp_path: Pa
             assert json.loads((pipeline / name).read_text()) == json.loads((made / name).read_text()), name
 
 
-@pytest.mark.parametrize("held", [["unet", "text_encoder", "vae"], ["text_encoder"]])
-def test_a_folder_without_an_index(held: list[str], pipelines, files, tmp_path: Path) -> None:
-    """Other families have a text encoder of the same tensors; it is taken for that of Stable Diffusion."""
-    for name in held:
+def test_a_folder_without_an_index(pipelines, files, tmp_path: Path) -> None:
+    """Another family has a text encoder of the same tensors; it is taken for that of Stable Diffusion."""
+    for name in ("text_encoder", "unet", "vae"):
         shutil.copytree(pipelines["sd1"] / name, tmp_path / "some" / name)
-    convert(tmp_path / "some", base="none", out=tmp_path / "model.safetensors")
-    expected = {n: t for n, t in load_file(files["sd1"]).items() if len(held) > 1 or n.startswith("cond_")}
-    assert same(load_file(tmp_path / "model.safetensors"), expected)
+        assert {entry.part for entry in inspect(tmp_path / "some")} >= {"text_encoder"}
+    convert(tmp_path / "some", out=tmp_path / "model.safetensors")
+    assert same(load_file(tmp_path / "model.safetensors"), load_file(files["sd1"]))
 
 
 def test_the_tensors_of_an_attention_layer_are_fused(pipelines, files) -> None:
@@ -789,6 +788,16 @@ def test_to_keras_writes_what_the_pipeline_gives(files, pipelines, tmp_path: Pat
         for name in names:
             one, two = (tmp_path / kind / name for kind in ("pipeline", "file"))
             assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_inspect_shows_the_same_of_a_pipeline_and_its_file(version: str, pipelines, files) -> None:
+    def shown(source: Path) -> list[tuple[Any, ...]]:
+        found = sorted(inspect(source), key=lambda entry: entry.part)
+        return [(e.part, e.version, e.dtypes, e.tensors, e.parameters, e.sizes, e.problems) for e in found]
+
+    assert shown(pipelines[version]) == shown(files[version])
+    assert len(shown(pipelines[version])) == 4
 
 
 def test_inspect_shows_what_a_file_says_of_itself(pipelines, tmp_path: Path) -> None:

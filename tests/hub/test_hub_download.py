@@ -161,7 +161,7 @@ def test_a_lora(hub: Hub, tiny_pipeline: Path, tmp_path: Path) -> None:
     assert lora["sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
     hub.does(*arguments, tmp_path / "offline", HF_HUB_OFFLINE="1")
     assert same(tmp_path / "here", tmp_path / "offline")
-    shutil.copy(file, folder / "cat.safetensors")
+    save(kohya(tiny_pipeline, rank=2), folder / "cat.safetensors")
     hub.seed("alice/loras", folder)
     refused = hub.refuses("convert-lora", "hf://alice/loras", "--out", tmp_path / "lora.safetensors")
     assert (
