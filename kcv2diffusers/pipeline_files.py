@@ -19,6 +19,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "spiece.model",
 )
+KERAS_VOCABULARY = "vocabulary.json"
+"""What KerasHub calls vocab.json."""
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 CARD = "README.md"
 CONFIG_FILE = "kcv2diffusers.json"
@@ -55,6 +57,16 @@ def index_name(name: str) -> str:
     model.safetensors.index.fp16.json, as diffusers and transformers name it."""
     stem, *variant, suffix = name.rsplit(".", 2) if name.count(".") > 1 else name.split(".")
     return ".".join([stem, suffix, "index", *variant, "json"])
+
+
+def shard_names(name: str, there: Iterable[str]) -> list[str]:
+    """Return the files among `there` that a sharded weight file `name` consists of, without its index."""
+    stem, suffix = name.rsplit(".", 1)
+    return [
+        file
+        for file in sorted(there)
+        if (found := _SHARD.search(file)) and file[: found.start()] == stem and file[found.end() :] == suffix
+    ]
 
 
 def weight_names(name: str, variant: str | None, there: Iterable[str]) -> list[str]:

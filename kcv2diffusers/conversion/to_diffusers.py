@@ -204,7 +204,8 @@ def convert(
         ema=ema,
     )
     family, matches, filling = gathered.family, gathered.matches, gathered.base
-    complete = set(gathered.missing) <= set(family.optional) and not gathered.only_given
+    missing = [part for part in gathered.missing if part not in family.optional]
+    complete = not missing and not gathered.only_given
     text = matches.get(family.tokenizer_part or "")
     check_merges(merges, matches.values())
     notes += [merge.text() for merge in merges]
@@ -238,7 +239,7 @@ def convert(
         sources={part: match.source.path for part, match in matches.items() if match.keras},
         base=filling.paths[0] if filling.components else None,
         dtypes={component.table.folder: component.dtype.name for component in components},
-        missing=gathered.missing,
+        missing=missing,
         bytes_read=sum(part.from_bytes for component in components for part in component.moved),
         bytes_written=needed,
         seconds=time.monotonic() - started,

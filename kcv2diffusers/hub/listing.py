@@ -21,11 +21,13 @@ from kcv2diffusers.pipeline_files import (
     CARD,
     COMPONENT_CONFIG,
     CONFIG_FILE,
+    KERAS_VOCABULARY,
     LORA_FILE,
     MODEL_INDEX,
     SCHEDULER_FILE,
-    TOKENIZER,
     TOKENIZER_FILES,
+    index_name,
+    shard_names,
     weight_names,
 )
 
@@ -35,7 +37,8 @@ Listing = Mapping[str, int]
 # Bytes per parameter: float32, float16, float32 twice (Keras 3's export), float32 with two optimizer moments.
 _BYTES = (4, 2, 8, 12)
 _TOLERANCE = 0.02
-_SMALL = (MODEL_INDEX, CONFIG_FILE, CARD, SCHEDULER_FILE.as_posix())
+# A KerasHub preset has a config.json beside its weights.
+_SMALL = (MODEL_INDEX, CONFIG_FILE, COMPONENT_CONFIG, CARD, SCHEDULER_FILE.as_posix())
 _CHECKPOINT = re.compile(r"\.(h5|hdf5|keras)$")
 _SHARD = re.compile(r"_\d{5}\.weights\.h5$")
 
@@ -109,29 +112,35 @@ def pipeline_files(
 ) -> list[str]:
     """The files of a diffusers pipeline with the parts `wanted` (None: all) and its small files.
 
-    Each component has one weight file. Raises Error if a component has no `.safetensors` file.
+    Raises Error if a component has no `.safetensors` file.
     """
     folders = {table_of(part).folder for part in (parts() if wanted is None else wanted)}
     files = small_files(listing, below)
-    for table in tables().values():
-        config = _join(below, f"{table.folder}/{COMPONENT_CONFIG}")
-        if table.folder not in folders or config not in listing:
+    for folder, name in {table.folder: table.weights for table in tables().values()}.items():
+        config = _join(below, f"{folder}/{COMPONENT_CONFIG}")
+        if folder not in folders or config not in listing:
             continue
-        weights = _weights(listing, _join(below, table.folder), table.weights, variant)
-        if weights is None:
+        weights = _weights(listing, _join(below, folder), name, variant)
+        if not weights:
             raise Error(
-                f"{source}: no {table.folder}/{table.weights}; pickled or sharded weights are not read.\n"
+                f"{source}: no {folder}/{name}; pickled weights are not read.\n"
                 "Look for a revision with it, or save it again with diffusers' save_pretrained."
             )
-        files += [config, weights]
+        files += [config, *weights]
     return files
 
 
-def _weights(listing: Listing, folder: str, name: str, variant: str | None) -> str | None:
-    """The weight file of a component: `variant`, else the file without a variant, else any variant."""
+def _weights(listing: Listing, folder: str, name: str, variant: str | None) -> list[str]:
+    """The weight file of a component: `variant`, else the file without a variant, else any variant.
+
+    Of a sharded file the index and the shards. Empty if there is none.
+    """
     there = [path.removeprefix(f"{folder}/") for path in listing if path.startswith(f"{folder}/")]
-    names = (f"{folder}/{file}" for file in weight_names(name, variant, there))
-    return next((path for path in names if path in listing), None)
+    for file in weight_names(name, variant, there):
+        for found in ([file], [index_name(file), *shard_names(file, there)]):
+            if found[0] in there:
+                return [f"{folder}/{each}" for each in found]
+    return []
 
 
 def lora_file(listing: Listing, source: Address) -> str:
@@ -154,14 +163,18 @@ def lora_file(listing: Listing, source: Address) -> str:
 
 
 def small_files(listing: Listing, below: str) -> list[str]:
-    """The small files that describe a model: configs, model card, tokenizer."""
+    """The small files that describe a model: configs, model card, tokenizers."""
+    known = (folder for family in families() for folder in family.tokenizers)
+    folders = dict.fromkeys(name for folder in known for name in (folder.name, *folder.also))
     names = [_join(below, name) for name in _SMALL]
-    return [name for name in names if name in listing] + tokenizer_files(listing, _join(below, TOKENIZER))
+    tokenizers = [file for name in folders for file in tokenizer_files(listing, _join(below, name))]
+    return [name for name in names if name in listing] + tokenizers
 
 
 def tokenizer_files(listing: Listing, folder: str) -> list[str]:
     """The files of a tokenizer in a folder of the repository."""
-    return [name for file in TOKENIZER_FILES if (name := _join(folder, file)) in listing]
+    names = (*TOKENIZER_FILES, KERAS_VOCABULARY)
+    return [name for file in names if (name := _join(folder, file)) in listing]
 
 
 def unsafe(path: str) -> bool:
@@ -231,7 +244,7 @@ def _parameters() -> tuple[tuple[str, int], ...]:
         if not parts()[spec.part].hint:
             continue
         slots = spec.existing(dims := spec.nominal)
-        counts.append((spec.part, sum(prod(size.value(dims) or 0 for size in s.shape) for s in slots)))
+        counts.append((spec.part, sum(prod(slot.part_shape(dims, keras=True)) for slot in slots)))
     return tuple(counts)
 
 

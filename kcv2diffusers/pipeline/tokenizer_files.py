@@ -40,7 +40,7 @@ from typing import Any
 
 from kcv2diffusers.errors import Error, SourceError, TargetError
 from kcv2diffusers.json_text import parse_object
-from kcv2diffusers.pipeline_files import TOKENIZER, TOKENIZER_FILES
+from kcv2diffusers.pipeline_files import KERAS_VOCABULARY, TOKENIZER, TOKENIZER_FILES
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 BPE_NAME = "bpe_simple_vocab_16e6.txt.gz"
@@ -170,7 +170,7 @@ def _open(path: Path) -> TokenizerFiles:
     if path.is_file():
         return _from_tokenizer_json(path) if path.name == "tokenizer.json" else _from_bpe(path)
     for folder in (path, path / "tokenizer"):
-        for name in ("vocab.json", "vocabulary.json"):  # the second is KerasHub's
+        for name in ("vocab.json", KERAS_VOCABULARY):
             if (folder / name).is_file() and (folder / "merges.txt").is_file():
                 return _from_folder(folder, name)
         if (folder / "tokenizer.json").is_file():  # The only vocabulary file that transformers 5 saves.
