@@ -45,13 +45,13 @@ CONTAINERS = (
     (
         ("legacy .h5 weights",),
         "legacy `.h5` weights",
-        'Keras 2 `save_weights("x.h5")`, as in the 2023 DreamBooth scripts',
+        'Keras 2 `save_weights("x.h5")`, as in the 2023 DreamBooth scripts; stable-diffusion-tensorflow',
     ),
     (("whole-model .h5",), "whole-model `.h5`", 'Keras 2 and Keras 3 `save("x.h5")`'),
     (
         (".weights.h5", "sharded .weights.h5"),
         "`.weights.h5`, also sharded (`.weights.json`)",
-        "`save_weights` of Keras 3 and of Keras 2.12 and newer",
+        "`save_weights` of Keras 3 and of Keras 2.12 and newer; `save_to_preset` of KerasHub",
     ),
     ((".keras archive",), "`.keras`", "`save` of Keras 3 and of Keras 2.12 and newer"),
     (
