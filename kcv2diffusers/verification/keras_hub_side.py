@@ -68,10 +68,7 @@ def _load(preset: Path, family: Family) -> Any:
 
 def _set(self: Any, name: str, value: Any) -> None:
     """Set an attribute of a model. On PyTorch KerasHub's T5 sets layers before the module is initialised."""
-    if hasattr(self, "_layers"):
-        keras.Model.__setattr__(self, name, value)
-    else:
-        object.__setattr__(self, name, value)
+    (keras.Model if hasattr(self, "_layers") else object).__setattr__(self, name, value)
 
 
 @contextmanager

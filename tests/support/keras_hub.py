@@ -16,6 +16,7 @@ from support.random_pipelines import TOKENIZER
 
 MAKER = Path(__file__).parent / "kerashub"
 KINDS = ("sd3", "sd35m", "sd35l")
+SIZE = 64  # pixels, as in kerashub/tiny.py
 COMPONENTS = ("transformer", "text_encoder", "text_encoder_2", "vae")
 FILES = {
     "diffuser": "transformer",

@@ -2,9 +2,10 @@
 
     python load.py TOKENIZER PLAN
 
-PLAN is a JSON file: for each kind, the file of each part by its attribute of the backbone ("diffuser", "vae"), and
-the folder of a "preset". Prints a JSON object: for each kind and part, the paths of the variables that are not
-those of support/kerashub/make_models.py bit for bit, and the number of variables.
+PLAN is a JSON file: for each kind, the file of each part by its attribute of the backbone ("diffuser", "vae"),
+and the folder of a "preset". Prints a JSON object: for each kind and part, the paths of the variables that are
+not those of support/kerashub/make_models.py bit for bit, and the number of variables. On PyTorch, where models
+are built in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -15,16 +16,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ["KERAS_BACKEND"] = "torch"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import keras
 import keras_hub
-import numpy as np
 import tiny
+from keras_hub.src.models.stable_diffusion_3.t5_encoder import T5Encoder
+
+
+def set_early(self: Any, name: str, value: Any) -> None:
+    """T5 sets layers before PyTorch's module is initialised, which it refuses."""
+    (keras.Model if hasattr(self, "_layers") else object).__setattr__(self, name, value)
+
+
+T5Encoder.__setattr__ = set_early
 
 
 def values(model: Any) -> list[tuple[str, bytes]]:
-    return [(v.path, np.asarray(v.value).tobytes()) for v in model.weights]
+    return [(v.path, keras.ops.convert_to_numpy(v).tobytes()) for v in model.weights]
 
 
 def loaded(backbone: Any, part: str, file: str) -> Any:

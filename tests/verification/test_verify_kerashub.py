@@ -1,0 +1,229 @@
+"""verify of Stable Diffusion 3 against KerasHub's own classes; mistakes planted in a pipeline are located.
+
+Both sides run in this process, to save their start, except where a test says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support import keras_hub
+
+from kcv2diffusers import convert, verify
+from kcv2diffusers.errors import Error
+from kcv2diffusers.progress import StageProgress
+from kcv2diffusers.verification import diffusers_side, exchange
+from kcv2diffusers.verification import run as running
+from kcv2diffusers.verification.request import Request
+from kcv2diffusers.verification.result import Verified
+
+pytestmark = pytest.mark.slow
+keras_hub_side = pytest.importorskip("kcv2diffusers.verification.keras_hub_side", exc_type=ImportError)
+
+TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
+PROMPT = "a photo of a red cat"
+Check = Callable[..., Verified]
+Plant = Callable[[Path], None]
+
+
+def source(kind: str) -> Path:
+    return keras_hub.models() / kind / "task"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pipeline of each kind; that with T5 has no tokenizers."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    for kind in keras_hub.KINDS:
+        convert(source(kind), out=folder / kind, **({"base": "none"} if kind == "sd35m" else {}))
+    return {kind: folder / kind for kind in keras_hub.KINDS}
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory: pytest.TempPathFactory) -> Check:
+    """`verify` in this process; what the Keras side left is used again."""
+    kept: dict[str, Path] = {}
+
+    def run_side(name: str, title: str, folder: Path, progress: StageProgress, backend: str) -> None:
+        request = Request.load(folder)
+        if name == "diffusers_side":
+            return diffusers_side.run(folder, request, progress)
+        key = json.dumps(asdict(request) | {"pipeline": ""}) + (folder / "plan.json").read_text()
+        if key not in kept:
+            assert name == "keras_hub_side" and backend == "torch"
+            keras_hub_side.run(folder, request, progress)
+            kept[key] = tmp_path_factory.mktemp("keras") / "keras"
+            shutil.copytree(folder / "keras", kept[key])
+        shutil.copytree(kept[key], folder / "keras", dirs_exist_ok=True)
+
+    def run(pipeline: Path, kind: str, **options: Any) -> Verified:
+        options = {"prompts": [PROMPT], "seeds": 1, "steps": 4, "size": keras_hub.SIZE, **options}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(running, "run_side", run_side)
+            return verify(pipeline, source(kind), **options)
+
+    return run
+
+
+@pytest.mark.parametrize(("kind", "level"), [("sd3", "modules"), ("sd35m", "modules"), ("sd35l", "images")])
+def test_a_right_pipeline_passes(made: dict[str, Path], check: Check, kind: str, level: str) -> None:
+    """Without q/k norm random weights are chaotic, so that kind is not drawn."""
+    result = check(made[kind], kind, level=level)
+    assert result.passed, result.failures()
+    assert result.request.reference == "keras-hub" and "keras-hub" in result.versions
+    parts = {found.part: found for found in result.modules or []}
+    assert parts.keys() == {
+        *("mmdit", "clip_l", "clip_l_projection", "clip_g", "clip_g_projection"),
+        *("vae16_decoder", "vae16_encoder", *(["t5"] if kind == "sd35m" else [])),
+    }
+    # All layers but the table of positions, and T5's embedding, which transformers calls by another name.
+    layers = 4 if kind == "sd35m" else 3
+    blocks = {
+        "mmdit": layers + 6,
+        "clip_l": 4,
+        "clip_g": 5,
+        "t5": 3,
+        "vae16_encoder": 17,
+        "vae16_decoder": 21,
+    }
+    assert {name: len(found.blocks) for name, found in parts.items()} == {
+        name: blocks.get(name, 1) for name in parts
+    }
+    assert parts["clip_l"].attributed < 2e-6 and "with KerasHub's epsilon" in result.text()
+    if kind == "sd35m":
+        assert parts["t5"].attributed < 2e-6 < parts["t5"].stock
+    if level == "images":
+        assert result.images is not None and result.images.worst("attributed").attributed.psnr > 70
+
+
+def change(file: str, edit: Callable[[dict[str, np.ndarray]], None]) -> Plant:
+    def plant(folder: Path) -> None:
+        tensors = load_file(folder / file)
+        edit(tensors)
+        save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, folder / file)
+
+    return plant
+
+
+def swap(file: str, one: str, other: str) -> Plant:
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors[one], tensors[other] = tensors[other], tensors[one]
+
+    return change(file, edit)
+
+
+def halves(file: str, name: str) -> Plant:
+    """[scale, shift] becomes [shift, scale], as in Keras."""
+    return change(
+        file, lambda tensors: tensors.update({name: np.roll(tensors[name], len(tensors[name]) // 2, 0)})
+    )
+
+
+def setting(file: str, **entries: Any) -> Plant:
+    def plant(folder: Path) -> None:
+        path = folder / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+    return plant
+
+
+CLIP = "text_encoder_2/model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+BLOCK = "transformer_blocks.1"
+
+
+@pytest.mark.parametrize(
+    ("plant", "part", "block"),
+    [
+        (swap(TRANSFORMER, f"{BLOCK}.attn.to_q.weight", f"{BLOCK}.attn.to_k.weight"), "MMDiT", BLOCK),
+        (swap(TRANSFORMER, f"{BLOCK}.ff.net.2.bias", f"{BLOCK}.ff_context.net.2.bias"), "MMDiT", BLOCK),
+        (halves(TRANSFORMER, "norm_out.linear.weight"), "MMDiT", "norm_out"),
+        (
+            halves(TRANSFORMER, "transformer_blocks.2.norm1_context.linear.weight"),
+            "MMDiT",
+            "transformer_blocks.2",
+        ),
+        (
+            change(CLIP, lambda t: t.update({"text_projection.weight": t["text_projection.weight"].T})),
+            "CLIP-G projection",
+            "text_projection",
+        ),
+        (
+            swap(VAE, "decoder.mid_block.resnets.0.conv1.bias", "decoder.mid_block.resnets.0.conv2.bias"),
+            "16-channel VAE decoder",
+            "decoder.mid_block.resnets.0",
+        ),
+    ],
+)
+def test_a_mistake_is_located(
+    made: dict[str, Path], check: Check, tmp_path: Path, plant: Plant, part: str, block: str
+) -> None:
+    """By the weights, and without them by what the one block computes."""
+    pipeline = Path(shutil.copytree(made["sd35l"], tmp_path / "copy"))
+    plant(pipeline)
+    result = check(pipeline, "sd35l", level="modules")
+    assert not result.passed and result.failures()["weights"]
+    (failure,) = result.failures()["modules"]
+    assert failure.startswith(f"{part}: error") and f"departs: {block} (" in failure
+    (wrong,) = [found for found in result.modules or [] if found.departing]
+    assert [found.module.name for found in wrong.departing] == [block]
+
+
+@pytest.mark.parametrize(
+    ("plant", "named"),
+    [
+        (setting("scheduler/scheduler_config.json", shift=1.0), "shift is 1.0, not 3.0"),
+        (setting("tokenizer_2/tokenizer_config.json", pad_token="<|endoftext|>"), 'not "!"'),
+        (setting("transformer/config.json", qk_norm=None), "qk_norm is null"),
+        (setting("model_index.json", text_encoder_2=["os", "path"]), 'text_encoder_2 is ["os", "path"]'),
+    ],
+)
+def test_settings(made: dict[str, Path], check: Check, tmp_path: Path, plant: Plant, named: str) -> None:
+    pipeline = Path(shutil.copytree(made["sd35l"], tmp_path / "copy"))
+    plant(pipeline)
+    (failure,) = check(pipeline, "sd35l", level="weights").failures()["weights"]
+    assert named in failure
+
+
+def test_what_is_not_installed_is_named(made: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "find_spec", lambda name: None if name.startswith("keras_hub") else "found")
+    with pytest.raises(
+        Error, match=r"^KerasHub, .*is not installed.\npip install 'kcv2diffusers\[keras-hub\]'"
+    ):
+        verify(made["sd35l"], source("sd35l"), level="modules")
+    assert verify(made["sd35l"], source("sd35l"), level="weights").passed
+
+
+def test_other_references_are_refused(made: dict[str, Path]) -> None:
+    with pytest.raises(
+        Error, match=r"--reference keras-cv: not for Stable Diffusion 3.\nUse --reference keras-hub"
+    ):
+        verify(made["sd35l"], source("sd35l"), reference="keras-cv")
+    shutil.rmtree(made["sd3"] / "vae")
+    with pytest.raises(Error, match=r"has no 16-channel VAE decoder; .*whole pipeline.\nUse --level weights"):
+        verify(made["sd3"], keras_hub.models() / "sd3" / "diffuser.weights.h5", level="modules")
+
+
+def test_in_processes_of_their_own(made: dict[str, Path], tmp_path: Path) -> None:
+    """As users run it, for a pipeline in fp16, with few steps."""
+    out = tmp_path / "out"
+    convert(source("sd35l"), out=out, dtype="fp16")
+    done = subprocess.run(
+        [sys.executable, "-m", "kcv2diffusers", "verify", out, source("sd35l"), "--image-size", "64"]
+        + ["--steps", "2", "--images-per-prompt", "1", "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["passed"] and len(found["images"]["runs"]) == 1 and "rounded" in " ".join(found["notes"])
