@@ -115,6 +115,7 @@ class Family:
     - `modelspec`: metadata entries of a single file by version
     - `preset`: the preset of a Keras model that holds all parts; None if there is no such model
     - `library`: the Keras library whose models they are
+    - `tags`: tags of its pipelines on the Hub
     - `references`: the Keras sides that a verification can compare with; the first one is the default
     """
 
@@ -135,6 +136,7 @@ class Family:
     preset: Preset | None = None
     backbone: tuple[str, ...] = ()
     library: str = "KerasCV"
+    tags: tuple[str, ...] = ()
     references: tuple[str, ...] = ("builtin", "keras-cv")
 
     @property
@@ -278,5 +280,6 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         preset=Preset(**data["preset"]) if "preset" in data else None,
         backbone=tuple(data.get("backbone", ())),
         library=data.get("library", Family.library),
+        tags=tuple(data.get("tags", ())),
         references=tuple(data.get("references", Family.references)),
     )

@@ -49,7 +49,7 @@ def model_card(facts: Facts, repository: str) -> str:
     """Return README.md for a repository: metadata, then text. Anything like an access token is redacted."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "keras"]
+    tags = [*facts.checked.family.tags, "text-to-image", "diffusers", "keras"]
     prompts = facts.instance_prompts
     prompts += [prompt for prompt in facts.run.get("sample_prompt", []) if prompt not in prompts]
     data = ModelCardData(
@@ -67,7 +67,8 @@ def model_card(facts: Facts, repository: str) -> str:
 
 
 def _text(facts: Facts, repository: str) -> str:
-    about = f"A Stable Diffusion {facts.checked.version.removeprefix('sd')} pipeline for diffusers"
+    version = facts.checked.version.removeprefix("sd").replace("-", " ")
+    about = f"A Stable Diffusion {version} pipeline for diffusers"
     if facts.run:
         about += ", fine-tuned with DreamBooth in Keras"
     if facts.base_model:
@@ -95,16 +96,16 @@ def _pictures(facts: Facts) -> str:
 
 
 def _snippet(facts: Facts, repository: str) -> str:
-    weights = [
-        name for name in facts.checked.files if name.startswith("unet/") and name.endswith(".safetensors")
-    ]
-    variants = {name.removesuffix(".safetensors").partition(".")[2] for name in weights}
-    variant = "" if "" in variants else f', variant="{min(variants)}"'
+    arguments = {"variant": f'"{facts.variant}"'} if facts.variant else {}
+    given = "".join(
+        f", {name}={value}" for name, value in (arguments | dict.fromkeys(facts.absent, "None")).items()
+    )
+    pipeline = facts.checked.family.index["_class_name"]
     prompt = json.dumps(next(iter(facts.instance_prompts), "a photo of a cat"), ensure_ascii=False)
     return f"""```python
-from diffusers import StableDiffusionPipeline
+from diffusers import {pipeline}
 
-pipeline = StableDiffusionPipeline.from_pretrained("{repository}"{variant})
+pipeline = {pipeline}.from_pretrained("{repository}"{given})
 pipeline({prompt}).images[0].save("picture.png")
 ```"""
 

@@ -14,7 +14,8 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import SCHEME, parse
 from kcv2diffusers.json_text import parse_object
 from kcv2diffusers.pipeline import record
-from kcv2diffusers.pipeline_files import RUN_FILE, VERIFICATION_FILE, variant_of
+from kcv2diffusers.pipeline.configs import absent_arguments
+from kcv2diffusers.pipeline_files import RUN_FILE, VERIFICATION_FILE
 from kcv2diffusers.progress import Progress, silent
 from kcv2diffusers.publish.check import Checked
 
@@ -41,16 +42,19 @@ class Facts:
 
     @property
     def checkpoints(self) -> dict[str, Any]:
-        """The parts that were converted from KerasCV files."""
+        """The parts that were converted from Keras files."""
         parts: dict[str, Any] = self.conversion.get("parts", {})
         return {name: part for name, part in parts.items() if part["checkpoint"]}
 
     @property
     def variant(self) -> str | None:
         """The `variant` that `from_pretrained` needs if there are no weights without one, else None."""
-        files = [n for n in self.checked.files if n.startswith("unet/") and n.endswith(".safetensors")]
-        variants = {variant_of(name) for name in files}
-        return None if "" in variants else min(variants)
+        return self.checked.variant
+
+    @property
+    def absent(self) -> list[str]:
+        """The components that `from_pretrained` needs as None."""
+        return absent_arguments(self.checked.family, self.checked.parts)
 
     @property
     def instance_prompts(self) -> list[str]:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from kcv2diffusers.errors import Error, SourceError, plain
-from kcv2diffusers.maps.parts import families, family_named, label
-from kcv2diffusers.maps.tables import tables_of
+from kcv2diffusers.maps.parts import Family, TokenizerFolder, families, family_named, label
+from kcv2diffusers.maps.tables import table_of, tables_of
 from kcv2diffusers.pipeline.configs import check_sizes
 from kcv2diffusers.pipeline.tokenizer_files import find_tokenizer
 from kcv2diffusers.pipeline_files import (
@@ -25,7 +25,6 @@ from kcv2diffusers.pipeline_files import (
     MODEL_INDEX,
     RUN_FILE,
     SCHEDULER_FILE,
-    TOKENIZER,
     VERIFICATION_FILE,
     variant_of,
 )
@@ -56,19 +55,28 @@ _COMPONENT = ("*.json", "*.txt", "*.safetensors")
 class Checked:
     """A pipeline that may be published.
 
-    `files` are relative to its folder, `left_out` are the files that are not published. `parts` determine
-    sizes and version.
+    `files` are relative to its folder, `left_out` are the files that are not published. `parts`, which are of
+    the `family`, determine sizes and version.
     """
 
     folder: Path
     files: list[str]
     left_out: list[str]
     parts: dict[str, Match]
+    family: Family
 
     @property
     def version(self) -> str:
-        """The version of the model: "sd1" or "sd2"."""
+        """The version of the model, such as "sd1"."""
         return version_of(self.parts)
+
+    @property
+    def variant(self) -> str | None:
+        """The `variant` that `from_pretrained` needs if there are no weights without one, else None."""
+        main = table_of(self.family.scheduler_part or self.family.parts[0]).folder
+        files = [n for n in self.files if n.startswith(f"{main}/") and n.endswith(".safetensors")]
+        variants = {variant_of(name) for name in files}
+        return None if "" in variants else min(variants)
 
 
 def check(folder: Path, progress: Progress = silent) -> Checked:
@@ -88,7 +96,10 @@ def check(folder: Path, progress: Progress = silent) -> Checked:
             "Convert or save it again."
         )
     family = family_named(str(index.get("_class_name"))) or families()[0]
+    optional = {table_of(part).folder for part in family.optional}
     for table in tables_of(family):
+        if table.folder in optional and index.get(table.folder) == [None, None]:
+            continue
         if index.get(table.folder) != (expected := table.diffusers.split(".")):
             raise Error(
                 f"{folder / MODEL_INDEX}: {table.folder} is not {'.'.join(expected)}, as in {family.label}.\n"
@@ -103,23 +114,25 @@ def check(folder: Path, progress: Progress = silent) -> Checked:
                 match.require_complete()
                 check_sizes(folder / name / COMPONENT_CONFIG, match, component.config)
             parts |= component.parts
-    if missing := [label(part) for part in family.parts if part not in parts]:
+    required = [part for part in family.parts if part not in family.optional]
+    if missing := [label(part) for part in required if part not in parts]:
         raise Error(f"{folder}: no {', '.join(missing)}; not a whole pipeline.\n{_AGAIN}")
-    if family.tokenizer_part:
-        _check_tokenizer(folder, parts[family.tokenizer_part])
+    for tokenizer in family.tokenizers:
+        if not tokenizer.copied:
+            _check_tokenizer(folder, tokenizer, parts[tokenizer.part])
     if family.scheduler_part:
         read_json(folder / SCHEDULER_FILE, _AGAIN)
     _finite([t for f in files if f.endswith(".safetensors") for t in read_safetensors(folder / f)], progress)
-    return Checked(folder, files, left_out, parts)
+    return Checked(folder, files, left_out, parts, family)
 
 
-def _check_tokenizer(folder: Path, text: Match) -> None:
-    tokenizer = find_tokenizer(folder / TOKENIZER)
-    words, rows = len(tokenizer.vocab) + len(tokenizer.placeholder_tokens), text.dims["vocabulary"]
+def _check_tokenizer(folder: Path, tokenizer: TokenizerFolder, text: Match) -> None:
+    files = find_tokenizer(folder / tokenizer.name)
+    words, rows = len(files.vocab) + len(files.placeholder_tokens), text.dims["vocabulary"]
     if words > rows:
         raise Error(
             f"{folder}: the tokenizer has {words} tokens and the {text.label} {rows}.\n"
-            f"Put the {text.label}'s own into {folder / TOKENIZER}, or convert again with --tokenizer."
+            f"Put the {text.label}'s own into {folder / tokenizer.name}, or convert again with --tokenizer."
         )
 
 

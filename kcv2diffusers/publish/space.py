@@ -60,6 +60,7 @@ def _demo(facts: Facts, repository: str, title: str | None, prompts: Sequence[st
     return {
         "model": repository,
         "variant": facts.variant,
+        "absent": facts.absent,
         "title": title or repository.split("/")[-1],
         "about": f"Pictures by [{repository}](https://huggingface.co/{repository}).",
         "prompts": asked,

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import gradio as gr
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 DEMO = json.loads(Path(__file__).with_name("demo.json").read_text(encoding="utf-8"))
 MODEL = os.environ.get("MODEL", DEMO["model"])  # for a test: another repository, or a folder
 CUDA = torch.cuda.is_available()
 MOST = 2**31 - 1
 
-pipeline = StableDiffusionPipeline.from_pretrained(
-    MODEL, variant=DEMO["variant"], torch_dtype=torch.float16 if CUDA else torch.float32
+pipeline = DiffusionPipeline.from_pretrained(
+    MODEL,
+    variant=DEMO["variant"],
+    torch_dtype=torch.float16 if CUDA else torch.float32,
+    **dict.fromkeys(DEMO["absent"]),
 ).to("cuda" if CUDA else "cpu")
 
 
