@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 
-from kcv2diffusers.errors import Error
+from kcv2diffusers.errors import Error, MissingExtra
 
 if TYPE_CHECKING:
     from kcv2diffusers.dreambooth.torch_updates import Pairs
@@ -54,16 +54,14 @@ class AdamW8bit(keras.optimizers.Optimizer):  # type: ignore[misc]
 
 
 def check_adamw8bit() -> None:
-    """Raise Error if the backend is not PyTorch or bitsandbytes is not installed."""
+    """Raise Error if the backend is not PyTorch, or MissingExtra if bitsandbytes is not installed."""
     if keras.backend.backend() != "torch":
         raise Error(
             f"--optimizer adamw8bit needs PyTorch; this is {keras.backend.backend()}.\n"
             "Set KERAS_BACKEND=torch, or take adam_mini, whose state is as small."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise Error(
-            "--optimizer adamw8bit needs a package.\npip install 'kcv2diffusers[bitsandbytes]' installs it."
-        )
+        raise MissingExtra("bitsandbytes", "bitsandbytes")
 
 
 @functools.cache

@@ -184,6 +184,8 @@ def test_resuming_reaches_the_same_weights(
     records = [(tmp_path / out / "config.toml").read_text() for out in ("whole", "parts")]
     assert records[0] == records[1] and 'backend = "torch"' in records[0] and "precision" in records[0]
     assert [leg["start"] for leg in json.loads((tmp_path / "parts" / "legs.json").read_text())] == [0, 3]
+    if "prodigy" in options:
+        assert "Prodigy's learning rate after step 4: 1" in done.stdout
     if options == EVERYTHING:
         losses = [(tmp_path / out / "validation.csv").read_text() for out in ("whole", "parts")]
         assert losses[0] == losses[1] and losses[0].split()[1:] != [] and "nan" not in losses[0]
