@@ -11,8 +11,8 @@ import typer
 
 from kcv2diffusers.cli.app import print_json
 from kcv2diffusers.cli.options import RESULT, SOURCES, Dtype, Json, License, Private, Quiet
-from kcv2diffusers.cli.progress import say, tell
-from kcv2diffusers.errors import Error
+from kcv2diffusers.cli.progress import note, say, tell
+from kcv2diffusers.errors import Error, plain
 
 if TYPE_CHECKING:
     from kcv2diffusers.rescue.one import Result
@@ -71,8 +71,8 @@ def rescue(
         str | None,
         typer.Option(
             metavar="ADDRESS|auto|local",
-            help="Spread the repositories over a Ray cluster: the one at an address, the one that runs here, or "
-            "one that is started here.",
+            help="Spread the repositories over a Ray cluster: one at an address, the one that runs here, or "
+            "one started here.",
         ),
     ] = None,
     time_limit: Annotated[
@@ -110,9 +110,8 @@ def rescue(
     def line(done: int, total: int, result: Result) -> None:
         where = f" {result.where}" if result.where else ""
         reason = f": {result.reason}" if result.reason else ""
-        tell(f"[{done}/{total}] {result.repository}: {result.outcome}{where}{reason}")
+        note(plain(f"[{done}/{total}] {result.repository}: {result.outcome}{where}{reason}"))
 
-    progress = (lambda *_: None) if as_json else line
     if dry_run:
         planned = plan(find, options)
         return print_json([vars(result) for result in planned]) if as_json else say(as_text(planned))
@@ -121,7 +120,7 @@ def rescue(
 
         log_in(f"{options.target}/x", license)
     with _engine(ray, options) as engine:
-        outcome = run(what, find, options, engine=engine, retry=retry, tell=progress)
+        outcome = run(what, find, options, engine=engine, retry=retry, tell=line)
     if as_json:
         print_json(outcome.to_dict())
     else:

@@ -7,10 +7,12 @@ the tasks, writes the journal.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -46,7 +48,7 @@ def on_ray(address: str, minutes: float) -> Iterator[Engine]:
             address=None if address == LOCAL else address,
             include_dashboard=False if address == LOCAL else None,
             log_to_driver=False,
-            logging_level="ERROR",
+            logging_level=logging.ERROR,
         )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise Error(
@@ -57,7 +59,8 @@ def on_ray(address: str, minutes: float) -> Iterator[Engine]:
         for number, handler in handlers.items():  # Ray sets its own
             signal.signal(number, handler)
     try:
-        yield lambda orders: _results(ray, orders, 60 * minutes)
+        with redirect_stdout(sys.stderr):  # Ray prints what happens in the cluster; it is no result
+            yield lambda orders: _results(ray, orders, 60 * minutes)
     finally:
         ray.shutdown()
 

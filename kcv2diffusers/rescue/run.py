@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,8 @@ def rescue(
             later = _work(manifest, options, engine or _one_by_one(options, lock), tell)
         finally:
             sweep(place / STAGING)
+            with suppress(OSError):  # it is not empty, or was never made
+                (place / STAGING).rmdir()
             manifest.close()
         ended = [manifest.ended.get(each) or later[each] for each in manifest.listed or ()]
         tables = write_tables(options.work, ended, f"Rescue of {what}")

@@ -35,20 +35,16 @@ def staging(parent: Path, name: str) -> Iterator[Path]:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # another attempt has one in it
-            parent.rmdir()
 
 
 def sweep(parent: Path) -> None:
-    """Remove the folders in `parent` that no process uses."""
+    """Remove the folders in the folder `parent` that no process uses."""
     if not parent.is_dir():
         return
     for folder in parent.iterdir():
         with suppress(OSError):
             if not _used(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        parent.rmdir()
 
 
 def _used(folder: Path) -> bool:
