@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from support import keras_hub
 from support.hub.hub import ALICE, BOB, READER, Hub
 
 import kcv2diffusers
@@ -134,6 +135,23 @@ def test_card(hub: Hub, pipeline: Path) -> None:
         and "nothing was published" in dry
         and "alice/dry" not in hub.ask("state")
     )
+
+
+def test_stable_diffusion_3(hub: Hub, tmp_path: Path) -> None:
+    """The card names its class, and what it lacks; the pipeline comes back as it is."""
+    made = kcv2diffusers.convert(keras_hub.models() / "sd35l" / "task", out=tmp_path / "dog").out
+    assert "license is not known" in hub.refuses("push", made, "alice/dog", **TOKEN)
+    hub.does("push", made, "alice/dog", "--license", "other", **TOKEN)
+    metadata, body = card(hub, "alice/dog")
+    assert metadata["tags"][:3] == ["stable-diffusion", "sd3", "sd3-diffusers"]
+    assert "A Stable Diffusion 3.5 large pipeline for diffusers" in body
+    loading = 'StableDiffusion3Pipeline.from_pretrained("alice/dog", text_encoder_3=None, tokenizer_3=None)'
+    assert loading in body and "from diffusers import StableDiffusion3Pipeline" in body
+    assert "| MMDiT | model.weights.h5 (.weights.h5) | `" in body
+    for file in made.glob("*/*"):
+        assert contents(hub, "alice/dog", file.relative_to(made).as_posix()) == file.read_bytes()
+    (made / "tokenizer_2" / "vocab.json").unlink()
+    assert "tokenizer_2" in hub.refuses("push", made, "alice/dog", "--license", "other", **TOKEN)
 
 
 def test_license_is_never_invented(hub: Hub, pipeline: Path) -> None:
