@@ -115,8 +115,7 @@ def training_bytes(config: Config, match: Match) -> float:
 def _lora_count(config: Config, match: Match) -> int:
     """The number of trained weights of a LoRA."""
     if config.lora:
-        updates = read_lora(config.lora).updates.values()
-        mine = [update for update in updates if update.component == match.spec.table.name]
+        mine = read_lora(config.lora).of(match.spec.table.name)
         return sum(math.prod(factor.shape) for update in mine for factor in (update.down, update.up))
     sizes = [
         sum(tensor.shape[:2] if not match.keras else tensor.shape[-2:])

@@ -251,14 +251,13 @@ def _check_lora(config: Config, files: BaseFiles) -> None:
     lora = read_lora(config.lora)
     check_merges([Merge(lora, 1.0)], (match for match, _ in files.parts.values()))
     check_finite(lora)
-    held = {component for component, _ in lora.updates}
-    if "text_encoder" in held and not config.train_text_encoder:
+    if lora.of("text_encoder") and not config.train_text_encoder:
         raise Error(
             f"{lora.path}: changes the text encoder too.\nAdd --train-text-encoder to go on with both."
         )
-    if wanted := ({"unet"} | ({"text_encoder"} if config.train_text_encoder else set())) - held:
+    if absent := [part for part in config.trained_parts if not lora.of(part)]:
         raise Error(
-            f"{lora.path}: changes no layer of the {label(min(wanted))}, which is to be trained.\n"
+            f"{lora.path}: changes no layer of the {label(absent[0])}, which is to be trained.\n"
             "Give a LoRA of the parts to train, or --lora-rank for a new one."
         )
 
@@ -334,8 +333,7 @@ def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
     lora = read_lora(config.lora) if config.lora else None
     for part, model in trained.items():
         if lora is not None:
-            mine = [update for update in lora.updates.values() if update.component == part]
-            load_lora(model, mine, base.names, config.lora_alpha)
+            load_lora(model, lora.of(part), base.names, config.lora_alpha)
         elif config.lora_rank:
             add_lora(
                 model,

@@ -90,6 +90,10 @@ class Lora:
     updates: Mapping[tuple[str, str], Update]
     metadata: Mapping[str, str]
 
+    def of(self, component: str) -> list[Update]:
+        """The updates of one component."""
+        return [update for update in self.updates.values() if update.component == component]
+
 
 def read_lora(source: str | PathLike[str]) -> Lora:
     """Read a LoRA file, or the one in a pipeline folder: only the header and the alphas.

@@ -98,7 +98,7 @@ def test_what_training_takes(files: BaseFiles, options: dict[str, Any], tmp_path
             add_lora(model, config.lora_rank, config.lora_rank, conv_rank=config.lora_conv_rank)
             store_frozen_as_computed(model)
         if config.lora:
-            mine = [u for u in read_lora(config.lora).updates.values() if u.component == part]
+            mine = read_lora(config.lora).of(part)
             load_lora(model, mine, load_weights(model, files.parts[part][0]), 0.0)
         trained = [v for layer in model._flatten_layers() for v in layer._trainable_variables if v.trainable]
         assert config.trains_lora == all("lora_kernel" in variable.path for variable in trained)
