@@ -4,13 +4,14 @@
 
 Makes in DIR, if they are not there (13 GB), a pipeline folder of SD1 with random weights, a fine-tune that
 differs in every weight, and a LoRA of rank 32 of all layers. The tokenizer is that of an installed open_clip.
-Each run is a process of its own, measured as
-benchmarks/convert.py does: medians of the times, the largest peak of memory.
+Each run is a process of its own, measured as benchmarks/convert.py does: medians of the times, the largest
+peak of memory. The CPU seconds are what other work on the machine changes least.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import shutil
 import statistics
@@ -67,9 +68,7 @@ def make(work: Path) -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time of all processes that have ended, in user and system mode: what other processes on the
-    machine change least.
-    """
+    """CPU time of all processes that have ended, in user and system mode."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
@@ -88,45 +87,42 @@ def main() -> None:
     base, tuned, lora, out = (args.work / n for n in ("base", "tuned", "lora.safetensors", "out"))
     cli = [sys.executable, "-m", "kcv2diffusers"]
     extract = [*cli, "extract-lora", tuned, "--base", base, "--out", out.with_suffix(".safetensors")]
+    convert = [*cli, "convert", "--base", base, "--out", out]
     kinds: dict[str, list[str | Path]] = {
-        "convert, without a LoRA": [*cli, "convert", "--base", base, "--out", out],
-        "convert --lora, rank 32 of all layers": [
-            *cli,
-            "convert",
-            "--base",
-            base,
-            "--lora",
-            lora,
-            "--out",
-            out,
-        ],
+        "convert, without a LoRA": convert,
+        "convert --lora, rank 32 of all layers": [*convert, "--lora", lora],
         "convert-lora": [*cli, "convert-lora", lora, "--out", out.with_suffix(".safetensors")],
         "extract-lora --rank 32": [*extract, "--rank", "32"],
         "extract-lora --rank auto --keep 0.95": [*extract, "--rank", "auto", "--dtype", "fp16"],
     }
     results: dict[str, list[tuple[Run, float]]] = {kind: [] for kind in kinds}
-    for round_ in range(args.runs):
+    for _ in range(args.runs):
         for kind, command in kinds.items():
             shutil.rmtree(out, ignore_errors=True)
             out.with_suffix(".safetensors").unlink(missing_ok=True)
             before = cpu_seconds()
-            done = run(command), cpu_seconds() - before
-            results[kind].append(done)
-            print(f"{round_} {kind}: {done}", file=sys.stderr, flush=True)
+            results[kind].append((run(command), cpu_seconds() - before))
+            write(results)  # after each command: the later ones take long
     shutil.rmtree(out, ignore_errors=True)
     out.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def write(results: dict[str, list[tuple[Run, float]]]) -> None:
+    """Print the table of what has been measured, and leave it in .cache/lora.md."""
     lines = [
-        f"{machine()}; medians of {args.runs} runs, SD1 in float32 with a text encoder:",
+        f"{machine()}; {max(map(len, results.values()))} runs; load average {os.getloadavg()[2]:.0f}; "
+        "SD1 in float32 with a text encoder:",
         "",
         "| | seconds | CPU seconds | peak MB |",
         "|---|--:|--:|--:|",
     ]
     for kind, runs in results.items():
-        seconds = statistics.median(done.seconds for done, _ in runs)
-        cpu = statistics.median(cpu for _, cpu in runs)
-        peak = max(done.peak_mb for done, _ in runs)
-        lines.append(f"| `{kind}` | {seconds:.1f} | {cpu:.1f} | {peak:.0f} |")
-    print("\n".join(lines))
+        if runs:
+            seconds = statistics.median(done.seconds for done, _ in runs)
+            cpu = statistics.median(cpu for _, cpu in runs)
+            peak = max(done.peak_mb for done, _ in runs)
+            lines.append(f"| `{kind}` | {seconds:.1f} | {cpu:.1f} | {peak:.0f} |")
+    print("\n".join(lines), flush=True)
     (ROOT / ".cache").mkdir(exist_ok=True)
     (ROOT / ".cache" / "lora.md").write_text("\n".join(lines) + "\n")
 
