@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -21,7 +24,7 @@ from support.dreambooth.run import PROMPTS, arguments, command, environment, run
 from support.waiting import LONG, until
 
 from kcv2diffusers.dreambooth import devices
-from kcv2diffusers.dreambooth.config import Config
+from kcv2diffusers.dreambooth.config import Config, make_config
 from kcv2diffusers.dreambooth.ranks import Group, joined, rank
 from kcv2diffusers.errors import Error
 
@@ -322,3 +325,71 @@ def test_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Error, match="for another backend than torch"), joined("torch"):
         pass
     assert os.environ["KERAS_DISTRIBUTION_PROCESS_ID"] == "1"
+
+
+# The recipes of the guide, with commands that stand for those of a cluster.
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "several-gpus.md"
+STANDINS = {
+    "scontrol": "echo node-1; echo node-2",
+    "srun": """shift
+        for number in 0 1 2 3 4 5 6 7; do
+            SLURM_PROCID=$number SLURM_LOCALID=$((number % 4)) SLURM_NTASKS=8 "$@"
+        done""",
+    "kcv2diffusers": 'echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $KERAS_BACKEND $*"',
+    "torchrun": 'echo "$KERAS_BACKEND $*"',
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., list[str]]:
+    for name, script in STANDINS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def run(script: str, **variables: str) -> list[str]:
+        given = os.environ | variables | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            ["bash", "-euc", script], env=given, capture_output=True, text=True, check=False, timeout=LONG
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    return run
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.S)
+
+
+def check_options(line: str) -> None:
+    """The command line after `dreambooth` is understood."""
+    given = dict(re.findall(r"--(\S+) ((?:(?!--).)+)", line.partition(" dreambooth ")[2] + " "))
+    values: dict[str, Any] = {name.replace("-", "_"): text.strip() for name, text in given.items()}
+    config = make_config(values | {"base": [values["base"]], "batch_size": int(values["batch_size"])})
+    assert config.prior_preservation and line.endswith(" --resume")
+    assert 2 * config.batch_size % 16 == 0 and config.export
+
+
+def test_the_recipe_for_slurm(recipe: Callable[..., list[str]]) -> None:
+    (script,) = (block for block in blocks("sh") if "#SBATCH" in block)
+    lines = recipe(script, SLURM_JOB_NODELIST="node-[1-2]")
+    starts = [f"{n} {n % 4} 8 node-1 29500 torch dreambooth --base" for n in range(8)]
+    assert len(lines) == 8 and all(map(str.startswith, lines, starts)), lines
+    check_options(lines[0])
+
+
+def test_the_recipe_for_skypilot(recipe: Callable[..., list[str]]) -> None:
+    import yaml
+
+    task = yaml.safe_load(blocks("yaml")[0])
+    assert task["num_nodes"] == 2 and task["resources"] == {"accelerators": "H100:8"}
+    (line,) = recipe(
+        task["run"], SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_RANK="1", SKYPILOT_NUM_GPUS_PER_NODE="8",
+        SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
+    )  # fmt: skip
+    assert line.startswith(
+        "torch --nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr 10.0.0.1 --master-port 29500 "
+        "-m kcv2diffusers dreambooth --base sd15/ "
+    )
+    check_options(line)
