@@ -12,10 +12,11 @@ import numpy as np
 from kcv2diffusers.conversion.original_check import problems_of, read_by_diffusers
 from kcv2diffusers.errors import Error
 from kcv2diffusers.maps.layouts import LAYOUTS, core, reverse
+from kcv2diffusers.maps.leaves import Share
 from kcv2diffusers.maps.original import naming, namings
 from kcv2diffusers.maps.parts import family_of, label
 from kcv2diffusers.maps.sizes import Size
-from kcv2diffusers.maps.tables import Share, Spec, Table, served_versions, specs, tables
+from kcv2diffusers.maps.tables import Spec, Table, served_versions, specs, tables
 from kcv2diffusers.pipeline.configs import config_of
 
 

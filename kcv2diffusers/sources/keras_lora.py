@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from kcv2diffusers.errors import SourceError
+from kcv2diffusers.maps.leaves import Share
 from kcv2diffusers.maps.parts import families
-from kcv2diffusers.maps.tables import REPEAT, Share, Slot, Spec, specs
+from kcv2diffusers.maps.tables import REPEAT, Slot, Spec, specs
 from kcv2diffusers.sources.hdf5 import Tree, read_tree
 from kcv2diffusers.sources.lora import Lora, Update
 from kcv2diffusers.sources.recognise import Match

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from kcv2diffusers.errors import PlanError, SourceError, plain
 from kcv2diffusers.hub.address import shown
+from kcv2diffusers.maps.leaves import Share
 from kcv2diffusers.maps.parts import families, label, parts
 from kcv2diffusers.maps.sizes import solved
-from kcv2diffusers.maps.tables import REPEAT, Share, Slot, Spec, specs
+from kcv2diffusers.maps.tables import REPEAT, Slot, Spec, specs
 from kcv2diffusers.sources.leftovers import EMA, described, is_average, kind_of
 from kcv2diffusers.sources.pieces import pieces_of
 from kcv2diffusers.sources.source import KEYS, Source, StoredLayer, Style

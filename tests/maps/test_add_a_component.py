@@ -142,6 +142,12 @@ def test_what_is_known_stays(maps: Path, tmp_path: Path) -> None:
         ("denoiser.toml", TABLE, "folder = ", "not a weight map: Invalid value"),
         ("denoiser.toml", "weights ", "wheights ", "has no entry 'weights'"),
         ("denoiser.toml", '"dense", "in out"', '"dense", "in-out"', "not a size: 'in-out'"),
+        (
+            "denoiser.toml",
+            '"dense", "in out"',
+            '"dense", "in out", "unless in != out"',
+            "not a tag: 'unless in",
+        ),
         ("denoiser.toml", 'pattern = "denoiser"', 'pattern = "("', "unterminated subpattern"),
         ("families/made-up.toml", "label ", "lable ", "has no entry 'label'"),
         ("families/made-up.toml", '["denoiser"]', '["voice"]', "no table has the part voice"),
