@@ -272,7 +272,7 @@ def test_what_is_there_is_kept(files, pipelines, tmp_path: Path) -> None:
 def test_a_component_without_original_names_has_no_place(pipelines, tmp_path: Path, monkeypatch) -> None:
     known = {name: naming for name, naming in namings().items() if name != "vae"}
     monkeypatch.setattr("kcv2diffusers.conversion.to_single_file.namings", lambda: known)
-    with pytest.raises(Error, match=r"no single file has a place for a VAE decoder\.\nWrite a pipeline"):
+    with pytest.raises(Error, match=r"no single file has a place for the VAE decoder\.\nWrite a pipeline"):
         convert(pipelines["sd1"], out=tmp_path / "dog.safetensors")
     assert not list(tmp_path.iterdir())
 
