@@ -158,7 +158,8 @@ def _check(out: Path, family: Family, matches: Mapping[str, Match]) -> None:
             raise Error(f"{out}: is read from, and would be replaced.\nChoose another --out.")
         if match.spec.table.name not in namings() or not family.modelspec:
             raise Error(
-                f"--out {out.name}: no single file has a place for the {label(part)}.\nWrite a pipeline folder."
+                f"--out {out.name}: no single file has a place for the {label(part)}.\n"
+                "Write a pipeline folder."
             )
 
 
