@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from support import keras_hub
 from support.loras import kohya, save
 from typer.main import get_command
 
@@ -52,6 +53,8 @@ SHORTER = {
     "verify dog/ dog-unet.h5 dog-text_encoder.h5 --base sd15/  ": (
         "verify --level weights dog/ dog-unet.h5 dog-text_encoder.h5 --base sd15/ "
     ),
+    "verify dog/ dreambooth-unet.weights.h5": "verify --level weights dog/ dreambooth-unet.weights.h5",
+    "num_inference_steps=28": "num_inference_steps=2, height=64, width=64",
     "kcv2diffusers/tiny/subject": str(SUBJECT),
 }
 # The page that explains the options of a command. Those of dreambooth are a generated table.
@@ -124,6 +127,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "dog-unet.h5": lambda: keras / "unet.h5",
         "dog-text_encoder.h5": lambda: keras / "text_encoder.h5",
         "photos/": lambda: SUBJECT,
+        "sd3/": lambda: convert(keras_hub.models() / "sd35l" / "task", out=folder / "sd3").out,
+        "dreambooth-unet.weights.h5": lambda: shutil.copy(
+            keras_hub.models() / "sd35l" / "diffuser.weights.h5", folder / "dreambooth-unet.weights.h5"
+        ),
+        "preset/": lambda: keras_hub.models() / "sd35l" / "task",
+        "adapter.lora.h5": lambda: keras_hub.models() / "sd35l" / "adapter.lora.h5",
         "dog-lora.safetensors": lambda: save(kohya(pipeline), folder / "dog-lora.safetensors"),
     }
     kept: dict[str, Path] = {}
