@@ -112,8 +112,8 @@ class Config:
     warmup_steps: int = _option(0, "Warm-up steps of the learning rate.", least=0)
     optimizer: str = _option(
         "adamw",
-        "Optimizer. adam_mini, adafactor and adamw8bit (bitsandbytes, on PyTorch) need the least memory. "
-        "prodigy finds the learning rate itself.",
+        "Optimizer. adam_mini and adamw8bit (bitsandbytes, on PyTorch) need the least memory. prodigy finds "
+        "the learning rate itself.",
         choices=tuple(MOMENTS),
     )
     weight_decay: float = _option(0.01, "Decoupled weight decay.", least=0)

@@ -17,9 +17,10 @@ from kcv2diffusers.models.layers import rematerialise
 from kcv2diffusers.sources.lora import read_lora
 from kcv2diffusers.sources.recognise import Match
 
-# Bytes of optimizer state per byte of float32 weights; shared or factored state counts as none.
+# Bytes of optimizer state per byte of float32 weights; shared state counts as none. Keras' Adafactor has the
+# second moments that it factors all the same.
 STATES = {
-    "adamw": 2.0, "adamw8bit": 0.5, "adam_mini": 0.5, "adafactor": 0.0, "lion": 1.0, "prodigy": 4.0,
+    "adamw": 2.0, "adamw8bit": 0.5, "adam_mini": 0.5, "adafactor": 1.0, "lion": 1.0, "prodigy": 4.0,
 }  # fmt: skip
 _LORA_RANK = 4  # the rank that the advice suggests
 # diffusers' names of the projections that LoRA updates.
