@@ -67,9 +67,10 @@ def check_adamw8bit() -> None:
 @functools.cache
 def _tables(device: Any) -> tuple[Any, Any]:
     """The 256 values that a byte of the first and of the second moment stands for."""
-    from bitsandbytes.functional import create_dynamic_map
+    from bitsandbytes import functional
 
-    return create_dynamic_map(signed=True).to(device), create_dynamic_map(signed=False).to(device)
+    table: Any = functional.create_dynamic_map
+    return table(signed=True).to(device), table(signed=False).to(device)
 
 
 def update(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) -> None:

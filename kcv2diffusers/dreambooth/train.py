@@ -187,8 +187,9 @@ def _train(config: Config, progress: StageProgress, group: Group) -> Result:
     finished = run.step >= config.steps
     result = Result(out, checkpoint_path(out, run.step), run.step, finished, run.stopped_by, notes=notes)
     if config.optimizer == "prodigy":
-        estimate = getattr(model.optimizer, "inner_optimizer", model.optimizer).estimate
-        notes.append(f"Prodigy's learning rate after step {run.step}: {float(estimate):.2g}.")
+        optimizer: Any = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        rate = float(optimizer.estimate)
+        notes.append(f"Prodigy's learning rate after step {run.step}: {rate:.2g}.")
     if group.first:
         chart(run.losses(), "loss").save(out / "loss.png")
     group.leave()
