@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -65,18 +66,24 @@ def check_adamw8bit() -> None:
 
 
 @functools.cache
-def _tables(device: Any) -> tuple[Any, Any]:
-    """The 256 values that a byte of the first and of the second moment stands for."""
+def _functional() -> Any:
+    """The functions of bitsandbytes."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here uses
     from bitsandbytes import functional
 
-    table: Any = functional.create_dynamic_map
+    return functional
+
+
+@functools.cache
+def _tables(device: Any) -> tuple[Any, Any]:
+    """The 256 values that a byte of the first and of the second moment stands for."""
+    table = _functional().create_dynamic_map
     return table(signed=True).to(device), table(signed=False).to(device)
 
 
 def update(optimizer: Any, pairs: Pairs, rate: float, weight_decay: float) -> None:
     """One update of some weights, each by a kernel of bitsandbytes."""
-    from bitsandbytes import functional
-
+    functional = _functional()
     done = optimizer.count() // (optimizer.gradient_accumulation_steps or 1)
     for gradient, variable in pairs:
         place = optimizer._get_variable_index(variable)
