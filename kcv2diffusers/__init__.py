@@ -4,8 +4,8 @@ The subpackages are layers. Each imports only from those before it in this list:
 `system` (files, processes, signals), `maps` (weight maps), `hub` (downloads from the Hugging Face Hub),
 `sources` (readers, and detection of what a checkpoint contains), `pipeline` (configs, scheduler, tokenizer),
 `targets` (writers), `conversion` (both directions), `models` (the networks in Keras 3), `dreambooth` (the
-trainer), `verification` (comparison of Keras and diffusers), `publish` (upload to the Hub), `cli` (the
-commands).
+trainer), `verification` (comparison of Keras and diffusers), `publish` (upload to the Hub), `rescue` (many
+repositories), `cli` (the commands).
 """
 
 from __future__ import annotations

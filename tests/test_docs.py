@@ -69,6 +69,7 @@ GUIDES = {
     "generate": "guides/models.md",
     "push": "guides/hub.md",
     "space": "guides/hub.md",
+    "rescue": "guides/rescue.md",
     "env": "reference/errors.md",
     "maps list": "concepts/weight-maps.md",
     "maps show": "concepts/weight-maps.md",

@@ -113,6 +113,7 @@ EXTRAS += ("torch", "transformers")
         (["convert", "hf://user/repo", "--out", "x"], "huggingface_hub", "hub"),
         (["push", "x", "user/repo"], "huggingface_hub", "hub"),
         (["space", "x", "user/repo", "--out", "y"], "huggingface_hub", "hub"),
+        (["rescue", "user", "--to", "./y"], "huggingface_hub", "hub"),
         ("load_base('tiny')", "keras", "keras"),
         ("generate('tiny', prompts=['a cat'], out='x')", "pillow", "keras"),
         ("replay('x', ['a cat'], None)", "torch", "diffusers"),

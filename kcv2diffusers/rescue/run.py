@@ -111,6 +111,8 @@ def rescue(
     """
     require_hub()
     check_folder(options.work)
+    fresh = retry or not (options.work / MANIFEST).exists()
+    found = find() if fresh else []  # before anything is written
     options.work.mkdir(parents=True, exist_ok=True)
     with _locked(options.work) as lock:
         place = options.folder or options.work
@@ -119,7 +121,7 @@ def rescue(
         keeps("the same command goes on")
         try:
             if manifest.listed is None or retry:
-                manifest.note_listing(sorted({*(manifest.listed or ()), *find()}))
+                manifest.note_listing(sorted({*(manifest.listed or ()), *(found or find())}))
             if retry:
                 for result in [*manifest.ended.values()]:
                     if result.outcome in (FAILED, SKIPPED):
