@@ -94,6 +94,9 @@ def rescue(
 
     The pipelines are published, or stored in a folder. A run that was interrupted goes on where it was.
     """
+    from kcv2diffusers.hub.client import require_hub
+
+    require_hub()
     from kcv2diffusers.rescue import repositories
     from kcv2diffusers.rescue.run import plan, told
     from kcv2diffusers.rescue.run import rescue as run
