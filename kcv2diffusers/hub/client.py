@@ -41,7 +41,11 @@ class Unreachable(Error):
 
 
 class Refused(Error):
-    """The Hub does not accept the token, or the token has no right to do this."""
+    """The token has no right to do this."""
+
+
+class BadToken(Refused):
+    """The Hub does not accept the token, whatever is asked for."""
 
 
 class NotThere(Error):
@@ -146,7 +150,7 @@ def _explained(what: str, error: BaseException, token: str | None) -> Error:
             reason = f"{problem} ({status}{', ' + said if said else ''})"
             if status in (409, 429) or status >= 500:
                 return Unreachable(what, reason, remedy, _retry_after(error.response.headers))
-            return (Refused if status in (401, 403) else Error)(f"{what}: {reason}.\n{remedy}")
+            return {401: BadToken, 403: Refused}.get(status, Error)(f"{what}: {reason}.\n{remedy}")
         case RuntimeError() if isinstance(cause, httpx2.HTTPError):  # an upload
             return _explained(what, cause, token)
         case httpx2.HTTPError() | ConnectionError():

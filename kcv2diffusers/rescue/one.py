@@ -8,9 +8,11 @@ standard output. It ends when its standard input closes, so that it does not out
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from kcv2diffusers.errors import Error, TargetError, one_line, plain
 from kcv2diffusers.hub.address import Address
-from kcv2diffusers.hub.client import Refused, Unreachable, redact
+from kcv2diffusers.hub.client import BadToken, Refused, Unreachable, redact
 from kcv2diffusers.hub.download import SIBLINGS, cache_of_its_own, look, sibling
 from kcv2diffusers.rescue.decide import Decision, decide
 from kcv2diffusers.rescue.keep import (
@@ -45,11 +47,16 @@ if TYPE_CHECKING:
 PUBLISHED, STORED, SKIPPED, FAILED = "published", "stored", "skipped", "failed"
 POSTPONED, FORBIDDEN, PLANNED = "postponed", "forbidden", "planned"
 ENDS = (PUBLISHED, STORED, SKIPPED, FAILED)
-"""The outcomes that end a repository. Of the others, `POSTPONED` means later and `FORBIDDEN` ends the run."""
+"""The outcomes that end a repository. `POSTPONED` means later; after a few `FORBIDDEN` the run ends."""
 
 STAGING = ".rescue-now"
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # no repository is to blame for these
 _SAID = 400  # characters of a reason
 _SNAPSHOT = re.compile(r"\S*/models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]{40}(/?)")
+
+
+class _MayNotPublish(Error):
+    """The token has no right to publish there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +109,7 @@ def rescue_one(order: Order) -> Result:
             parent = Path(order.work or tempfile.gettempdir()) / STAGING
             with staging(parent, order.repository.replace("/", "--")) as folder:
                 result = _rescue(order, folder)
-    except Refused as error:
+    except (BadToken, _MayNotPublish) as error:
         result = _ended(order, FORBIDDEN, error, folder)
     except (Unreachable, TargetError) as error:
         result = _ended(order, POSTPONED, error, folder)
@@ -110,7 +117,7 @@ def rescue_one(order: Order) -> Result:
         result = _ended(order, FAILED, error, folder)
     except OSError as error:
         words = Error(f"{plain(error.filename or 'a file')}: {error.strerror or error}")
-        result = _ended(order, POSTPONED, words, folder)
+        result = _ended(order, POSTPONED if error.errno in _DISK else FAILED, words, folder)
     except (Exception, MemoryError) as error:
         result = _ended(
             order, FAILED, Error(f"a mistake in kcv2diffusers: {type(error).__name__}: {error}"), folder
@@ -151,12 +158,15 @@ def _rescue(order: Order, temporary: Path) -> Result:
             return replace(result, reason=reason)
         kept = patiently(lambda: _there(place, source, cache))
         if kept is None:
-            check_folder(temporary, 2 * decision.bytes)
+            _check_space(temporary, 2 * decision.bytes)
             out = temporary / "pipeline"
             verified = patiently(lambda: _converted(order, source, decision, out))
-            kept = patiently(
-                lambda: put(out, source, place, verified, license=order.license, private=order.private)
-            )
+            try:
+                kept = patiently(
+                    lambda: put(out, source, place, verified, license=order.license, private=order.private)
+                )
+            except Refused as error:
+                raise _MayNotPublish(str(error)) from None
     if kept.reason:
         return replace(result, reason=f"{_name(place)} {kept.reason}")
     return replace(
@@ -168,6 +178,13 @@ def _rescue(order: Order, temporary: Path) -> Result:
         read=decision.bytes,
         written=kept.written,
     )
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Raise TargetError if there is too little space now, and another Error if there never is enough."""
+    if needed > (size := shutil.disk_usage(folder).total):
+        raise Error(f"{needed / 1e9:.0f} GB are needed, and the disk has {size / 1e9:.0f} GB.")
+    check_folder(folder, needed)
 
 
 def _name(place: str | Path) -> str:

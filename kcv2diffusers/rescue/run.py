@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kcv2diffusers.errors import Error, plain
 from kcv2diffusers.hub.client import Refused, require_hub
@@ -19,6 +19,7 @@ from kcv2diffusers.rescue.one import (
     FAILED,
     FORBIDDEN,
     POSTPONED,
+    PUBLISHED,
     SKIPPED,
     STAGING,
     Order,
@@ -32,6 +33,7 @@ from kcv2diffusers.system.output import check_folder
 
 MANIFEST = "rescue.jsonl"
 _LOCK = ".rescue.lock"
+_REFUSALS = 3  # for want of rights, one after the other, after which the run stops
 _ROUNDS = 3  # how often a repository is begun that the Hub broke off
 _BETWEEN = 60.0  # seconds between rounds
 _LOCK_SECONDS = 10.0  # for the processes of a run that was killed to end
@@ -187,6 +189,7 @@ def _work(manifest: Manifest, options: Options, engine: Engine, tell: Tell) -> d
             else:
                 waiting.append(order)
     later: dict[str, Result] = {}
+    refused, published = 0, False
     for number in range(_ROUNDS):
         if number and waiting:
             time.sleep(_BETWEEN)
@@ -196,13 +199,23 @@ def _work(manifest: Manifest, options: Options, engine: Engine, tell: Tell) -> d
             if result.outcome not in ENDS:
                 later[result.repository] = result
             tell(len(manifest.ended), len(listed), result)
-            if result.outcome == FORBIDDEN:
-                raise Refused(f"{plain(result.reason)}\nThe run stops here; the same command goes on.")
-        waiting = [order for order in waiting if order.repository in later]
+            published |= result.outcome == PUBLISHED
+            refused = refused + 1 if result.outcome == FORBIDDEN else 0
+            if refused == _REFUSALS:
+                _stop(result)
+        waiting = [o for o in waiting if o.repository in later and later[o.repository].outcome == POSTPONED]
         if not waiting:
             break
-    assert all(result.outcome == POSTPONED for result in later.values())
+    for result in [*later.values()]:
+        if result.outcome == FORBIDDEN:
+            if not published:
+                _stop(result)
+            manifest.note(replace(later.pop(result.repository), outcome=FAILED))  # it is about this one
     return later
+
+
+def _stop(result: Result) -> NoReturn:
+    raise Refused(f"{plain(result.reason)}\nThe run stops here; the same command goes on.")
 
 
 def _started(orders: Iterable[Order], manifest: Manifest) -> Iterator[Order]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -101,7 +102,8 @@ def test_stored(hub: Hub, wild: Wild, tmp_path: Path) -> None:
 
 def test_published(hub: Hub, wild: Wild, tmp_path: Path) -> None:
     """As an owner's repositories; a license for those without one; no right is an end of the run."""
-    work, file = tmp_path / "work", ids(tmp_path, "unet-1", "unlicensed-1", "taken-1")
+    work, file = tmp_path / "work", ids(tmp_path, "unet-1", "unlicensed-1", "taken-1", "pipeline-1")
+    hub.fail({"path": "/api/models/wild/pipeline-1", "status": 403})  # no reason to end the run
     arguments = ("rescue", "--list", file, "--to", "alice", "--work", work, "--base", wild.base)
     for token, words in (("", "publishing needs a login"), ("hf_wrong", "does not accept this token")):
         assert words in hub.refuses(*arguments, HF_TOKEN=token)
@@ -111,10 +113,16 @@ def test_published(hub: Hub, wild: Wild, tmp_path: Path) -> None:
         assert done.returncode == 1 and "has no right to do this" in done.stderr
         assert "the same command goes on" in done.stderr
         states = [json.loads(line) for line in (work / "rescue.jsonl").read_text().splitlines()]
-        assert states[-1]["id"] == "wild/unet-1" and states[-1]["state"] == "forbidden"
+        assert {s["id"]: s["state"] for s in states[2:]}["wild/unet-1"] == "forbidden"
     told = json.loads(hub.does(*arguments, "--json", "--private", HF_TOKEN=ALICE))
     outcomes = {result["repository"]: result["outcome"] for result in told["results"]}
-    assert outcomes == {"wild/unet-1": "published", "wild/unlicensed-1": "skipped", "wild/taken-1": "skipped"}
+    assert outcomes == {
+        "wild/unet-1": "published",
+        "wild/unlicensed-1": "skipped",
+        "wild/taken-1": "skipped",
+        "wild/pipeline-1": "failed",
+    }
+    hub.fail()
     state = hub.ask("state")
     assert state["alice/unet-1"]["private"] and "alice/unlicensed-1" not in state
     hub.does(*arguments, "--license", "mit", "--retry", HF_TOKEN=ALICE)
@@ -126,6 +134,19 @@ def test_published(hub: Hub, wild: Wild, tmp_path: Path) -> None:
     assert "is where it would be published" in hub.does(
         "rescue", "--list", file, "--to", "wild", "--work", tmp_path / "same", HF_TOKEN=ALICE
     )
+
+
+def test_two_licenses(hub: Hub, wild: Wild, tmp_path: Path) -> None:
+    """The author's and another of the base: which applies is not for a program to say."""
+    base = shutil.copytree(wild.base, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    arguments = ("rescue", "--list", ids(tmp_path, "two-2"), "--to", "alice", "--base", base)
+    arguments += ("--work", tmp_path / "work")
+    told = hub.does(*arguments, HF_TOKEN=ALICE)
+    assert "failed" in told and "its sources state creativeml-openrail-m, apache-2.0" in told
+    assert "alice/two-2" not in hub.ask("state")
+    hub.does(*arguments, "--retry", "--license", "creativeml-openrail-m", HF_TOKEN=ALICE)
+    assert rows(tmp_path / "work")["wild/two-2"]["license"] == "creativeml-openrail-m"
 
 
 def test_a_plan(hub: Hub, tmp_path: Path) -> None:
