@@ -168,7 +168,14 @@ def _on_jax_cpu() -> bool:
     return bool(jax.default_backend() == "cpu")
 
 
-class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
+class Composite(keras.layers.Layer):  # type: ignore[misc]
+    """A layer of layers, which are built when it is called first."""
+
+    def build(self, input_shape: Any) -> None:
+        """Do nothing: Keras' own method calls the layer an additional time to build what is inside."""
+
+
+class PaddedConv2D(Composite):
     """A 2D convolution of (batch, height, width, channels).
 
     The output is (batch, height / strides, width / strides, filters). With `strides=2` the padding is one
@@ -198,13 +205,32 @@ class PaddedConv2D(keras.layers.Layer):  # type: ignore[misc]
         return apply(self.conv2d, inputs)
 
 
-class Block(keras.layers.Layer):  # type: ignore[misc]
+class Block(Composite):
     """A layer that can recompute its activations in the backward pass (see `rematerialise`).
 
-    Subclasses define `compute`. Inputs are one tensor or, as in KerasCV, a list of tensors.
+    Subclasses define `compute`. Inputs are one tensor or, as in KerasCV, a list of tensors. The output has
+    the shape of the first one, with `width` channels if that is set.
     """
 
     remat = False
+    width: int | None = None
+
+    def build(self, input_shape: Any) -> None:
+        """Build the layers inside with one symbolic call, for which unknown sizes are made up.
+
+        Keras makes four of them, with other sizes and for the shape of the output. They take most of the time
+        in which a model is built.
+        """
+        several = isinstance(input_shape[0], (list, tuple))
+        shapes = input_shape if several else [input_shape]
+        made_up = [[8 if size is None else size for size in shape] for shape in shapes]
+        tensors = [keras.KerasTensor(shape, self.compute_dtype) for shape in made_up]
+        super().compute_output_spec(tensors if several else tensors[0])
+
+    def compute_output_spec(self, inputs: Any) -> keras.KerasTensor:
+        """The output's shape and dtype, without a symbolic call."""
+        first = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
+        return keras.KerasTensor((*first.shape[:-1], self.width or first.shape[-1]), self.compute_dtype)
 
     def call(self, inputs: Tensor) -> Tensor:
         tensors = inputs if isinstance(inputs, (list, tuple)) else [inputs]

@@ -9,7 +9,16 @@ from keras import ops
 
 from kcv2diffusers.diffusion import Array
 from kcv2diffusers.models.config import TextEncoderConfig
-from kcv2diffusers.models.layers import ACTIVATIONS, Block, Tensor, attention, dense, dtype_policy, layer_norm
+from kcv2diffusers.models.layers import (
+    ACTIVATIONS,
+    Block,
+    Composite,
+    Tensor,
+    attention,
+    dense,
+    dtype_policy,
+    layer_norm,
+)
 
 
 class CLIPEmbedding(keras.layers.Layer):  # type: ignore[misc]
@@ -65,7 +74,7 @@ class CLIPEncoderLayer(Block):
         return x + self.fc2(self.activation(self.fc1(self.layer_norm2(x))))
 
 
-class CLIPAttention(keras.layers.Layer):  # type: ignore[misc]
+class CLIPAttention(Composite):
     """Causal multi-head self-attention: each token attends to itself and to the tokens before it."""
 
     def __init__(self, width: int, heads: int, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ from kcv2diffusers.models.config import UNetConfig
 from kcv2diffusers.models.layers import (
     ACTIVATIONS,
     Block,
+    Composite,
     PaddedConv2D,
     Tensor,
     UpSampling2D,
@@ -28,6 +29,8 @@ from kcv2diffusers.models.layers import (
 class ResBlock(Block):
     """A residual block: two convolutions, with the timestep embedding added between them."""
 
+    width: int
+
     def __init__(self, width: int, groups: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.width = width
@@ -37,6 +40,7 @@ class ResBlock(Block):
 
     def build(self, input_shape: Any) -> None:
         self.residual_projection = PaddedConv2D(self.width, 1) if input_shape[0][-1] != self.width else None
+        super().build(input_shape)
 
     def compute(self, inputs: Tensor, embedding: Tensor) -> Tensor:
         x = inputs
@@ -66,7 +70,7 @@ class SpatialTransformer(Block):
         return apply(self.proj2, to_image(x, like=inputs)) + inputs
 
 
-class BasicTransformerBlock(keras.layers.Layer):  # type: ignore[misc]
+class BasicTransformerBlock(Composite):
     """Self-attention, cross-attention to the text and a GEGLU feed-forward layer.
 
     Each is pre-normalised and has a residual connection.
@@ -90,7 +94,7 @@ class BasicTransformerBlock(keras.layers.Layer):  # type: ignore[misc]
         return apply(self.dense, apply(self.geglu, apply(self.norm3, x))) + x
 
 
-class CrossAttention(keras.layers.Layer):  # type: ignore[misc]
+class CrossAttention(Composite):
     """Multi-head attention of a sequence to a context, which may be the sequence itself."""
 
     def __init__(self, width: int, heads: int, **kwargs: Any) -> None:
@@ -107,7 +111,7 @@ class CrossAttention(keras.layers.Layer):  # type: ignore[misc]
         return apply(self.out_proj, attention(query, key, value, self.heads))
 
 
-class GEGLU(keras.layers.Layer):  # type: ignore[misc]
+class GEGLU(Composite):
     """Gated GELU: one linear projection multiplied by the GELU of another."""
 
     def __init__(self, width: int, gelu: str, **kwargs: Any) -> None:
@@ -121,7 +125,7 @@ class GEGLU(keras.layers.Layer):  # type: ignore[misc]
         return x[..., : self.width] * self.gelu(x[..., self.width :])
 
 
-class Upsample(keras.layers.Layer):  # type: ignore[misc]
+class Upsample(Composite):
     """Upsample height and width by 2 with nearest-neighbour repetition, then convolve."""
 
     def __init__(self, width: int, **kwargs: Any) -> None:

@@ -24,6 +24,8 @@ from kcv2diffusers.models.layers import (
 class ResnetBlock(Block):
     """A residual block: two convolutions, each after group normalisation and SiLU."""
 
+    width: int
+
     def __init__(self, width: int, groups: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.width = width
@@ -34,6 +36,7 @@ class ResnetBlock(Block):
 
     def build(self, input_shape: Any) -> None:
         self.residual_projection = PaddedConv2D(self.width, 1) if input_shape[-1] != self.width else None
+        super().build(input_shape)
 
     def compute(self, inputs: Tensor) -> Tensor:
         x = self.conv1(keras.activations.silu(self.norm1(inputs)))
