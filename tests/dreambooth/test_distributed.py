@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,9 @@ from support.dreambooth.run import PROMPTS, arguments, command, environment, run
 from support.waiting import LONG, until
 
 from kcv2diffusers.dreambooth import devices
+from kcv2diffusers.dreambooth.batches import Examples
 from kcv2diffusers.dreambooth.config import Config, make_config
+from kcv2diffusers.dreambooth.photos import find_photos
 from kcv2diffusers.dreambooth.ranks import Group, joined, rank
 from kcv2diffusers.errors import Error
 
@@ -295,6 +298,42 @@ def test_shares() -> None:
         assert np.array_equal(np.concatenate([part[name] for part in parts]), values)
     shares = [item for number in range(3) for item in Group(number, 3).share(range(7))]
     assert sorted(shares) == list(range(7))
+
+
+def test_what_each_encodes_is_exchanged(photos: Path) -> None:
+    """Each process encodes its share, flipped too, and then has all, with the masks."""
+
+    def make(asked: list[int]) -> Examples:
+        def encoded(images: np.ndarray) -> np.ndarray:
+            asked.append(1)
+            return np.tile(images[:, ::8, ::8, :1], 8)
+
+        return Examples(find_photos(photos).found, {}, encoded, 64, flip=True, masked=True)
+
+    wanted = [(number, (64, 64)) for number in range(3)]
+    views = [(flip, (0.5, 0.5)) for flip in (False, True)]
+    whole = make([])
+    whole.fill(wanted, lambda *_: None)
+    for place in range(2):
+        asked: list[int] = []
+        part, given = make(asked), iter(whole._moments.values())
+
+        class Pair(Group):
+            def sum(self, values: np.ndarray) -> np.ndarray:
+                expected = next(given)  # noqa: B023
+                assert not values.any() or np.array_equal(values, expected)
+                return expected
+
+        group = Pair(place, 2)
+        part.fill(group.share(wanted), lambda *_: None)
+        part.exchange(wanted, group)
+        part.encode = None
+        assert len(asked) == 2 * (2 - place)
+        for (number, size), view in itertools.product(wanted, views):
+            for name in ("moments", "mask"):
+                one, other = (getattr(each, name)(number, size, view) for each in (part, whole))
+                np.testing.assert_array_equal(one, other)
+    assert whole.mask(0, (64, 64), views[0]).std() > 0.01
 
 
 def test_processes_that_differ_are_refused() -> None:
