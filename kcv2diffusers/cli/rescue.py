@@ -98,7 +98,7 @@ def rescue(
 
     require_hub()
     from kcv2diffusers.rescue import repositories
-    from kcv2diffusers.rescue.run import plan, told
+    from kcv2diffusers.rescue.run import plan
     from kcv2diffusers.rescue.run import rescue as run
     from kcv2diffusers.rescue.table import as_text
 
@@ -128,7 +128,7 @@ def rescue(
         print_json(outcome.to_dict())
     else:
         say(as_text(outcome.results))
-        tell(told(outcome).split("\n")[-1])
+        tell(f"Tables: {', '.join(map(str, outcome.tables))}")
     if not outcome.complete:
         raise Error("Not all repositories have ended: the Hub or the disk broke some off.\nRun it again.")
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kcv2diffusers.errors import Error, SourceError, plain
+from kcv2diffusers.errors import SourceError, plain
 from kcv2diffusers.hub.address import parse
 from kcv2diffusers.hub.client import NotThere, asking, connect, token_of
 from kcv2diffusers.hub.listing import Listing
@@ -142,21 +142,20 @@ def put(
     write_json(out / CONVERSION_FILE, data | {_ENTRY: entry})
     if isinstance(place, str):
         push(out, place, private=private, license=chosen, message=f"Rescued from {source.repository}")
-    else:
-        _store(out, place, chosen or source.license or None)
-    there = out if isinstance(place, str) else place
-    return _kept(there, source, _sizes(there))
+        return _kept(out, source, _sizes(out))
+    _finish(out, place.name, chosen or source.license or None)
+    try:
+        out.rename(place)  # it appears whole
+    except OSError:
+        if there := in_folder(place, source):  # of another attempt at the same, on another computer
+            return there
+        raise
+    return _kept(place, source, _sizes(place))
 
 
-def _store(out: Path, folder: Path, license: str | None) -> None:
-    """Write the card, and rename the folder to its place, where it appears whole."""
+def _finish(out: Path, name: str, license: str | None) -> None:
+    """Write the card and the record of a pipeline that is stored as `name`."""
     facts = gather(check(out), license=license, unlicensed=True)
     write_json(out / CONVERSION_FILE, facts.conversion)
-    (out / CARD).write_text(model_card(facts, folder.name), encoding="utf-8")
+    (out / CARD).write_text(model_card(facts, name), encoding="utf-8")
     (out / VERIFICATION_FILE).unlink()  # it names files that will be gone
-    try:
-        out.rename(folder)
-    except OSError as error:
-        if not folder.exists():
-            raise
-        raise Error(f"{folder}: {_TAKEN}.\nRemove it yourself, or choose another --to.") from error

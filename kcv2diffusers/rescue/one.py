@@ -134,7 +134,7 @@ def _look(order: Order) -> Result:
         repository=order.repository,
         outcome=outcome,
         reason=decision.reason,
-        where="" if decision.reason else order.target or str(_folder(order)),
+        where="" if decision.reason else _name(order.target or _folder(order)),
         commit=commit,
         read=decision.bytes,
     )
@@ -201,6 +201,7 @@ def _converted(order: Order, source: Source, decision: Decision, out: Path) -> V
     from kcv2diffusers.verification.run import verify
 
     address = str(Address(order.repository, decision.path, source.commit))
+    shutil.rmtree(out, ignore_errors=True)
     beside = not decision.text_encoder and not decision.path and sibling(address) is not None
     converted = convert(address, out=out, base=order.base or None, dtype=order.dtype, with_sibling=beside)
     named = {part: str(path) for part, path in converted.sources.items()}

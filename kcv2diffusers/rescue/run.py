@@ -27,7 +27,7 @@ from kcv2diffusers.rescue.one import (
     rescue_one,
 )
 from kcv2diffusers.rescue.staging import sweep
-from kcv2diffusers.rescue.table import summary, write_tables
+from kcv2diffusers.rescue.table import write_tables
 from kcv2diffusers.system.interruption import keeps
 from kcv2diffusers.system.output import check_folder
 
@@ -112,12 +112,13 @@ def rescue(
     skipped are tried again. Raises Error if nothing can be done, for example without the right to publish.
     """
     require_hub()
-    check_folder(options.work)
+    place = options.folder or options.work
+    for folder in {options.work, place}:
+        check_folder(folder)
     fresh = retry or not (options.work / MANIFEST).exists()
     found = find() if fresh else []  # before anything is written
     options.work.mkdir(parents=True, exist_ok=True)
     with _locked(options.work) as lock:
-        place = options.folder or options.work
         sweep(place / STAGING)  # what a run left that was killed
         manifest = Manifest(options.work / MANIFEST, options.shared(what))
         keeps("the same command goes on")
@@ -159,10 +160,10 @@ def _orders(listed: Sequence[str], options: Options) -> Iterator[tuple[Order, Re
         place = options.folder or options.work
         order = Order(
             repository=each,
-            work=str(place),
-            folder=str(options.folder) if options.folder else None,
+            work=str(place.absolute()),
+            folder=str(options.folder.absolute()) if options.folder else None,
             target=targets.get(each) if options.target else None,
-            base=list(options.base),
+            base=[_absolute(base) for base in options.base],
             dtype=options.dtype,
             license=options.license,
             private=options.private,
@@ -177,6 +178,11 @@ def _orders(listed: Sequence[str], options: Options) -> Iterator[tuple[Order, Re
         elif options.target and taken.count((order.target or "").casefold()) > 1:
             reason = f"another repository would be published as {order.target} too"
         yield order, Result(repository=each, outcome=SKIPPED, reason=reason) if reason else None
+
+
+def _absolute(base: str) -> str:
+    """A base that is a path here as one from everywhere: the process of a repository may run elsewhere."""
+    return base if base == "tiny" or not Path(base).exists() else str(Path(base).absolute())
 
 
 def _work(manifest: Manifest, options: Options, engine: Engine, tell: Tell) -> dict[str, Result]:
@@ -257,8 +263,3 @@ def _locked(work: Path) -> Iterator[int | None]:
                     ) from None
                 time.sleep(0.1)
         yield file.fileno()
-
-
-def told(outcome: Outcome) -> str:
-    """The last lines of a run."""
-    return f"{summary(outcome.results)}\nTables: {', '.join(map(str, outcome.tables))}"

@@ -16,11 +16,13 @@ from support.waiting import until
 
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.client import Unreachable
-from kcv2diffusers.rescue import child, manifest, patience, table
+from kcv2diffusers.json_text import write_json
+from kcv2diffusers.rescue import child, keep, manifest, patience, table
 from kcv2diffusers.rescue.decide import decide
 from kcv2diffusers.rescue.manifest import Manifest
 from kcv2diffusers.rescue.one import FAILED, POSTPONED, PUBLISHED, SKIPPED, Order, Result
 from kcv2diffusers.rescue.repositories import companion_of, in_file, is_id, targets
+from kcv2diffusers.rescue.staging import staging
 
 SETTINGS = {"repositories": "x", "to": "y"}
 
@@ -258,3 +260,42 @@ def alive(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+class Verdict:
+    """What a verification leaves for the card."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def test_two_attempts_that_end_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On two computers of a cluster: the second finds the folder of the first, and leaves it as it is."""
+    monkeypatch.setattr(keep, "_finish", lambda out, name, license: None)
+    data = {"tool": "x", "parts": {}, "bases": [], "origins": [], "dtypes": {}}
+    source, place = keep.Source("a/b", "0" * 40, "mit"), tmp_path / "a--b"
+    for attempt in ("first", "second"):
+        out = tmp_path / attempt
+        write_json(out / "conversion.json", data | {"dtypes": {"unet": attempt}})
+        kept = keep.put(out, source, place, Verdict(), license=None, private=False)  # type: ignore[arg-type]
+        assert kept.reason == ""
+        assert json.loads((place / "conversion.json").read_text())["dtypes"] == {"unet": "first"}
+    other = keep.Source("a/b", "1" * 40)
+    kept = keep.put(out, other, place, Verdict(), license=None, private=False)  # type: ignore[arg-type]
+    assert "was not made of this commit" in kept.reason
+
+
+def test_folders_of_attempts(tmp_path: Path) -> None:
+    """Each has its own; that of a process that was killed is removed by the next attempt."""
+    code = """
+import os, pathlib, sys
+from kcv2diffusers.rescue.staging import staging
+with staging(pathlib.Path(sys.argv[1]), "a--b"):
+    os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    [left] = tmp_path.iterdir()
+    with staging(tmp_path, "a--b") as one, staging(tmp_path, "a--b") as other:
+        assert not left.exists() and one != other
+        assert sorted(tmp_path.iterdir()) == sorted([one, other])
+    assert not list(tmp_path.iterdir())
