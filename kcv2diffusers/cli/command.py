@@ -24,7 +24,18 @@ RENAMED = {
     "dreambooth": {"--gelu": "--unet-gelu"},
 }
 # Metavars of values that are or may be paths. `~` is expanded here, because shells do not expand `--out=~/x`.
-PATHS = {"DIR", "OWNER|DIR", "FILE", "FILE[:STRENGTH]", "PATH", "PIPELINE", "SRC", "SRC|none", "SRC|tiny", "SRC|tiny|none"}
+PATHS = {
+    "DIR",
+    "OWNER|DIR",
+    "FILE",
+    "FILE[:STRENGTH]",
+    "PATH",
+    "PIPELINE",
+    "SRC",
+    "SRC|none",
+    "SRC|tiny",
+    "SRC|tiny|none",
+}
 _REST = "Options"  # options without a group, listed last
 
 
