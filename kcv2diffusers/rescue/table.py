@@ -32,7 +32,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; backgrou
 table { border-collapse: collapse; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ccc; text-align: left; vertical-align: top; }
 td { overflow-wrap: anywhere; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .failed { color: #a11; } .published, .stored { color: #161; }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #181818; } th, td { border-color: #444; }
@@ -94,7 +94,7 @@ def as_csv(results: Sequence[Result]) -> str:
 def as_html(results: Sequence[Result], title: str, linked: bool) -> str:
     """The table as a page without scripts or requests. `linked`: ids that ended are links to the Hub."""
     numbers = {"read_mb", "written_mb", "seconds"}
-    heads = "".join(f'<th scope="col">{name.replace("_", " ")}</th>' for name in COLUMNS)
+    heads = "".join(f'<th scope="col">{name.replace("_mb", " (MB)")}</th>' for name in COLUMNS)
     rows = []
     for result in results:
         row = {name: html.escape(value) for name, value in cells(result).items()}
@@ -102,6 +102,7 @@ def as_html(results: Sequence[Result], title: str, linked: bool) -> str:
             row["repository"] = (
                 f'<a href="https://huggingface.co/{row["repository"]}">{row["repository"]}</a>'
             )
+        row["commit"] = row["commit"][:7]
         kind = f' class="{result.outcome}"' if result.outcome in ENDS else ""
         marks = {"outcome": kind, **dict.fromkeys(numbers, ' class="number"')}
         rows.append("<tr>" + "".join(f"<td{marks.get(n, '')}>{v}</td>" for n, v in row.items()) + "</tr>")
