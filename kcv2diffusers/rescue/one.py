@@ -51,7 +51,7 @@ ENDS = (PUBLISHED, STORED, SKIPPED, FAILED)
 
 STAGING = ".rescue-now"
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # no repository is to blame for these
-_SAID = 400  # characters of a reason
+_SAID, _NAME = 400, 60  # characters of a reason, and of a file's name in one
 _SNAPSHOT = re.compile(r"\S*/models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]{40}(/?)")
 
 
@@ -116,7 +116,8 @@ def rescue_one(order: Order) -> Result:
     except Error as error:
         result = _ended(order, FAILED, error, folder)
     except OSError as error:
-        words = Error(f"{plain(error.filename or 'a file')}: {error.strerror or error}")
+        file = Path(str(error.filename or "a file")).name[:_NAME]
+        words = Error(f"{file}: {error.strerror or error}")
         result = _ended(order, POSTPONED if error.errno in _DISK else FAILED, words, folder)
     except (Exception, MemoryError) as error:
         result = _ended(

@@ -91,14 +91,14 @@ def as_csv(results: Sequence[Result]) -> str:
     return text.getvalue()
 
 
-def as_html(results: Sequence[Result], title: str, linked: bool) -> str:
-    """The table as a page without scripts or requests. `linked`: ids that ended are links to the Hub."""
+def as_html(results: Sequence[Result], title: str) -> str:
+    """The table as a page without scripts or requests. Repositories of the Hub are links."""
     numbers = {"read_mb", "written_mb", "seconds"}
     heads = "".join(f'<th scope="col">{name.replace("_mb", " (MB)")}</th>' for name in COLUMNS)
     rows = []
     for result in results:
         row = {name: html.escape(value) for name, value in cells(result).items()}
-        if linked and result.commit:  # only repositories with a valid id have a commit
+        if result.commit:  # only repositories with a valid id have a commit
             row["repository"] = (
                 f'<a href="https://huggingface.co/{row["repository"]}">{row["repository"]}</a>'
             )
@@ -124,7 +124,7 @@ def as_html(results: Sequence[Result], title: str, linked: bool) -> str:
 
 def write_tables(folder: Path, results: Sequence[Result], title: str) -> list[Path]:
     """Write rescue.csv and rescue.html into `folder`; returns their paths."""
-    texts = {"rescue.csv": as_csv(results), "rescue.html": as_html(results, title, linked=True)}
+    texts = {"rescue.csv": as_csv(results), "rescue.html": as_html(results, title)}
     for name, text in texts.items():
         with whole_file(folder / name) as part:
             part.write_text(text, encoding="utf-8", newline="")

@@ -269,7 +269,7 @@ class Wild:
             Repository(f"escape-{n}", texts=texts, outcome="failed", reason="outside of the repository")
             for n in range(2)
         ]
-        long = {"x" * 300 + ".h5": "x"}
+        long = {"x" * 300 + ".h5": "x", "README.md": CARD}
         found.append(Repository("long-name", texts=long, outcome="failed", reason="File name too long"))
         names = {"<img src=x onerror=alert(1)>.h5": "x", "\x1b[31m\n[1/1] wild/x: published.h5": "x"}
         found += [
