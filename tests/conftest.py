@@ -49,6 +49,8 @@ FIRST = (
     "test_notebooks.py",
     "test_docs.py",
     "test_verify_command.py",
+    "test_rescue_command.py",
+    "test_rescue_ray.py",
     "test_hub_push.py",
     "test_tiny.py",
     "test_sampler.py",
