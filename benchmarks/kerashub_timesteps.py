@@ -1,11 +1,12 @@
-"""What timesteps in 0..1 do to a model that was trained with sigma * 1000: the DreamBooth example of keras.io.
+"""What timesteps in 0..1 do to a model trained with sigma * 1000: the DreamBooth example of keras.io.
 
     python benchmarks/kerashub_timesteps.py [--base-steps 4000] [--steps 400]
 
-A small MMDiT of KerasHub is trained to draw latents of the tiny base, rightly, with five of its six objects. Then it
-is trained on five pictures of the sixth, as DreamBooth does: once with the timesteps of the example, once with
-sigma * 1000, and once the first again with sigma * 1000. Each draws with KerasHub's sampler from the same noise. The
-table goes to .cache/kerashub-timesteps.md, the pictures to docs/images/kerashub-timesteps.png.
+A small MMDiT of KerasHub is trained to draw latents of the tiny base, rightly, with five of its six objects.
+Then it is trained on five pictures of the sixth, as DreamBooth does: once with the timesteps of the example,
+once with sigma * 1000, and once the first again with sigma * 1000. Each draws with KerasHub's sampler from
+the same noise. The table goes to .cache/kerashub-timesteps.md, the pictures to
+docs/images/kerashub-timesteps.png.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +98,7 @@ class Trainer:
 
     @torch.no_grad()
     def error(self, data: torch.Tensor, thing: int) -> float:
-        """Mean squared error of the predicted velocity at the sampler's timesteps, on pictures not trained on."""
+        """Mean squared error of the velocity at the sampler's timesteps, on pictures not trained on."""
         generator, total = torch.Generator().manual_seed(3), []
         for sigma in sigmas()[:-1]:
             clean = data[thing, PHOTOS:]
@@ -112,7 +114,7 @@ class Trainer:
         """Latents by KerasHub's Euler steps, (DRAWN, 8, 8, 4)."""
         x = torch.randn((DRAWN, 8, 8, 4), generator=torch.Generator().manual_seed(4))
         steps = sigmas()
-        for sigma, following in zip(steps[:-1], steps[1:], strict=True):
+        for sigma, following in pairwise(steps):
             at = torch.full((DRAWN,), float(sigma) * 1000)
             x = x + (following - sigma) * self.predict(x, at, torch.full((DRAWN,), thing))
         return x.numpy()
@@ -158,9 +160,9 @@ def main() -> None:
     tune("sigma * 1000")
     look("sigma * 1000")
     table = [
-        f"{machine()}; an MMDiT of {trainer.model.count_params() / 1e6:.2f} M parameters, {args.base_steps} steps "
-        f"on five objects, then {args.steps} on {PHOTOS} pictures of a sixth. Mean squared error of the "
-        "predicted velocity at the timesteps of the sampler, on pictures that no training saw:",
+        f"{machine()}; an MMDiT of {trainer.model.count_params() / 1e6:.2f} M parameters, {args.base_steps} "
+        f"steps on five objects, then {args.steps} on {PHOTOS} pictures of a sixth. Mean squared error of "
+        "the predicted velocity at the timesteps of the sampler, on pictures that no training saw:",
         "",
         "| trained with timesteps | the subject | the other objects |",
         "|---|--:|--:|",

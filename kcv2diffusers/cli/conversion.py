@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -280,7 +280,7 @@ def convert(
             variant=variant,
             gelu=gelu.value if gelu else None,
             prediction_type=prediction_type and prediction_type.value,
-            level="images" if result.complete else "modules",
+            level="images" if result.complete else _level_of_parts(result.sources),
         )
         if not single:
             keep_figures(out, verified)
@@ -310,6 +310,13 @@ def convert(
     if pushed:
         tell(pushed.text())
     require_verified(verified)
+
+
+def _level_of_parts(parts: Iterable[str]) -> str:
+    """The level at which parts of a pipeline can be verified; KerasHub's classes need a whole one."""
+    from kcv2diffusers.maps.parts import family_of
+
+    return "modules" if "builtin" in family_of(parts).references else "weights"
 
 
 def _loading(variant: str | None, absent: Sequence[str]) -> str:

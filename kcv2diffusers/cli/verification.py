@@ -79,8 +79,8 @@ def verify(
     reference: Annotated[
         Reference | None,
         typer.Option(
-            help="The Keras side: built-in models (default), KerasCV's classes (need TensorFlow and keras-cv), or "
-            "KerasHub's (for Stable Diffusion 3, where they are the default).",
+            help="The Keras side: built-in models (default), KerasCV's classes (need TensorFlow, keras-cv) "
+            "or KerasHub's (for Stable Diffusion 3, where they are the default).",
             rich_help_panel=VERIFICATION,
         ),
     ] = None,

@@ -30,7 +30,7 @@ def numerics(table: Table, model: Any, kind: str) -> Iterator[None]:
 
 @contextmanager
 def _changed(model: Any, modules: str, attribute: str, value: Any) -> Iterator[None]:
-    """Set an attribute of the modules whose names end so; the name of an activation stands for the function."""
+    """Set an attribute of the modules whose names end in `modules`; a text is the name of an activation."""
     from transformers.activations import ACT2FN
 
     found = [module for name, module in model.named_modules() if name.endswith(modules)]

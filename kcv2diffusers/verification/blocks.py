@@ -13,8 +13,8 @@ from kcv2diffusers.sources.recognise import Match
 class Module:
     """The table row of one layer.
 
-    `name` is the diffusers module, `layer` the Keras layer, `kind` its class in snake case, and `path` its path in
-    a `.weights.h5` file. `row` is the text of the row.
+    `name` is the diffusers module, `layer` the Keras layer, `kind` its class in snake case, and `path` its
+    path in a `.weights.h5` file. `row` is the text of the row.
     """
 
     name: str

@@ -21,8 +21,8 @@ import torch
 import transformers
 
 from kcv2diffusers.diffusion import Array
-from kcv2diffusers.progress import StageProgress
 from kcv2diffusers.maps.parts import family_of
+from kcv2diffusers.progress import StageProgress
 from kcv2diffusers.verification import stock_flow, stock_pipeline
 from kcv2diffusers.verification.attribution import numerics
 from kcv2diffusers.verification.blocks import Module, modules_of

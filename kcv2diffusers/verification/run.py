@@ -65,10 +65,11 @@ def verify(
     checkpoints. `parts` give the source of a single part, such as `unet`. `base` is where the conversion took
     the other parts from. `variant` is the preferred variant of the pipeline's weight files. `level` is the
     last level to check: weights, modules or images. `reference` is the Keras side: our models, or the own
-    classes of KerasCV or KerasHub (default: our models, and KerasHub for Stable Diffusion 3). Images are generated for each of `prompts` with `seeds` seeds, in `steps` steps at the
-    guidance scale `guidance`, `size` pixels high and wide (default: the pipeline's own). `gelu` is the
-    activation of an SD2 text encoder (default: as the conversion infers it). `unet_gelu` is the GELU of the
-    Keras UNet. `prediction_type` is what the UNet predicts (default: as its source states).
+    classes of KerasCV or KerasHub (default: our models, for Stable Diffusion 3 those of KerasHub). Images are
+    generated for each of `prompts` with `seeds` seeds, in `steps` steps at the guidance scale `guidance`,
+    `size` pixels high and wide (default: the pipeline's own). `gelu` is the activation of an SD2 text encoder
+    (default: as the conversion infers it). `unet_gelu` is the GELU of the Keras UNet. `prediction_type` is
+    what the UNet predicts (default: as its source states).
 
     A level above weights runs the Keras side, on the backend of KERAS_BACKEND (default: torch), then the
     diffusers side, each in its own process. Parts with missing or wrong tensors are left out. `report` is a

@@ -58,10 +58,11 @@ def draw(
     guidance_scale: float,
     observe: Callable[[Array], None],
 ) -> Array:
-    """Images (prompts, height, width, 3) uint8 from `noise` (prompts, height / 8, width / 8, channels) float32.
+    """Images (prompts, height, width, 3) uint8 by a loaded pipeline.
 
-    Without T5, KerasHub pads the context with as many zeros as CLIP has tokens. Colour values are rounded, as in
-    KerasHub. `observe` is called with the latents after each step, in the shape of `noise`.
+    `noise` is (prompts, height / 8, width / 8, channels) float32.
+    Without T5, KerasHub pads the context with as many zeros as CLIP has tokens. Colour values are rounded, as
+    in KerasHub. `observe` is called with the latents after each step, in the shape of `noise`.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""KerasHub's Stable Diffusion 3: every container and part becomes the tensors that diffusers must have, and back.
+"""KerasHub's Stable Diffusion 3: every container and part becomes the tensors of diffusers, and back.
 
-What they must be is computed from the live objects (support/kerashub/expected.py), which knows nothing of files,
-names or the weight maps.
+What they must be is computed from the live objects (support/kerashub/expected.py), which knows nothing of
+files, names or the weight maps.
 """
 
 from __future__ import annotations

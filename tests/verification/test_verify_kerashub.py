@@ -219,8 +219,10 @@ def test_in_processes_of_their_own(made: dict[str, Path], tmp_path: Path) -> Non
     out = tmp_path / "out"
     convert(source("sd35l"), out=out, dtype="fp16")
     done = subprocess.run(
-        [sys.executable, "-m", "kcv2diffusers", "verify", out, source("sd35l"), "--image-size", "64"]
-        + ["--steps", "2", "--images-per-prompt", "1", "--json"],
+        [
+            *(sys.executable, "-m", "kcv2diffusers", "verify", out, source("sd35l"), "--image-size", "64"),
+            *("--steps", "2", "--images-per-prompt", "1", "--json"),
+        ],
         capture_output=True,
         text=True,
     )

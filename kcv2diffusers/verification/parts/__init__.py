@@ -1,9 +1,9 @@
 """What verification needs to know of each part: one module per part, which the weight maps name as `adapter`.
 
-Each module has `inputs` (drawn by NumPy), `forward` (through the torch model of its component) and `kinds` (the
-numerics in which it is measured). For our models and KerasCV's it has `build`, `keras_inputs` and
-`kerascv_model`, for those of KerasHub `keras_hub`. Frameworks are imported inside functions, because the two
-sides run in separate processes.
+Each module has `inputs` (drawn by NumPy), `forward` (through the torch model of its component) and `kinds`
+(the numerics in which it is measured). For our models and KerasCV's it has `build`, `keras_inputs` and
+`kerascv_model`, for those of KerasHub `keras_hub`, and `OUTPUTS` if a layer has several outputs. Frameworks
+are imported inside functions, because the two sides run in separate processes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Adapter(Protocol):
 
 
 def outputs_of(part: str, layer: str) -> tuple[int, ...]:
-    """For each output of a Keras layer of the class `layer`, its place in a tuple that diffusers' module returns."""
+    """For each output of a Keras layer of the class `layer`, its place in what diffusers' module returns."""
     found: tuple[int, ...] = getattr(known(part), "OUTPUTS", {}).get(layer, (0,))
     return found
 

@@ -2,10 +2,10 @@
 
     python load.py TOKENIZER PLAN
 
-PLAN is a JSON file: for each kind, the file of each part by its attribute of the backbone ("diffuser", "vae"),
-and the folder of a "preset". Prints a JSON object: for each kind and part, the paths of the variables that are
-not those of support/kerashub/make_models.py bit for bit, and the number of variables. On PyTorch, where models
-are built in a tenth of the time.
+PLAN is a JSON file: for each kind, the file of each part by its attribute of the backbone ("diffuser"), and
+the folder of a "preset". Prints a JSON object: for each kind and part, the number of variables, and the paths
+of those that are not as support/kerashub/make_models.py has them, bit for bit. On PyTorch, where models are
+built in a tenth of the time.
 """
 
 from __future__ import annotations
