@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from support.checkpoints import cached
 
 import kcv2diffusers
-from kcv2diffusers.errors import PlanError
+from kcv2diffusers.errors import SourceError
 
 COMPONENTS = {
     "unet": ["unet"],
@@ -61,5 +61,5 @@ def test_frozen_layers_are_refused(files: Path, tmp_path: Path) -> None:
         for chunk in chunks:
             size = len(attributes[chunk])
             attributes[chunk], names = names[:size], names[size:]
-    with pytest.raises(PlanError, match="not a complete Keras UNet"):
+    with pytest.raises(SourceError, match="its 686 tensors are not those of"):
         kcv2diffusers.convert(tmp_path / "unet.h5", out=tmp_path / "out", base="none")
