@@ -20,6 +20,8 @@ from kcv2diffusers.conversion.to_diffusers import convert
 from kcv2diffusers.conversion.to_kerascv import to_keras
 from kcv2diffusers.errors import SourceError
 
+pytestmark = pytest.mark.slow
+
 KINDS = keras_hub.KINDS
 WHOLE = (
     "backbone.weights.h5",

@@ -24,6 +24,8 @@ from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from kcv2diffusers.conversion.to_diffusers import convert
 
+pytestmark = pytest.mark.slow
+
 KINDS = keras_hub.KINDS
 CLIPS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
 

@@ -22,6 +22,7 @@ import pytest
 from PIL import Image
 from support.checkpoints import small_base
 from support.dreambooth.run import PROMPTS, arguments, command, environment, run
+from support.frameworks import XLA_FLAGS
 from support.waiting import LONG, until
 
 from kcv2diffusers.dreambooth import devices
@@ -83,8 +84,7 @@ def start(count: int, given: list[str], backend: str = "torch") -> list[subproce
         if backend == "jax":
             names = {"PROCESS_ID": number, "NUM_PROCESSES": count, "JOB_ADDRESSES": f"127.0.0.1:{port}"}
             variables = {f"KERAS_DISTRIBUTION_{name}": value for name, value in names.items()}
-            # The compiler's own work takes longer than what it saves.
-            variables |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PLATFORMS": "cpu"}
+            variables |= {"XLA_FLAGS": XLA_FLAGS, "JAX_PLATFORMS": "cpu"}
         found.append(
             subprocess.Popen(
                 given,

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 from support.checkpoints import small_base
 from support.dreambooth.run import PROMPTS, environment, in_fork
+from support.frameworks import XLA_FLAGS
 
 pytestmark = pytest.mark.slow
 
@@ -77,8 +78,7 @@ def losses(
         "--train-text-encoder", *options,
     ]  # fmt: skip
     command = [sys.executable, "-c", script, "dreambooth", *map(str, given)]
-    # The compiler's own work takes longer than what it saves.
-    variables = environment(backend) | {"XLA_FLAGS": f"--xla_backend_optimization_level=0 {flags}"}
+    variables = environment(backend) | {"XLA_FLAGS": f"{XLA_FLAGS} {flags}"}
     done = (
         in_fork(small_base(), "dreambooth", *given)
         if forked

@@ -62,6 +62,7 @@ def picture(pipe: Any, scheduler: Any) -> np.ndarray[Any, Any]:
     return np.asarray(drawn.images[0])
 
 
+@pytest.mark.slow
 def test_swapped_pictures(pipe: Any) -> None:
     """DDIM makes the steps of Euler; solvers of higher order go elsewhere, but not astray."""
     own = picture(pipe, pipe.scheduler)
