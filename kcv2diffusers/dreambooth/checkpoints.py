@@ -274,7 +274,7 @@ class Checkpoints:
         pairs = self._averages()
         held = [np.copy(current(variable)) for variable, _ in pairs]
         for variable, average in pairs:
-            variable.assign(average)
+            variable.assign(keras.ops.copy(average))  # JAX's predictions overwrite what they are given
         try:
             yield
         finally:

@@ -119,19 +119,21 @@ def spread(devices: list[str], models: Iterable[keras.Model]) -> Iterator[None]:
 
 
 @contextmanager
-def together(variables: Sequence[keras.Variable]) -> Iterator[None]:
+def together(models: Sequence[keras.Variable], others: Sequence[keras.Variable]) -> Iterator[None]:
     """Within or after `spread`: a block that computes on one device of this process, as for sample images.
 
-    `variables` have their values there.
+    The variables have their values there. Those of `models` are copies, because JAX's predictions overwrite
+    the weights that they are given.
     """
-    if not any(getattr(variable, "_layout", None) for variable in variables):
+    if not any(getattr(variable, "_layout", None) for variable in (*models, *others)):
         yield
         return
     distribution = keras.distribution.distribution()
-    held = [(variable, variable._layout, variable._value) for variable in variables]
+    held = [(variable, variable._layout, variable._value) for variable in (*models, *others)]
     keras.distribution.set_distribution(None)
-    for variable, _, value in held:
-        variable._layout, variable._value = None, value.addressable_data(0)
+    for number, (variable, _, value) in enumerate(held):
+        value = value.addressable_data(0)
+        variable._layout, variable._value = None, value.copy() if number < len(models) else value
     try:
         yield
     finally:

@@ -77,7 +77,7 @@ class Follow(keras.callbacks.Callback):  # type: ignore[misc]
             trainer.jax_state_sync()
         # Before the first step the moving averages are not those of the weights yet.
         averaged = self.checkpoints.averaged() if self.step else nullcontext()
-        with together([*trainer.variables, *trainer.optimizer.variables]), averaged:
+        with together(trainer.variables, trainer.optimizer.variables), averaged:
             yield
 
     def losses(self) -> list[float]:

@@ -19,6 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import support.dreambooth
 from PIL import Image
 from support.checkpoints import small_base
 from support.dreambooth.run import PROMPTS, arguments, command, environment, run
@@ -72,7 +73,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(count: int, given: list[str], backend: str = "torch") -> list[subprocess.Popen[str]]:
+def start(
+    count: int, given: list[str], backend: str = "torch", flags: dict[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
     """The processes of a run, as a cluster's launcher starts them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -88,7 +91,9 @@ def start(count: int, given: list[str], backend: str = "torch") -> list[subproce
         found.append(
             subprocess.Popen(
                 given,
-                env=environment(backend) | {name: str(value) for name, value in variables.items()},
+                env=environment(backend)
+                | {name: str(value) for name, value in variables.items()}
+                | (flags or {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -277,6 +282,26 @@ def test_jax(base: Path, photos: Path, whole: Path, tmp_path: Path) -> None:
     check_alike(end(start(2, noted(base, photos, tmp_path, *options, "--steps", "4"), "jax")))
     check_same(state(whole, 4), state(tmp_path, 4))
     assert (tmp_path / "samples" / "step-000004.png").exists()
+
+
+@pytest.mark.slow
+def test_averages_and_held_out_photos_on_jax(tmp_path: Path) -> None:
+    """One device, two of one process, and two processes: alike, of a network that compiles at once."""
+    script = Path(support.dreambooth.__file__).with_name("jax_run.py")
+    found = []
+    for count, processes in ((1, 1), (2, 1), (1, 2)):
+        out = tmp_path / f"{count}-{processes}"
+        out.mkdir()
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        ended = end(start(processes, [sys.executable, str(script), str(out), str(count)], "jax", flags))
+        assert [code for code, _, _ in ended] == [0] * processes, ended
+        (printed,) = (line for _, text, _ in ended for line in text.splitlines() if line.startswith("[["))
+        found.append(json.loads(printed))
+    rows, sums = found[0]
+    assert [step for step, _ in rows] == [0, 2, 4, 5] and rows[-1][1] < rows[0][1]
+    for other in found[1:]:
+        np.testing.assert_allclose(other[0], rows, rtol=1e-6)
+        np.testing.assert_allclose(other[1], sums, rtol=1e-6)
 
 
 # What can be known in one process.
