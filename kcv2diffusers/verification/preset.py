@@ -22,11 +22,12 @@ from kcv2diffusers.verification.sides import Side
 def write_preset(folder: Path, pipeline: Path, sides: Mapping[str, Side], size: int) -> None:
     """Write a preset of the whole model for images of `size` pixels.
 
-    The tensors of Keras files are copied as they are. Parts without a source are the pipeline's own.
+    The tensors of Keras files are copied as they are. Parts without a source are the pipeline's own. Raises
+    PlanError for one with missing or wrong tensors.
     """
     family = family_of(sides)
     assert family.preset is not None  # its reference is KerasHub
-    parts = {part: side.source for part, side in sides.items()}
+    parts = {part: side.source.require_complete() for part, side in sides.items()}
     components: dict[str, Component] = {}
     for side in sides.values():
         name = side.component.path.name

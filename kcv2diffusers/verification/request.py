@@ -92,7 +92,7 @@ class Request:
             "gelu": self.gelu,
             "unet-gelu": self.unet_gelu,
             "prediction-type": self.prediction_type,
-            "reference": self.reference,
+            "reference": None if self.reference == "builtin" else self.reference,
             "level": self.level,
         }
         defaults = Request(pipeline="")
