@@ -133,14 +133,14 @@ print(sorted({{name.partition(".")[0] for name in sys.modules}} & {{*{HEAVY!r}, 
 def test_convert_verifies(tmp_path: Path) -> None:
     report = tmp_path / "report"
     out = tmp_path / "out"
-    decoder = ROOT / "kcv2diffusers" / "tiny" / "vae_decoder.weights.h5"
-    done = cli("convert", decoder, "--base", "none", "--out", out, "--verify", "--report", report)
+    text = ROOT / "kcv2diffusers" / "tiny" / "text_encoder.weights.h5"
+    done = cli("convert", text, "--base", "none", "--out", out, "--verify", "--report", report)
     assert done.returncode == 0, done.stderr
     assert "Verified: weights, modules" in done.stdout and (report / "report.html").is_file()
-    refused = cli("convert", decoder, "--base", "none", "--out", tmp_path / "x", "--report", report)
+    refused = cli("convert", text, "--base", "none", "--out", tmp_path / "x", "--report", report)
     assert refused.returncode == 1 and "give that as well" in refused.stderr
     refused = cli(
-        "convert", decoder, "--base", "none", "--out", tmp_path / "x", "--verify", "--report", __file__
+        "convert", text, "--base", "none", "--out", tmp_path / "x", "--verify", "--report", __file__
     )
     assert refused.returncode == 1 and "is a file" in refused.stderr
     assert not (tmp_path / "x").exists()
