@@ -109,9 +109,10 @@ def main() -> None:
 
 def write(results: dict[str, list[tuple[Run, float]]]) -> None:
     """Print the table of what has been measured, and leave it in .cache/lora.md."""
+    count = max(map(len, results.values()))
+    how = "one run" if count == 1 else f"medians of {count} runs"
     lines = [
-        f"{machine()}; {max(map(len, results.values()))} runs; load average {os.getloadavg()[2]:.0f}; "
-        "SD1 in float32 with a text encoder:",
+        f"{machine()}; {how}; load average {os.getloadavg()[2]:.0f}; SD1 in float32 with a text encoder:",
         "",
         "| | seconds | CPU seconds | peak MB |",
         "|---|--:|--:|--:|",

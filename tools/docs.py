@@ -34,6 +34,8 @@ MEASURED = {
     "verify": "verify.md",
     "dreambooth-full": "dreambooth-full.md",
     "dreambooth-lora": "dreambooth-lora.md",
+    "lora": "lora.md",
+    "extracted-lora": "extracted-lora.md",
     "gpu": "gpu.md",  # by benchmarks/gpu.py --table benchmarks/results/gpu.jsonl
     "study": "study.md",
     "parity": "parity.json",
