@@ -42,7 +42,7 @@ from kcv2diffusers.dreambooth.memory import memory_errors, training_advice
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
 from kcv2diffusers.dreambooth.photos import Photo
-from kcv2diffusers.dreambooth.ranks import Group, joined
+from kcv2diffusers.dreambooth.ranks import ALONE, Group, joined
 from kcv2diffusers.dreambooth.record import keep_record
 from kcv2diffusers.dreambooth.tokens import add_tokens, name_tokens
 from kcv2diffusers.dreambooth.validation import Validation
@@ -349,7 +349,7 @@ def _freeze(config: Config, base: Base) -> dict[str, keras.Model]:
     return trained
 
 
-def _trainer(config: Config, base: Base, group: Group) -> DreamBooth:
+def _trainer(config: Config, base: Base, group: Group = ALONE) -> DreamBooth:
     """The compiled DreamBooth model."""
     with dtype_policy(config.precision):
         model = DreamBooth(

@@ -30,7 +30,7 @@ from kcv2diffusers.dreambooth.examples import (
     subject_photos,
 )
 from kcv2diffusers.dreambooth.model import DreamBooth
-from kcv2diffusers.dreambooth.ranks import ALONE, Group
+from kcv2diffusers.dreambooth.ranks import Group
 from kcv2diffusers.dreambooth.validation import Validation
 from kcv2diffusers.progress import silent_stages
 
@@ -251,7 +251,7 @@ def test_the_loss_is_that_of_numpy(
         instance, prior, batch_size=BATCH, steps=STEPS, seed=SEED, offset_noise=config.offset_noise,
         caption_dropout=config.caption_dropout,
     )  # fmt: skip
-    model = train._trainer(config, own, ALONE)
+    model = train._trainer(config, own)
     for number in range(STEPS):
         (batch,) = batches[number]
         predicted = keras.ops.convert_to_numpy(model(batch))

@@ -103,7 +103,6 @@ def test_a_lora_of_the_text_encoder_has_its_own_learning_rate(monkeypatch: pytes
     """The variables that a LoRA adds are those with the rate and the steps of the text encoder."""
     from kcv2diffusers.dreambooth import train
     from kcv2diffusers.dreambooth.config import Config
-    from kcv2diffusers.dreambooth.ranks import ALONE
 
     text_encoder = models.build_text_encoder(TEXT)
     add_lora(text_encoder, 2, 2)
@@ -113,7 +112,7 @@ def test_a_lora_of_the_text_encoder_has_its_own_learning_rate(monkeypatch: pytes
         unet=models.build_unet(UNET), text_encoder=text_encoder, prediction_type="epsilon", schedule=SD
     )
     with pytest.raises(ZeroDivisionError):
-        train._trainer(Config(train_text_encoder=True, lora_rank=2, precision="float32"), base, ALONE)
+        train._trainer(Config(train_text_encoder=True, lora_rank=2, precision="float32"), base)
     assert len(slower) == 16 and all("lora_kernel" in variable.path for variable in slower)
 
 
