@@ -434,11 +434,15 @@ def test_listings() -> None:
     }
     assert {c.path: len(c.files) for c in candidates(shards, "a/b")} == {"m.weights.json": 3, "ckpt": 2}
     pickled = {"model_index.json": 1, "vae/config.json": 1, "vae/diffusion_pytorch_model.bin": 9}
-    with pytest.raises(Error, match="pickled or sharded"):
+    with pytest.raises(Error, match="pickled weights are not read"):
         pipeline_files(pickled, "", ["vae_decoder"], None, Address("a/b"))
     variants = {"vae/config.json": 1, "vae/diffusion_pytorch_model.fp16.safetensors": 9}
     plain = variants | {"vae/diffusion_pytorch_model.safetensors": 9}
     for has, variant, name in ((variants, None, "fp16."), (plain, None, ""), (plain, "fp16", "fp16.")):
         wanted = f"vae/diffusion_pytorch_model.{name}safetensors"
         assert wanted in pipeline_files(has, "", None, variant, Address("a/b"))
+    index, shard = "model.safetensors.index.json", "model-{}-of-00002.safetensors"
+    sharded = dict.fromkeys(("config.json", index, shard.format("00001"), shard.format("00002")), 1)
+    sharded = {f"text_encoder/{name}": size for name, size in sharded.items()}
+    assert set(sharded) == set(pipeline_files(sharded, "", ["text_encoder"], None, Address("a/b")))
     assert all(map(unsafe, ("../x", "/etc/x", "a/../../x", "", "a\\..\\x"))) and not unsafe("a/b.h5")
