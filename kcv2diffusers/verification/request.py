@@ -61,7 +61,7 @@ class Request:
                 raise Error(f"--{option} {number}: give at least 1.")
         if self.steps > 1000:
             raise Error(f"--steps {self.steps}: there are 1000 timesteps.")
-        multiple = MULTIPLE[self.reference] if self.reference else min(MULTIPLE.values())
+        multiple = MULTIPLE.get(self.reference or "", 1)  # checked again when the reference is known
         if self.size is not None and (self.size < multiple or self.size % multiple):
             raise Error(f"--image-size {self.size}: give a multiple of {multiple}.")
         if not self.prompts:

@@ -184,6 +184,12 @@ def _with_reference(request: Request, sides: Mapping[str, Side]) -> Request:
                 f"{request.pipeline}: has no {label(lacking[0])}; KerasHub's models need a whole pipeline.\n"
                 "Use --level weights."
             )
+    _check_reference(request, sides)
+    return request
+
+
+def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
+    """Raise Error if KerasCV's classes cannot be models of these sizes, or its sampler of this schedule."""
     if (
         request.reaches("images")
         and request.reference == "keras-cv"
@@ -200,7 +206,6 @@ def _with_reference(request: Request, sides: Mapping[str, Side]) -> Request:
             f"{request.pipeline}: has a {unusual[0]} of unusual widths; KerasCV's classes have none.\n"
             "Use --reference builtin."
         )
-    return request
 
 
 def _run_sides(
