@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import signal
@@ -288,8 +289,16 @@ def finish(given: list[str], **options: Any) -> subprocess.CompletedProcess[str]
     )
 
 
+def logged(out: Path) -> list[int]:
+    """The steps in the log of a run."""
+    with (out / "log.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
 def test_a_run_that_is_killed_while_it_writes(photos: Path, tmp_path: Path) -> None:
-    """The checkpoint before is whole, and the run goes on from it; what was half written goes away."""
+    """The checkpoint before is whole, and the run goes on from it; what was half written goes away, and
+    the log has each step once.
+    """
     out, marker = tmp_path / "out", tmp_path / "marker"
     given = command(photos, out, "--steps", "100000", "--checkpoint-every", "4")
     process = subprocess.Popen([sys.executable, "-c", STALLED, str(marker), *given], env=environment())
@@ -299,9 +308,11 @@ def test_a_run_that_is_killed_while_it_writes(photos: Path, tmp_path: Path) -> N
     assert saved_steps(out) == [4]
     half = [path.name for path in (out / "resume").iterdir() if path.name != "step-000004.h5"]
     assert half, "nothing was half written"
+    assert max(logged(out)) > 6
     done = finish([*given, "--steps", "6", "--resume"])
     assert done.returncode == 0, done.stderr
     assert saved_steps(out) == [4, 6] and not list(out.rglob(".*"))
+    assert logged(out) == [1, 2, 3, 4, 5, 6]
     assert sorted(path.name for path in (out / "resume").iterdir()) == ["step-000004.h5", "step-000006.h5"]
     with h5py.File(checkpoint_path(out, 6) / "unet.weights.h5") as file:
         assert "layers" in file or "_layer_checkpoint_dependencies" in file
