@@ -153,4 +153,4 @@ def test_devices_that_are_not_there(folder: Path) -> None:
     with pytest.raises(AssertionError, match=r"--devices 3: this machine has 1 \(cpu:0\)"):
         losses("jax", folder, "three", "--devices", "3")
     with pytest.raises(AssertionError, match="--devices 2 needs JAX; this is torch"):
-        losses("torch", folder, "torch-two", "--devices", "2")
+        losses("torch", folder, "torch-two", "--devices", "2", forked=True)
