@@ -119,8 +119,8 @@ def _origin(facts: Facts) -> str:
     author, page = repository.partition("/")[0], f"https://huggingface.co/{repository}"
     return (
         f"The weights are by [{author}](https://huggingface.co/{author}), from [{repository}]({page}) at "
-        f"commit [`{commit[:7]}`]({page}/tree/{commit}). Only their format was changed, from Keras to "
-        "diffusers. The author's page tells how they were trained; the license is the author's."
+        f"commit [`{commit[:7]}`]({page}/tree/{commit}). They were converted to "
+        "the format of diffusers. The author's page tells how they were trained."
     )
 
 
