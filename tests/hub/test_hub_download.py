@@ -272,7 +272,7 @@ def test_only_what_is_needed_of_a_pipeline(hub: Hub, tiny_pipeline: Path, tmp_pa
         assert kcv2diffusers.inspect(tmp_path / "keras" / name)[0].problems is None
     hub.home = tmp_path / "another cache"
     hub.log()
-    assert "Give it with --base" in hub.refuses("inspect", "hf://alice/tiny")
+    assert "Give it with --base" in hub.refuses("convert", "hf://alice/tiny", "--out", tmp_path / "no")
     assert downloaded(hub) == set()
 
 
