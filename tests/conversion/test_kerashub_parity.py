@@ -23,6 +23,7 @@ from support import keras_hub
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from kcv2diffusers.conversion.to_diffusers import convert
+from kcv2diffusers.maps.parts import family_named
 
 pytestmark = pytest.mark.slow
 
@@ -143,7 +144,9 @@ def test_eight_steps(kind: str, converted: Path) -> None:
         config = T5Config.from_pretrained(converted / "text_encoder_3")
         config.dense_act_fn = "gelu"
         t5 = T5EncoderModel.from_pretrained(converted / "text_encoder_3", config=config).eval()
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(converted / "scheduler")
+    family = family_named("StableDiffusion3Pipeline")
+    assert family is not None
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(dict(family.scheduler))
     pipe = StableDiffusion3Pipeline(
         SD3Transformer2DModel.from_pretrained(converted / "transformer").eval(),
         scheduler,
