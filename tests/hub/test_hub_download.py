@@ -22,6 +22,7 @@ from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import Address, cached, parse
 from kcv2diffusers.hub.listing import candidates, chosen, pipeline_files, unsafe
 from kcv2diffusers.maps.parts import families
+from kcv2diffusers.maps.parts import family_of
 from kcv2diffusers.publish.card import model_card
 from kcv2diffusers.publish.card_facts import gather
 from kcv2diffusers.publish.check import Checked
@@ -279,7 +280,8 @@ def test_only_what_is_needed_of_a_pipeline(hub: Hub, tiny_pipeline: Path, tmp_pa
 def test_card_of_a_checkpoint_of_the_sprint(expected: Path) -> None:
     """What its weights do not tell is said to be possible, or, where the publisher knows, a fact."""
     parts = {p: m for c in read_pipeline(expected).values() for p, m in c.parts.items()}
-    checked = Checked(expected, ["unet/diffusion_pytorch_model.safetensors"], [], parts)
+    files = ["unet/diffusion_pytorch_model.safetensors"]
+    checked = Checked(expected, files, [], parts, family_of(parts))
     text = model_card(gather(checked, license="mit"), "a/b")
     assert "written by Keras 2.12 or older" in text and "approximation of the GELU" in text
     stated = gather(checked, license="mit", trained_with=frozenset(["old-image-encoder"]))
