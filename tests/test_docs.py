@@ -211,7 +211,7 @@ def test_code_runs(page: Path, place: Path, world: Callable[[str], Path]) -> Non
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_code_blocks_have_a_language(page: Path) -> None:
     for block in blocks(page):
-        assert block.language in ("sh", "python", "toml", "json", "text"), f"{page}:{block.line}"
+        assert block.language in ("sh", "python", "toml", "json", "yaml", "text"), f"{page}:{block.line}"
         if block.language == "toml":
             assert tomllib.loads(block.text)
         elif block.language == "json":

@@ -21,8 +21,7 @@ import kcv2diffusers
 from kcv2diffusers.errors import Error
 from kcv2diffusers.hub.address import Address, cached, parse
 from kcv2diffusers.hub.listing import candidates, chosen, pipeline_files, unsafe
-from kcv2diffusers.maps.parts import families
-from kcv2diffusers.maps.parts import family_of
+from kcv2diffusers.maps.parts import families, family_of
 from kcv2diffusers.publish.card import model_card
 from kcv2diffusers.publish.card_facts import gather
 from kcv2diffusers.publish.check import Checked
