@@ -145,7 +145,7 @@ def find_sibling(
         if isinstance(source, str) and source.startswith(SCHEME):
             from kcv2diffusers.hub.download import sibling
 
-            if (found := sibling(source)) and wanted:
+            if (found := sibling(source, certain=wanted)) and wanted:
                 return locate_all(found, parts={text})
             if found:
                 notes.append(f"{found} exists: --with-sibling takes the {label(text)} from there.")

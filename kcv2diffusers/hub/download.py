@@ -154,10 +154,11 @@ def default_base(source: str, missing: Sequence[str], variant: str | None) -> Pa
         ) from None
 
 
-def sibling(source: str) -> str | None:
+def sibling(source: str, *, certain: bool = False) -> str | None:
     """The address of the repository whose name is that of `source` with a text encoder suffix, if it exists.
 
-    None if there is none or if `source` has a path or such a suffix itself.
+    None if there is none or if `source` has a path or such a suffix itself. If the Hub does not answer, the
+    cache decides; with `certain` a repository that the cache lacks then raises Unreachable.
     """
     address = parse(source)
     if address.path or any(address.repository.endswith(end) for end in SIBLINGS):
@@ -169,6 +170,8 @@ def sibling(source: str) -> str | None:
                 exists = api.repo_exists(name)
         except Unreachable:
             exists = _in_cache(name)
+            if certain and not exists:
+                raise
         if exists:
             return str(Address(name))
     return None

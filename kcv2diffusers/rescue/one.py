@@ -203,7 +203,8 @@ def _converted(order: Order, source: Source, decision: Decision, out: Path) -> V
 
     address = str(Address(order.repository, decision.path, source.commit))
     shutil.rmtree(out, ignore_errors=True)
-    beside = not decision.text_encoder and not decision.path and sibling(address) is not None
+    asked = not decision.text_encoder and not decision.path
+    beside = asked and sibling(address, certain=True) is not None  # else the base's would take its place
     converted = convert(address, out=out, base=order.base or None, dtype=order.dtype, with_sibling=beside)
     named = {part: str(path) for part, path in converted.sources.items()}
     verified = verify(

@@ -223,6 +223,10 @@ def test_sibling(
     saved_model(hub, "alice/lonely", files, heads, "unet")
     refused = hub.refuses("convert", "hf://alice/lonely", "--with-sibling", "--out", tmp_path / "x")
     assert "no hf:// source has a text encoder in a repository beside it" in refused
+    hub.fail({"method": "*", "path": "lonely-text", "status": 503})  # then nobody knows whether there is one
+    refused = hub.refuses("convert", "hf://alice/lonely", "--with-sibling", "--out", tmp_path / "x")
+    hub.fail()
+    assert "503" in refused and "beside it" not in refused
 
 
 def test_several_candidates(
