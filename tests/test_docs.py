@@ -119,7 +119,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The files that pages name, made of the tiny base when a page asks for them."""
     folder = tmp_path_factory.mktemp("world")
     pipeline = convert("tiny", out=folder / "pipeline").out
-    keras = to_keras(pipeline, out=folder / "keras", format="h5").out
+    lora = save(kohya(pipeline), folder / "dog-lora.safetensors")
+    tuned = convert("tiny", out=folder / "tuned", lora=lora).out
+    keras = to_keras(tuned, out=folder / "keras", format="h5").out
     made = {
         "sd15/": lambda: pipeline,
         "pipeline/": lambda: pipeline,
@@ -134,7 +136,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         ),
         "preset/": lambda: keras_hub.models() / "sd35l" / "task",
         "adapter.lora.h5": lambda: keras_hub.models() / "sd35l" / "adapter.lora.h5",
-        "dog-lora.safetensors": lambda: save(kohya(pipeline), folder / "dog-lora.safetensors"),
+        "dog-lora.safetensors": lambda: lora,
     }
     kept: dict[str, Path] = {}
 

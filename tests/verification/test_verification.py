@@ -233,9 +233,9 @@ def test_gelu_of_a_unet_mixed_up(
     """The exact GELU where KerasCV's is expected."""
     from contextlib import nullcontext
 
-    from kcv2diffusers.verification import stock_pipeline
+    from kcv2diffusers.verification import attribution
 
-    monkeypatch.setattr(stock_pipeline, "kerascv_gelu", lambda model: nullcontext())
+    monkeypatch.setitem(attribution._KERASCV, "gelu", lambda model: nullcontext())
     result = check(made[1], made[0] / "unet.weights.h5", level="modules")
     (failure,) = result.failures()["modules"]
     assert "with KerasCV's GELU and epsilon (limit 3e-05)" in failure
