@@ -146,6 +146,8 @@ def test_folder_loads_and_draws(version: int, bpe: Path, cli: Cli, load: Load, t
         "out": str(out),
         "version": f"sd{version}",
         "complete": True,
+        "pipeline": "StableDiffusionPipeline",
+        "absent": [],
         "parts": {p: f"{folder / 'parts' / p}.weights.h5 (.weights.h5)" for p in PARTS},
         "dtypes": dict.fromkeys(WEIGHTS, "float32"),
         "missing": [],
