@@ -21,9 +21,9 @@ USED = {
 def test_all_are_found() -> None:
     """So that the next test tests something; a new one is to be thought about, and added here."""
     assert {name.rpartition(".")[2] for name in USED} == {
-        "_foreach_add_", "_foreach_addcmul_", "_foreach_copy_", "_foreach_div", "_foreach_div_", "_foreach_lerp",
-        "_foreach_lerp_", "_foreach_mul", "_foreach_mul_", "_foreach_norm", "_foreach_sign_", "_foreach_sqrt",
-        "_foreach_sqrt_", "_foreach_sub", "_foreach_zero_", "_linear_pointwise",
+        "_foreach_add_", "_foreach_addcmul_", "_foreach_copy_", "_foreach_div", "_foreach_div_",
+        "_foreach_lerp", "_foreach_lerp_", "_foreach_mul", "_foreach_mul_", "_foreach_norm", "_foreach_sign_",
+        "_foreach_sqrt", "_foreach_sqrt_", "_foreach_sub", "_foreach_zero_", "_linear_pointwise",
     }  # fmt: skip
 
 
