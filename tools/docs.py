@@ -299,7 +299,7 @@ def filled(page: Path, text: str) -> str:
             raise SystemExit(f"{page.relative_to(ROOT)}: nothing is generated for {name}.")
         return f"<!-- {name} -->\n{PLACES[name]()}\n<!-- /{name} -->"
 
-    return re.sub(r"<!-- ([a-z-]+) -->\n.*?<!-- /\1 -->", place, text, flags=re.DOTALL)
+    return re.sub(r"<!-- ([a-z0-9-]+) -->\n.*?<!-- /\1 -->", place, text, flags=re.DOTALL)
 
 
 def pages() -> Iterator[tuple[Path, str]]:
