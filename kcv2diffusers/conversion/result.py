@@ -14,7 +14,7 @@ from kcv2diffusers.maps.parts import label
 class Converted:
     """The result of a conversion, or the plan after a dry run. Sizes are in bytes.
 
-    `parts` is the source of each part. `sources` are the KerasCV checkpoints among them. `base` is the
+    `parts` is the source of each part. `sources` are the checkpoints among them, not pipelines. `base` is the
     pipeline folder that supplied the other parts. `moved` describes the transfer of each part to its file.
     `scheduler` and `tokenizer` are the origins of these (None: not written). `version` is "sd1", "sd2", or
     "any" if no part determines it. `metadata` are those of a single file, empty for a pipeline. `pipeline` is

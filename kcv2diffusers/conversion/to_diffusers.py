@@ -236,7 +236,7 @@ def convert(
         version=version_of(matches),
         complete=complete,
         parts={part: f"{m.place} ({m.source.container})" for part, m in matches.items()},
-        sources={part: match.source.path for part, match in matches.items() if match.keras},
+        sources={part: match.source.path for part, match in matches.items() if not match.of_pipeline},
         base=filling.paths[0] if filling.components else None,
         dtypes={component.table.folder: component.dtype.name for component in components},
         missing=missing,

@@ -125,7 +125,7 @@ def to_single_file(
         version=version_of(matches),
         complete=not gathered.missing,
         parts={part: f"{m.place} ({m.source.container})" for part, m in matches.items()},
-        sources={part: match.source.path for part, match in matches.items() if match.keras},
+        sources={part: match.source.path for part, match in matches.items() if not match.of_pipeline},
         base=filling.paths[0] if filling.components else None,
         dtypes=dtypes,
         missing=gathered.missing,

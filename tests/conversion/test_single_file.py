@@ -22,7 +22,7 @@ from support.checkpoints import ROOT
 from support.random_pipelines import CONFIGS, TOKENIZER, random_pipeline
 from support.waiting import LONG, until
 
-from kcv2diffusers import convert, inspect, to_keras
+from kcv2diffusers import convert, inspect, to_keras, verify
 from kcv2diffusers.errors import Error
 from kcv2diffusers.maps.original import namings
 
@@ -798,6 +798,13 @@ def test_inspect_shows_the_same_of_a_pipeline_and_its_file(version: str, pipelin
 
     assert shown(pipelines[version]) == shown(files[version])
     assert len(shown(pipelines[version])) == 4
+
+
+def test_a_file_is_what_its_pipeline_is_verified_against(files, tmp_path: Path) -> None:
+    """As `convert --verify` does; a pipeline that the other parts came from is its base."""
+    result = convert(files["sd1"], out=tmp_path / "out", tokenizer=TOKENIZER)
+    assert set(result.sources.values()) == {files["sd1"]} and len(result.sources) == 4
+    assert verify(result.out, level="weights", **result.sources).passed
 
 
 def test_inspect_shows_what_a_file_says_of_itself(pipelines, tmp_path: Path) -> None:
