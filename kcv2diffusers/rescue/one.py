@@ -38,7 +38,6 @@ from kcv2diffusers.rescue.keep import (
 )
 from kcv2diffusers.rescue.patience import patiently
 from kcv2diffusers.rescue.staging import staging
-from kcv2diffusers.sources.locate import locate_all
 from kcv2diffusers.system.output import check_folder
 
 if TYPE_CHECKING:
@@ -209,7 +208,6 @@ def _converted(order: Order, source: Source, decision: Decision, out: Path) -> V
     named = {part: str(path) for part, path in converted.sources.items()}
     verified = verify(
         out,
-        *([] if named else locate_all(address)),  # a single file in the original layout
         base=[str(converted.base)] if converted.base else [],
         level="weights",
         **named,  # type: ignore[arg-type]
