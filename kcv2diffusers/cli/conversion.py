@@ -495,18 +495,22 @@ def inspect(
     the others.
     """
     from kcv2diffusers.conversion.inspection import inspect as run
+    from kcv2diffusers.conversion.inspection import missing_text
 
     found, refused = [], []
     for source in sources:
         try:
-            found += run(source, allow_pickle=allow_pickle)
+            found.append(run(source, allow_pickle=allow_pickle))
         except Error as error:
             refused.append(error)
     if as_json and found:
-        print_json([entry.to_dict() for entry in found])
+        print_json([entry.to_dict() for entries in found for entry in entries])
     elif not as_json:
-        for entry in found:
-            say(entry.text())
+        for entries in found:
+            for entry in entries:
+                say(entry.text())
+            if entries and entries[0].missing:
+                say(missing_text(entries[0].missing))
     if refused:
         raise refused[0] if len(sources) == 1 else Error("\n".join(map(str, refused)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from kcv2diffusers.errors import plain
 from kcv2diffusers.hub.address import shown
-from kcv2diffusers.maps.parts import label
+from kcv2diffusers.maps.parts import family_of, label
 from kcv2diffusers.pipeline.modelspec import PREFIX
 from kcv2diffusers.sources.diffusers_pipeline import is_pipeline, read_pipeline
 from kcv2diffusers.sources.leftovers import summary
@@ -45,7 +46,8 @@ class Inspected:
     `sizes` are the values of its weight map's symbols. `problems` is the report if the part is incomplete.
     `inside` is its location in the checkpoint ("" for the root). `left_out` counts, by kind, the tensors of
     the whole checkpoint that belong to no part, such as optimizer state. `metadata` are those of a single
-    file, such as title, hash and trigger phrase.
+    file, such as title, hash and trigger phrase. `missing` are the parts that the whole source lacks for a
+    pipeline, optional ones included.
     """
 
     path: Path
@@ -64,6 +66,7 @@ class Inspected:
     left_out: dict[str, int] = field(default_factory=dict)
     rest: str = ""
     metadata: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
@@ -87,6 +90,14 @@ class Inspected:
         return "\n".join([*lines, *([self.problems] if self.problems else [])])
 
 
+def missing_text(missing: Sequence[str]) -> str:
+    """Return a line that names the parts that a source lacks for a pipeline."""
+    optional = family_of(missing).optional
+    needed = [label(part) for part in missing if part not in optional]
+    spared = [f"{label(part)} (optional)" for part in missing if part in optional]
+    return f"Missing for a pipeline: {', '.join([*needed, *spared])}."
+
+
 def _sizes(match: Match) -> dict[str, int]:
     """Return the sizes, and the number of blocks with each property that only some blocks have."""
     sizes = {name: value for name, value in match.dims.items() if name.isidentifier()}
@@ -107,6 +118,8 @@ def inspect(source: str | PathLike[str], *, allow_pickle: bool = False) -> list[
     for path in filter(is_pipeline, paths):
         for component in read_pipeline(path, strict=False).values():
             matches += component.parts.values()
+    held = {match.part for match in matches}
+    missing = [part for part in family_of(held).parts if part not in held]
     found = []
     for match in matches:
         opened = match.source
@@ -129,6 +142,7 @@ def inspect(source: str | PathLike[str], *, allow_pickle: bool = False) -> list[
                 left_out={kind: len(tensors) for kind, tensors in match.leftovers.items()},
                 rest=summary(match.leftovers),
                 metadata={n: opened.metadata[n][:_LENGTH] for n in _METADATA if n in opened.metadata},
+                missing=missing,
             )
         )
     return found

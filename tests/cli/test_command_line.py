@@ -465,3 +465,12 @@ def test_dry_run_of_to_keras(cli: Cli, tiny: Path, tmp_path: Path) -> None:
     assert told.pop("seconds") >= 0 and done.pop("seconds") >= 0
     assert told == told | done and len(told["moved"]) == 2
     assert "exists already" in cli(*arguments, "--dry-run")[2]
+
+
+def test_inspect_says_what_is_missing(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    _, told, _ = cli("inspect", tiny)
+    assert told.endswith("\nMissing for a pipeline: UNet, text encoder.\n")
+    assert json.loads(cli("inspect", tiny, "--json")[1])[0]["missing"] == ["unet", "text_encoder"]
+    convert(tiny, out=tmp_path / "out", base="none")
+    assert "Missing for a pipeline: UNet, text encoder." in cli("inspect", tmp_path / "out")[1]
+    assert "Missing" not in cli("inspect", "tiny")[1]

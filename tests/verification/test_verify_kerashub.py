@@ -106,6 +106,39 @@ def test_a_right_pipeline_passes(made: dict[str, Path], check: Check, kind: str,
         assert result.images is not None and result.images.worst("attributed").attributed.psnr > 70
 
 
+@pytest.fixture(scope="module")
+def with_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task with T5 and, beside it, a tokenizer_3/ as diffusers has it, with words of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(shutil.copytree(source("sd35m"), tmp_path_factory.mktemp("t5") / "task"))
+    words = ["<pad>", "</s>", "<unk>", *(f"\u2581{word}" for word in PROMPT.split())]
+    pieces = [(word, -float(n)) for n, word in enumerate([*words, *(f"<{n}>" for n in range(900))])]
+    made = Tokenizer(models.Unigram(pieces, unk_id=2))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    words3 = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=256
+    )
+    words3.save_pretrained(folder / "tokenizer_3")
+    config = folder / "tokenizer_3" / "tokenizer_config.json"
+    stated = json.loads(config.read_text()) | {"tokenizer_class": "T5TokenizerFast", "extra_ids": 0}
+    config.write_text(json.dumps(stated))
+    return folder
+
+
+def test_pictures_with_t5(with_t5: Path, check: Check, tmp_path: Path) -> None:
+    """T5 reads the prompt on both sides: other words give other pictures."""
+    convert(with_t5, out=tmp_path / "out")
+    result = check(tmp_path / "out", "sd35m", prompts=[PROMPT, "a a a"])
+    assert result.passed, result.failures()
+    assert result.images is not None and result.images.worst("attributed").attributed.psnr > 70
+    assert "t5" in {found.part for found in result.modules or []}
+
+
 def change(file: str, edit: Callable[[dict[str, np.ndarray]], None]) -> Plant:
     def plant(folder: Path) -> None:
         tensors = load_file(folder / file)
@@ -214,18 +247,34 @@ def test_other_references_are_refused(made: dict[str, Path]) -> None:
         verify(made["sd3"], keras_hub.models() / "sd3" / "diffuser.weights.h5", level="modules")
 
 
+def run(*arguments: str | Path) -> dict[str, Any]:
+    """The JSON result of a command that a user runs."""
+    command = [sys.executable, "-m", "kcv2diffusers", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 def test_in_processes_of_their_own(made: dict[str, Path], tmp_path: Path) -> None:
     """As users run it, for a pipeline in fp16, with few steps."""
     out = tmp_path / "out"
     convert(source("sd35l"), out=out, dtype="fp16")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "kcv2diffusers", "verify", out, source("sd35l"), "--image-size", "64"),
-            *("--steps", "2", "--images-per-prompt", "1", "--json"),
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    few = ("--image-size", "64", "--steps", "2", "--images-per-prompt", "1")
+    found = run("verify", out, source("sd35l"), *few)
     assert found["passed"] and len(found["images"]["runs"]) == 1 and "rounded" in " ".join(found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("base", "levels"), [("pipeline", {"weights", "modules", "images"}), ("none", {"weights"})]
+)
+def test_convert_verifies_what_the_example_saves(
+    made: dict[str, Path], tmp_path: Path, base: str, levels: set[str]
+) -> None:
+    """The MMDiT with the rest from a pipeline is drawn; alone, its weights are compared."""
+    network = keras_hub.models() / "sd35l" / "diffuser.weights.h5"
+    rest = made["sd35l"] if base == "pipeline" else "none"
+    found = run("convert", network, "--base", rest, "--out", tmp_path / "out", "--verify")
+    verified = found["verified"]
+    assert verified["passed"]
+    assert {level for level in ("weights", "modules", "images") if verified[level]} == levels
