@@ -36,6 +36,7 @@ MEASURED = {
     "dreambooth-lora": "dreambooth-lora.md",
     "lora": "lora.md",
     "extracted-lora": "extracted-lora.md",
+    "kerashub-timesteps": "kerashub-timesteps.md",
     "gpu": "gpu.md",  # by benchmarks/gpu.py --table benchmarks/results/gpu.jsonl
     "study": "study.md",
     "parity": "parity.json",
