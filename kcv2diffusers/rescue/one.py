@@ -37,8 +37,8 @@ from kcv2diffusers.rescue.keep import (
     put,
 )
 from kcv2diffusers.rescue.patience import patiently
-from kcv2diffusers.rescue.staging import staging
 from kcv2diffusers.system.output import check_folder
+from kcv2diffusers.system.staging import staging
 
 if TYPE_CHECKING:
     from kcv2diffusers.verification.result import Verified

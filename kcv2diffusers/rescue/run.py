@@ -26,10 +26,10 @@ from kcv2diffusers.rescue.one import (
     Result,
     rescue_one,
 )
-from kcv2diffusers.rescue.staging import sweep
 from kcv2diffusers.rescue.table import write_tables
 from kcv2diffusers.system.interruption import keeps
 from kcv2diffusers.system.output import check_folder
+from kcv2diffusers.system.staging import sweep
 
 MANIFEST = "rescue.jsonl"
 _LOCK = ".rescue.lock"

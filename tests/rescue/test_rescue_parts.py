@@ -22,7 +22,7 @@ from kcv2diffusers.rescue.decide import decide
 from kcv2diffusers.rescue.manifest import Manifest
 from kcv2diffusers.rescue.one import FAILED, POSTPONED, PUBLISHED, SKIPPED, Order, Result
 from kcv2diffusers.rescue.repositories import companion_of, in_file, is_id, targets
-from kcv2diffusers.rescue.staging import staging
+from kcv2diffusers.system.staging import staging
 
 SETTINGS = {"repositories": "x", "to": "y"}
 
@@ -289,7 +289,7 @@ def test_folders_of_attempts(tmp_path: Path) -> None:
     """Each has its own; that of a process that was killed is removed by the next attempt."""
     code = """
 import os, pathlib, sys
-from kcv2diffusers.rescue.staging import staging
+from kcv2diffusers.system.staging import staging
 with staging(pathlib.Path(sys.argv[1]), "a--b"):
     os.kill(os.getpid(), 9)
 """

@@ -26,13 +26,23 @@ _SECONDS_OF_A_DAY = 86_400
 @contextmanager
 def staging(parent: Path, name: str) -> Iterator[Path]:
     """A new folder in `parent` that is removed when the block ends. Two attempts never share one."""
+    with locked_staging(parent, name) as (folder, _):
+        yield folder
+
+
+@contextmanager
+def locked_staging(parent: Path, name: str) -> Iterator[tuple[Path, int]]:
+    """`staging`, and the descriptor of the lock.
+
+    The folder counts as used until every process that inherited the descriptor has ended.
+    """
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent)
     folder = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=parent))
     try:
         with (folder / _LOCK).open("w") as file:
             _lock(file)
-            yield folder
+            yield folder, file.fileno()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
