@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from kcv2diffusers.errors import plain
+from kcv2diffusers.progress import EVERY
 
 # Seconds before the first line in a log; minimum seconds between lines; maximum seconds without a line.
 FIRST, THEN, SILENT = 5.0, 30.0, 60.0
@@ -46,6 +47,15 @@ def note(line: str) -> None:
         say(line, sys.stderr)
 
 
+def _intervals() -> tuple[float, float]:
+    """Seconds before the first line in a log, and between lines."""
+    try:
+        seconds = float(os.environ[EVERY])
+    except (KeyError, ValueError):
+        return FIRST, THEN
+    return seconds, seconds
+
+
 class _Log:
     """Progress for a stderr that is not a terminal.
 
@@ -56,7 +66,8 @@ class _Log:
     def __init__(self, title: str) -> None:
         self._at = title  # the last line reported
         self._started = self._printed = time.monotonic()
-        self._next = self._started + FIRST
+        self._first, self._then = _intervals()
+        self._next = self._started + self._first
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -76,7 +87,7 @@ class _Log:
 
     def _line(self, line: str) -> None:
         self._printed = time.monotonic()
-        self._next = self._printed + THEN
+        self._next = self._printed + self._then
         note(line)
 
     def _watch(self) -> None:
