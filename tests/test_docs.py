@@ -70,6 +70,7 @@ GUIDES = {
     "push": "guides/hub.md",
     "space": "guides/hub.md",
     "rescue": "guides/rescue.md",
+    "app": "guides/app.md",
     "env": "reference/errors.md",
     "maps list": "concepts/weight-maps.md",
     "maps show": "concepts/weight-maps.md",

@@ -8,6 +8,7 @@ from kcv2diffusers.cli.command import Command
 from kcv2diffusers.cli.conversion import convert, convert_lora, extract_lora, inspect, maps_app, to_keras
 from kcv2diffusers.cli.env import env
 from kcv2diffusers.cli.hub import push, space
+from kcv2diffusers.cli.page import app as app_page
 from kcv2diffusers.cli.rescue import rescue
 from kcv2diffusers.cli.training import dreambooth, generate
 from kcv2diffusers.cli.verification import verify
@@ -26,7 +27,8 @@ for command in (
     push,
     space,
     rescue,
+    app_page,
     env,
 ):
-    app.command(cls=Command)(command)
+    app.command(command.__name__.replace("_", "-"), cls=Command)(command)
 app.add_typer(maps_app, name="maps")

@@ -1,0 +1,47 @@
+"""The page: its tabs and its look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from kcv2diffusers.app.convert_tab import convert_tab
+from kcv2diffusers.app.folders import Root
+from kcv2diffusers.app.inspect_tab import inspect_tab
+
+_TITLE = "kcv2diffusers"
+_ABOUT = (
+    "Convert KerasCV and KerasHub Stable Diffusion checkpoints to diffusers, compare both sides, publish."
+)
+_KEPT = 3600  # seconds that Gradio keeps a file beyond the time limit of a command
+CSS = """
+.log textarea { font-family: ui-monospace, monospace; font-size: .8rem; }
+.gradio-container { --block-info-text-color: var(--body-text-color-subdued); }
+.inside { padding: .5rem 1rem 0; }
+"""
+
+
+def build(root: Root, *, on_a_space: bool) -> Any:
+    """The page, as Gradio's Blocks."""
+    age = int(root.settings.seconds) + _KEPT
+    with gr.Blocks(title=_TITLE, delete_cache=(600, age), analytics_enabled=False) as page:
+        gr.Markdown(f"# {_TITLE}\n\n{_ABOUT}")
+        with gr.Accordion("Login to the Hugging Face Hub", open=False):
+            if on_a_space:
+                gr.LoginButton()
+            own = " Empty: the login of this computer." if root.settings.local else ""
+            access_token = gr.Textbox(
+                label="Access token", type="password", max_lines=1, visible=not on_a_space,
+                info=f"For private models and to publish. It is not stored.{own}",
+            )  # fmt: skip
+        with gr.Tab("Convert"):
+            convert_tab(root, access_token)
+        with gr.Tab("Inspect"):
+            inspect_tab(root, access_token)
+
+        def left(request: gr.Request) -> None:
+            root.close(request.session_hash)
+
+        page.unload(left)
+    return page

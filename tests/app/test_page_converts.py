@@ -1,0 +1,48 @@
+"""The Convert and Inspect tabs in headless Chromium, from an upload to a pipeline on the Hub."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from support.app.serving import NEEDS, serving
+from support.hub.hub import ALICE, Hub
+
+import kcv2diffusers
+from kcv2diffusers.sources.locate import TINY, locate
+
+pytest_plugins = ["support.hub.fixtures"]
+pytestmark = NEEDS
+
+
+def test_from_an_upload_to_the_hub(hub: Hub, tmp_path: Path) -> None:
+    tiny = locate(TINY)
+    with serving(hub, tmp_path) as app:
+        told = app.drive(
+            "drive_convert", tmp_path, ALICE, tiny / "unet.weights.h5", tiny / "kcv2diffusers.json"
+        )
+    assert (told["errors"], told["elsewhere"], told["nameless"]) == ([], [], [])
+    assert max(told["over"]) <= 0, "wider than the window"
+    assert told["verdict"].startswith("Verified: weights, modules, images") and "PSNR" in told["verdict"]
+    assert told["recognised"].startswith("UNet SD1; ") and "\n" not in told["recognised"]
+    assert "text encoder" in told["missing"] and "They would come from tiny://" in told["missing"]
+    assert told["pictures"] == [64, 64, 64]
+    assert f"{hub.url}/alice/from-the-page" in told["published"]
+    assert len(told["inspected"].splitlines()) == 4 and "tensors" in told["details"]
+
+    with zipfile.ZipFile(tmp_path / "pipeline.zip") as packed:
+        names = packed.namelist()
+        packed.extractall(tmp_path / "unpacked")
+    assert "model_index.json" in names and "verification.json" not in names
+    assert str(tmp_path / "work") not in (tmp_path / "unpacked" / "conversion.json").read_text()
+    converted = kcv2diffusers.convert(TINY, out=tmp_path / "wanted").out
+    weights = Path("unet", "diffusion_pytorch_model.safetensors")
+    assert (tmp_path / "unpacked" / weights).read_bytes() == (converted / weights).read_bytes()
+    assert {part.part for part in kcv2diffusers.inspect(tmp_path / "model.safetensors")} >= {"unet"}
+
+    state = hub.ask("state")
+    assert "alice/from-the-page" in json.dumps(state)
+    for place in (told["text"], app.log.read_text()):
+        assert ALICE not in place and str(app.work) not in place and str(tiny) not in place
+    assert list(app.work.iterdir()) == [], "temporary files are left"

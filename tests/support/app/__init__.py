@@ -1,0 +1,1 @@
+"""The web page of the tests: the server in a process of its own, a browser in another."""

@@ -1,0 +1,77 @@
+"""Convert an upload on the page, as a visitor: `python drive_convert.py URL FOLDER TOKEN FILE ...`.
+
+Leaves pictures of the page and the downloads in FOLDER and prints, as JSON, what the page said.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from browser import filled, nameless, page_of, refused, shots, tab, words
+from playwright.sync_api import expect
+
+
+def main(url: str, folder: Path, token: str, files: list[str]) -> None:
+    told: dict[str, Any] = {}
+    with page_of(url, told) as page:
+        place = tab(page, "Convert")
+        told["title"] = page.title()
+        convert = place.get_by_role("button", name="Convert", exact=True)
+        convert.click()
+        refused(page, "Give a model")
+        address = place.get_by_label("Model on the Hub")
+        address.fill("/etc/hostname")
+        convert.click()
+        refused(page, "give an id on the Hub")
+        address.fill("")
+
+        place.locator("input[type=file]").first.set_input_files(files)
+        expect(place.get_by_text(Path(files[0]).name.partition(".")[0]).first).to_be_visible()
+        place.get_by_label("Base of the missing parts").fill("tiny")
+        for accordion in ("Options", "Verification"):
+            place.get_by_role("button", name=accordion).first.click()
+        place.get_by_label("number input for Denoising steps").fill("2")
+        convert.click()
+        told["verdict"] = filled(place, "Verdict")
+        told["recognised"] = filled(place, "Recognised")
+        told["missing"] = filled(place, "Missing parts")
+        pictures = place.locator(".gallery-item img, .thumbnail-item img")
+        expect(pictures).to_have_count(3)
+        told["pictures"] = [pictures.nth(at).evaluate("it => it.naturalWidth") for at in range(3)]
+
+        for button, name in (
+            ("Pack the pipeline", "pipeline.zip"),
+            ("Make a single file", "model.safetensors"),
+        ):
+            place.get_by_role("button", name=button).click()
+            with page.expect_download() as download:
+                place.locator(f"a[download='{name}']").first.click()
+            download.value.save_as(folder / name)
+
+        publish = place.get_by_role("button", name="Publish on the Hub")
+        page.get_by_role("button", name="Login to the Hugging Face Hub").click()
+        page.get_by_label("Access token").fill(token)
+        place.get_by_label("Publish as").fill("../etc")
+        publish.click()
+        refused(page, "USER/NAME")
+        place.get_by_label("Publish as").fill("alice/from-the-page")
+        publish.click()
+        told["published"] = filled(place, "Published")
+        told["nameless"] = nameless(page)
+        told["over"] = shots(page, folder, "convert")
+
+        place = tab(page, "Inspect")
+        place.get_by_label("Model to inspect on the Hub").fill("tiny")
+        place.get_by_role("button", name="Inspect").click()
+        told["inspected"] = filled(place, "Parts")
+        told["details"] = filled(place, "Details")
+        told["over"] += shots(page, folder, "inspect")
+        told["text"] = words(page)
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
