@@ -27,9 +27,9 @@ import numpy as np
 from kcv2diffusers.diffusion import Array
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.lora import factors, lora_layers, write_lora
-from kcv2diffusers.dreambooth.memory import STATES
 from kcv2diffusers.dreambooth.snapshots import Snapshots, Values, current, dtype_of
 from kcv2diffusers.dreambooth.tokens import TABLE, added_tokens, with_added, with_rows
+from kcv2diffusers.dreambooth.weight_bytes import STATES
 from kcv2diffusers.errors import Error
 from kcv2diffusers.json_text import write_json
 from kcv2diffusers.models.base import read_values

@@ -20,12 +20,13 @@ from kcv2diffusers import convert, models
 from kcv2diffusers.dreambooth import train as training
 from kcv2diffusers.dreambooth.config import Config, make_config
 from kcv2diffusers.dreambooth.lora import add_lora, load_lora, store_frozen_as_computed
-from kcv2diffusers.dreambooth.memory import memory_errors, savings, training_bytes
+from kcv2diffusers.dreambooth.memory import memory_errors, savings
 from kcv2diffusers.dreambooth.model import DreamBooth
 from kcv2diffusers.dreambooth.optimizers import make_optimizer
 from kcv2diffusers.dreambooth.snapshots import Snapshots
 from kcv2diffusers.dreambooth.torch_memory import step_bytes
 from kcv2diffusers.dreambooth.torch_step import TorchStep
+from kcv2diffusers.dreambooth.weight_bytes import training_bytes
 from kcv2diffusers.errors import Error
 from kcv2diffusers.models.base import BaseFiles, load_weights, open_base
 from kcv2diffusers.models.sampler import TextToImage

@@ -9,8 +9,8 @@ import pytest
 
 from kcv2diffusers.dreambooth import adamw8bit, prodigy, torch_updates
 from kcv2diffusers.dreambooth.config import MOMENTS, Config
-from kcv2diffusers.dreambooth.memory import STATES
 from kcv2diffusers.dreambooth.optimizers import Course, make_optimizer
+from kcv2diffusers.dreambooth.weight_bytes import STATES
 from kcv2diffusers.errors import Error
 
 RATE, DECAY = 0.01, 0.1
