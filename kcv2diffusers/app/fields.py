@@ -17,6 +17,8 @@ from kcv2diffusers.errors import Error
 
 # Commands of all visitors go one after the other. Events are for the page only, not for programs.
 HEAVY = {"concurrency_limit": 1, "concurrency_id": "heavy", "api_visibility": "private"}
+# Beside them, because it takes seconds.
+LOOK = {**HEAVY, "concurrency_id": "look"}
 # At once, while a command runs.
 LIGHT = {"queue": False, "api_visibility": "private"}
 

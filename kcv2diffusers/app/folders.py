@@ -36,11 +36,13 @@ class Settings:
 
     `local` says that only this computer reaches it: then the computer's own login to the Hub may be used.
     `most_bytes` is the size of the largest file, `seconds` the time of a command.
+    `trains` offers training.
     """
 
     local: bool = True
     most_bytes: int = 8 << 30
     seconds: float = 7200.0
+    trains: bool = True
 
 
 @dataclass
@@ -138,6 +140,7 @@ class Root:
         self.folder, self.settings, self.lock = folder, settings, lock
         self.cache = folder / "gradio"
         self.cache.mkdir()
+        self.rates: dict[tuple[str, str], float] = {}  # steps in a second by base and preset
         self._sessions: dict[str, Session] = {}
         self._guard = Lock()
         self._looked = time.monotonic()

@@ -9,15 +9,19 @@ import gradio as gr
 from kcv2diffusers.app.convert_tab import convert_tab
 from kcv2diffusers.app.folders import Root
 from kcv2diffusers.app.inspect_tab import inspect_tab
+from kcv2diffusers.app.train_tab import train_tab
 
 _TITLE = "kcv2diffusers"
 _ABOUT = (
-    "Convert KerasCV and KerasHub Stable Diffusion checkpoints to diffusers, compare both sides, publish."
+    "Convert KerasCV and KerasHub Stable Diffusion checkpoints to diffusers, compare both sides, "
+    "train on your photos, publish."
 )
 _KEPT = 3600  # seconds that Gradio keeps a file beyond the time limit of a command
 CSS = """
 .log textarea { font-family: ui-monospace, monospace; font-size: .8rem; }
-.gradio-container { --block-info-text-color: var(--body-text-color-subdued); }
+.chart { padding-top: 2.2rem !important; }
+.gradio-container { --block-info-text-color: var(--neutral-600); }
+.dark .gradio-container, .dark.gradio-container { --block-info-text-color: var(--neutral-300); }
 .inside { padding: .5rem 1rem 0; }
 """
 
@@ -37,6 +41,9 @@ def build(root: Root, *, on_a_space: bool) -> Any:
             )  # fmt: skip
         with gr.Tab("Convert"):
             convert_tab(root, access_token)
+        if root.settings.trains:
+            with gr.Tab("Train"):
+                train_tab(root, access_token)
         with gr.Tab("Inspect"):
             inspect_tab(root, access_token)
 

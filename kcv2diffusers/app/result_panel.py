@@ -56,8 +56,8 @@ class Panel:
 
 def result_panel(root: Root, name: str, access_token: Any) -> Panel:
     """Build the panel, hidden, with its events."""
-    with gr.Group(visible=False) as box:
-        gr.Markdown("### Result", elem_classes="inside")
+    with gr.Column(visible=False) as box:
+        gr.Markdown("### Result")
         with gr.Row():
             pack = gr.Button("Pack the pipeline as .zip")
             single = gr.Button("Make a single file for ComfyUI and A1111")

@@ -20,6 +20,7 @@ def serve(
     work: Path | None = None,
     most_gigabytes: float = 8.0,
     minutes: float = 120.0,
+    trains: bool = True,
     say: Callable[[str], None] = print,
 ) -> None:
     """Serve the page until the process is stopped.
@@ -43,6 +44,7 @@ def serve(
         local=host in _LOOPBACK and not on_a_space,
         most_bytes=int(most_gigabytes * 2**30),
         seconds=60 * minutes,
+        trains=trains,
     )
     with rooted(work, settings) as root:
         os.environ["GRADIO_TEMP_DIR"] = str(root.cache)

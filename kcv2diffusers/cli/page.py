@@ -21,13 +21,14 @@ def app(
         float, typer.Option(metavar="GB", help="Size of the largest file, uploaded, downloaded or written.")
     ] = 8.0,
     time_limit: Annotated[float, typer.Option(metavar="MINUTES", help="Time limit of a command.")] = 120.0,
+    no_train: Annotated[bool, typer.Option("--no-train", help="Offer no training.")] = False,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for temporary files (default: the system's).")
     ] = None,
 ) -> None:
     """Serve a web page with the commands.
 
-    It converts, compares and publishes. Ctrl-C ends it and removes its temporary files.
+    It converts, compares, trains and publishes. Ctrl-C ends it and removes its temporary files.
     """
     from kcv2diffusers.app.server import serve
 
@@ -37,5 +38,6 @@ def app(
         work=work,
         most_gigabytes=max_size,
         minutes=time_limit,
+        trains=not no_train,
         say=lambda address: tell(f"Open {address}"),
     )
