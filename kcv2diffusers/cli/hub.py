@@ -11,6 +11,7 @@ import typer
 from kcv2diffusers.cli.app import print_json
 from kcv2diffusers.cli.options import CARD, HUB, Json, License, Overwrite, Private, Quiet, Tag
 from kcv2diffusers.cli.progress import progress_bar, say, tell
+from kcv2diffusers.errors import Error
 
 if TYPE_CHECKING:
     from kcv2diffusers.publish.push import Pushed
@@ -103,10 +104,12 @@ def push(
 
 
 def space(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE", help="Folder of the published pipeline.")],
+    pipeline: Annotated[
+        Path | None, typer.Argument(metavar="PIPELINE", help="Folder of the published pipeline.")
+    ] = None,
     repository: Annotated[
-        str, typer.Argument(metavar="REPO_ID", help="Repository of the published pipeline.")
-    ],
+        str | None, typer.Argument(metavar="REPO_ID", help="Repository of the published pipeline.")
+    ] = None,
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")] = ...,  # type: ignore[assignment]
     title: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Title (default: the name of the repository).")
@@ -117,6 +120,9 @@ def space(
     ] = None,
     tag: Tag = None,
     license: License = None,
+    converter: Annotated[
+        bool, typer.Option("--converter", help="A Space that runs the web page of `app`; no pipeline.")
+    ] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -124,8 +130,18 @@ def space(
 
     The pipeline must be published. The folder has a card, a Gradio app and its requirements.
     """
+    from kcv2diffusers.publish.converter_space import converter_space
     from kcv2diffusers.publish.space import space as run
 
+    if converter:
+        if pipeline or prompt or license:
+            raise Error(
+                "--converter writes the Space of the web page; it takes no pipeline, prompt or license."
+            )
+        converter_space(out, title=title, tags=tag or (), overwrite=overwrite)
+        return _how_to_publish(out, "USER/kcv2diffusers")
+    if pipeline is None or repository is None:
+        raise Error("Give the pipeline and its repository, or --converter for a Space of the web page.")
     run(
         pipeline,
         repository,
@@ -136,9 +152,13 @@ def space(
         license=license,
         overwrite=overwrite,
     )
-    tell(f"Space written to {out}; publish it:")
-    tell(f"  hf repos create {repository}-demo --type space --space-sdk gradio")
-    tell(f"  hf upload {repository}-demo {out} . --repo-type space")
+    _how_to_publish(out, f"{repository}-demo")
+
+
+def _how_to_publish(folder: Path, repository: str) -> None:
+    tell(f"Space written to {folder}; publish it:")
+    tell(f"  hf repos create {repository} --type space --space-sdk gradio")
+    tell(f"  hf upload {repository} {folder} . --repo-type space")
 
 
 def publish(pipeline: Path, repository: str, **options: Any) -> Pushed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from importlib import metadata, resources
 from os import PathLike
@@ -18,6 +19,8 @@ from kcv2diffusers.system.output import new_folder
 
 GRADIO = "6.31.0"  # the version that the tests run
 APP = "app.py"
+_EXTRA = re.compile(r"extra == ['\"]([\w-]+)")
+_NONE = ("", "")
 _FILES = {CARD, APP, "demo.json", "requirements.txt"}
 
 
@@ -44,7 +47,7 @@ def space(
     texts = {
         APP: (resources.files("kcv2diffusers.publish") / "space_app" / APP).read_text(encoding="utf-8"),
         "demo.json": json.dumps(demo, indent=2, ensure_ascii=False) + "\n",
-        "requirements.txt": "\n".join(_requirements()) + "\n",
+        "requirements.txt": "\n".join(requirements_of("diffusers")) + "\n",
         CARD: _card(facts, repository, demo["title"], tags),
     }
     with new_folder(Path(out), overwrite=overwrite, replaceable=_is_space, needed=1 << 20) as folder:
@@ -70,26 +73,33 @@ def _demo(facts: Facts, repository: str, title: str | None, prompts: Sequence[st
 
 
 def _card(facts: Facts, repository: str, title: str, tags: Sequence[str]) -> str:
-    from huggingface_hub import SpaceCard, SpaceCardData
-
     trained = ["dreambooth"] if facts.run else []
-    data = SpaceCardData(
-        title=title,
-        sdk="gradio",
-        sdk_version=GRADIO,
-        app_file=APP,
+    return space_card(
+        title,
+        f"A demo of [{repository}](https://huggingface.co/{repository}).",
         models=[repository],
         tags=["stable-diffusion", "text-to-image", "keras", *trained, *tags],
-        **facts.license,  # type: ignore[arg-type]
+        **facts.license,
     )
-    text = f"A demo of [{repository}](https://huggingface.co/{repository})."
+
+
+def space_card(title: str, text: str, **entries: Any) -> str:
+    """Return the README.md of a Gradio Space with `text`; `entries` are further ones of its front matter."""
+    from huggingface_hub import SpaceCard, SpaceCardData
+
+    data = SpaceCardData(title=title, sdk="gradio", sdk_version=GRADIO, app_file=APP, **entries)
     return str(SpaceCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n"))
 
 
-def _requirements() -> list[str]:
-    """Return the requirements of app.py except Gradio, which the Space provides: our extra for diffusers."""
+def requirements_of(*extras: str) -> list[str]:
+    """Return what our `extras` require, except each other; "" stands for what we always require."""
     lines = [line.partition(";") for line in metadata.requires("kcv2diffusers") or []]
-    return [requirement.strip() for requirement, _, when in lines if "diffusers" in when]
+    found = [
+        requirement.strip()
+        for requirement, _, when in lines
+        if (_EXTRA.search(when) or _NONE)[1] in extras and not requirement.startswith("kcv2diffusers")
+    ]
+    return sorted(dict.fromkeys(found))
 
 
 def _is_space(path: Path) -> bool:

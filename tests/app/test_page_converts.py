@@ -5,15 +5,42 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from urllib.request import urlopen
 
+import pytest
+import yaml
 from support.app.serving import NEEDS, serving
 from support.hub.hub import ALICE, Hub
 
 import kcv2diffusers
+from kcv2diffusers.publish.converter_space import converter_space
 from kcv2diffusers.sources.locate import TINY, locate
 
 pytest_plugins = ["support.hub.fixtures"]
 pytestmark = NEEDS
+
+
+def test_the_space_runs_its_own_copy(hub: Hub, tmp_path: Path) -> None:
+    space = converter_space(tmp_path / "space", title="Ours", tags=["mine"])
+    card = yaml.safe_load((space / "README.md").read_text().split("---\n")[1])
+    assert {name: card[name] for name in ("title", "hf_oauth", "sdk", "app_file")} == {
+        "title": "Ours", "hf_oauth": True, "sdk": "gradio", "app_file": "app.py",
+    }  # fmt: skip
+    assert {"read-repos", "write-repos", "manage-repos"} <= {*card["hf_oauth_scopes"]}
+    assert "mine" in card["tags"]
+    needs = {line.split(">")[0].split("<")[0] for line in (space / "requirements.txt").read_text().split()}
+    assert {"torch", "diffusers", "keras", "huggingface-hub", "h5py"} <= needs and "gradio" not in needs
+    with pytest.raises(kcv2diffusers.Error, match="exists already"):
+        converter_space(space)
+    page = space / "kcv2diffusers" / "app" / "page.py"
+    page.write_text(page.read_text().replace('_TITLE = "kcv2diffusers"', '_TITLE = "The copy"'))
+    with serving(hub, tmp_path, command=[space / "app.py"], PYTHONPATH="", NO_TRAIN="1") as app:
+        config = urlopen(f"{app.url}config").read().decode()
+    assert '"The copy"' in config and '"Convert"' in config and '"Train"' not in config
+    converter_space(space, overwrite=True)
+    (space / "mine.txt").write_text("x")
+    with pytest.raises(kcv2diffusers.Error, match="not an earlier output"):
+        converter_space(space, overwrite=True)
 
 
 def test_from_an_upload_to_the_hub(hub: Hub, tmp_path: Path) -> None:

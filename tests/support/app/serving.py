@@ -7,7 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,16 +53,28 @@ class App:
 
 
 @contextmanager
-def serving(hub: Hub, folder: Path, *options: str) -> Iterator[App]:
-    """The page, once it answers; at the end its process gets SIGTERM."""
+def serving(
+    hub: Hub, folder: Path, *options: str, command: Sequence[str | Path] = (), **environment: str
+) -> Iterator[App]:
+    """The page, once it answers; at the end its process gets SIGTERM. `command` starts it otherwise."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     work, log = folder / "work", folder / "app.log"
-    command = [PYTHON, "-m", "kcv2diffusers", "app", "--port", str(port), "--work", str(work), *options]
-    environment = hub.environment(PYTHONPATH=str(ROOT))
+    usual = ["-m", "kcv2diffusers", "app", "--port", str(port), "--work", str(work), *options]
+    variables = hub.environment(
+        **{
+            "PYTHONPATH": str(ROOT),
+            "GRADIO_SERVER_NAME": "127.0.0.1",
+            "GRADIO_SERVER_PORT": str(port),
+            "TMPDIR": str(folder),
+            **environment,
+        }
+    )
     with log.open("wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=folder)
+        process = subprocess.Popen(
+            [PYTHON, *(command or usual)], env=variables, stdout=file, stderr=file, cwd=folder
+        )
     app = App(f"http://127.0.0.1:{port}/", work, log, process)
     try:
         until(lambda: _answers(app.url), process)
