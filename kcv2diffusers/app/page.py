@@ -9,6 +9,7 @@ import gradio as gr
 from kcv2diffusers.app.convert_tab import convert_tab
 from kcv2diffusers.app.folders import Root
 from kcv2diffusers.app.inspect_tab import inspect_tab
+from kcv2diffusers.app.lora_tab import lora_tab
 from kcv2diffusers.app.train_tab import train_tab
 
 _TITLE = "kcv2diffusers"
@@ -44,6 +45,8 @@ def build(root: Root, *, on_a_space: bool) -> Any:
         if root.settings.trains:
             with gr.Tab("Train"):
                 train_tab(root, access_token)
+        with gr.Tab("LoRA"):
+            lora_tab(root, access_token)
         with gr.Tab("Inspect"):
             inspect_tab(root, access_token)
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
 import yaml
+from PIL import Image
+from safetensors.numpy import load_file
 from support.app.serving import NEEDS, serving
 from support.hub.hub import ALICE, Hub
+from support.loras import kohya as random_lora
+from support.loras import save
 
 import kcv2diffusers
 from kcv2diffusers.publish.converter_space import converter_space
@@ -18,6 +24,8 @@ from kcv2diffusers.sources.locate import TINY, locate
 
 pytest_plugins = ["support.hub.fixtures"]
 pytestmark = NEEDS
+
+PICTURE = "KCV2DIFFUSERS_PICTURE"  # environment variable: where to put the picture of the guide
 
 
 def test_the_space_runs_its_own_copy(hub: Hub, tmp_path: Path) -> None:
@@ -45,10 +53,22 @@ def test_the_space_runs_its_own_copy(hub: Hub, tmp_path: Path) -> None:
 
 def test_from_an_upload_to_the_hub(hub: Hub, tmp_path: Path) -> None:
     tiny = locate(TINY)
+    pipeline = kcv2diffusers.convert(TINY, out=tmp_path / "wanted").out
+    theirs = save(random_lora(pipeline), tmp_path / "theirs.safetensors")
+    lora = kcv2diffusers.convert_lora(theirs, out=tmp_path / "lora.safetensors").out
     with serving(hub, tmp_path) as app:
         told = app.drive(
-            "drive_convert", tmp_path, ALICE, tiny / "unet.weights.h5", tiny / "kcv2diffusers.json"
+            "drive_convert", tmp_path, ALICE, lora, tiny / "unet.weights.h5", tiny / "kcv2diffusers.json"
         )
+        (locked,) = app.work.glob("*/.in-use")
+        for path in (
+            "/etc/hostname",
+            locked,
+            f"{app.work}/../app.log",
+            locked.parent / "gradio" / ".." / ".in-use",
+        ):
+            with pytest.raises(HTTPError, match=r"403|404"):
+                urlopen(f"{app.url}gradio_api/file={path}")
     assert (told["errors"], told["elsewhere"], told["nameless"]) == ([], [], [])
     assert max(told["over"]) <= 0, "wider than the window"
     assert told["verdict"].startswith("Verified: weights, modules, images") and "PSNR" in told["verdict"]
@@ -63,10 +83,13 @@ def test_from_an_upload_to_the_hub(hub: Hub, tmp_path: Path) -> None:
         packed.extractall(tmp_path / "unpacked")
     assert "model_index.json" in names and "verification.json" not in names
     assert str(tmp_path / "work") not in (tmp_path / "unpacked" / "conversion.json").read_text()
-    converted = kcv2diffusers.convert(TINY, out=tmp_path / "wanted").out
     weights = Path("unet", "diffusion_pytorch_model.safetensors")
-    assert (tmp_path / "unpacked" / weights).read_bytes() == (converted / weights).read_bytes()
+    assert (tmp_path / "unpacked" / weights).read_bytes() == (pipeline / weights).read_bytes()
     assert {part.part for part in kcv2diffusers.inspect(tmp_path / "model.safetensors")} >= {"unet"}
+
+    assert load_file(tmp_path / "kohya.safetensors").keys() == load_file(theirs).keys()
+    if picture := os.environ.get(PICTURE):
+        Image.open(tmp_path / "convert-light.png").quantize(64).save(picture, optimize=True)
 
     state = hub.ask("state")
     assert "alice/from-the-page" in json.dumps(state)

@@ -1,4 +1,4 @@
-"""Convert an upload on the page, as a visitor: `python drive_convert.py URL FOLDER TOKEN FILE ...`.
+"""Convert an upload on the page, as a visitor: `python drive_convert.py URL FOLDER TOKEN LORA FILE ...`.
 
 Leaves pictures of the page and the downloads in FOLDER and prints, as JSON, what the page said.
 """
@@ -14,7 +14,7 @@ from browser import filled, nameless, page_of, refused, shots, tab, words
 from playwright.sync_api import expect
 
 
-def main(url: str, folder: Path, token: str, files: list[str]) -> None:
+def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> None:
     told: dict[str, Any] = {}
     with page_of(url, told) as page:
         place = tab(page, "Convert")
@@ -63,6 +63,14 @@ def main(url: str, folder: Path, token: str, files: list[str]) -> None:
         told["nameless"] = nameless(page)
         told["over"] = shots(page, folder, "convert")
 
+        place = tab(page, "LoRA")
+        place.locator("input[type=file]").first.set_input_files(lora)
+        expect(place.get_by_text(Path(lora).stem).first).to_be_visible()
+        place.get_by_role("button", name="Convert the LoRA").click()
+        with page.expect_download() as download:
+            place.locator("a[download='kohya.safetensors']").first.click()
+        download.value.save_as(folder / "kohya.safetensors")
+
         place = tab(page, "Inspect")
         place.get_by_label("Model to inspect on the Hub").fill("tiny")
         place.get_by_role("button", name="Inspect").click()
@@ -74,4 +82,4 @@ def main(url: str, folder: Path, token: str, files: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])

@@ -1,0 +1,65 @@
+"""The LoRA tab: a LoRA file in the format of the other programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from kcv2diffusers.app.fields import (
+    HEAVY,
+    LIGHT,
+    Updates,
+    choice,
+    follow,
+    log_field,
+    picked,
+    reported,
+    source_fields,
+    sources,
+    token_of,
+)
+from kcv2diffusers.app.folders import Root
+from kcv2diffusers.errors import Error
+
+FORMATS = {"kohya, for ComfyUI and A1111": "kohya", "diffusers, for load_lora_weights": "diffusers"}
+
+
+def lora_tab(root: Root, access_token: Any) -> None:
+    """Build the tab, with its events."""
+    with gr.Row(equal_height=False):
+        with gr.Column(min_width=320):
+            address, files = source_fields("LoRA")
+            form = picked(FORMATS, "Format to write")
+            with gr.Row():
+                start = gr.Button("Convert the LoRA", variant="primary", min_width=90)
+                stop = gr.Button("Stop", variant="stop", min_width=90)
+        with gr.Column(min_width=320):
+            written = gr.File(label="Converted LoRA", interactive=False, height=110)
+            log = log_field()
+
+    def converted(
+        request: gr.Request, oauth: gr.OAuthToken | None, access: str, address: str, files: Any, form: str
+    ) -> Updates:
+        session = root.session(request.session_hash)
+        token = token_of(request, oauth, access)
+        wanted = choice(form, FORMATS, "Format")
+        folder = session.place("lora")
+        found = sources(session, address, files, folder)
+        if len(found) != 1 or found[0].startswith("tiny"):
+            raise Error("Give one LoRA: an id on the Hub, or one file.")
+        name = f"{wanted}.safetensors"
+        yield {written: None}
+        job = session.run(
+            ["convert-lora", found[0], "--format", wanted, "--out", name, "--json"], folder, token=token
+        )
+        yield from follow(job, log)
+        job.result()
+        yield {written: session.hand_out(folder / name)}
+
+    def stopped(request: gr.Request) -> None:
+        root.session(request.session_hash).stop()
+
+    given_fields = [access_token, address, files, form]
+    gr.on(start.click, reported(converted), given_fields, [written, log], **HEAVY)
+    gr.on(stop.click, stopped, None, None, **LIGHT)
