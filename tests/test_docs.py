@@ -71,6 +71,7 @@ GUIDES = {
     "space": "guides/hub.md",
     "rescue": "guides/rescue.md",
     "app": "guides/app.md",
+    "study": "guides/study.md",
     "env": "reference/errors.md",
     "maps list": "concepts/weight-maps.md",
     "maps show": "concepts/weight-maps.md",

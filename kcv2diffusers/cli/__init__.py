@@ -10,6 +10,7 @@ from kcv2diffusers.cli.env import env
 from kcv2diffusers.cli.hub import push, space
 from kcv2diffusers.cli.page import app as app_page
 from kcv2diffusers.cli.rescue import rescue
+from kcv2diffusers.cli.study import study
 from kcv2diffusers.cli.training import dreambooth, generate
 from kcv2diffusers.cli.verification import verify
 
@@ -28,6 +29,7 @@ for command in (
     space,
     rescue,
     app_page,
+    study,
     env,
 ):
     app.command(command.__name__.replace("_", "-"), cls=Command)(command)

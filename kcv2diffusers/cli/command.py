@@ -35,6 +35,7 @@ PATHS = {
     "SRC|none",
     "SRC|tiny",
     "SRC|tiny|none",
+    "STUDY.toml",
 }
 _REST = "Options"  # options without a group, listed last
 

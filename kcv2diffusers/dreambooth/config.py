@@ -374,13 +374,21 @@ def read_options(file: Path) -> dict[str, Any]:
         raise Error(f"{file}: cannot be read: {error.strerror}.\nCheck the path.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Error(f"{file}: not a TOML file: {error}.\nIt holds lines such as: steps = 400") from error
+    return checked_options(values, str(file))
+
+
+def checked_options(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check the names and types of options that a TOML file holds; `where` names it in messages.
+
+    Former names become today's, and `~` in paths is expanded. Raises Error.
+    """
     kinds = get_type_hints(Config)
     values = {_RENAMED.get(name, name): value for name, value in values.items()}
     unknown = sorted(values.keys() - kinds.keys())
     if unknown:
-        raise Error(f"{file}: unknown options {plain(', '.join(unknown))}.\nKnown are {', '.join(kinds)}.")
+        raise Error(f"{where}: unknown options {plain(', '.join(unknown))}.\nKnown are {', '.join(kinds)}.")
     if "subjects" in values:
-        values["subjects"] = read_subjects(values["subjects"], str(file))
+        values["subjects"] = read_subjects(values["subjects"], where)
     for name, value in values.items():
         if name == "subjects":
             continue
@@ -389,9 +397,9 @@ def read_options(file: Path) -> dict[str, Any]:
         elif kinds[name] == list[str]:
             values[name] = [value] if isinstance(value, str) else value
             if not isinstance(values[name], list) or not all(isinstance(item, str) for item in values[name]):
-                raise Error(f"{file}: {name} is {value!r}.\nGive a list of texts.")
+                raise Error(f"{where}: {name} is {value!r}.\nGive a list of texts.")
         elif type(value) is not kinds[name]:
-            raise Error(f"{file}: {name} is {value!r}.\nGive a value of type {kinds[name].__name__}.")
+            raise Error(f"{where}: {name} is {value!r}.\nGive a value of type {kinds[name].__name__}.")
     return {name: expanded(value) if name in _OWN else value for name, value in values.items()}
 
 

@@ -15,9 +15,7 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +35,7 @@ from kcv2diffusers.rescue.keep import (
     put,
 )
 from kcv2diffusers.rescue.patience import patiently
+from kcv2diffusers.system.children import end_with_parent, read_order
 from kcv2diffusers.system.output import check_folder
 from kcv2diffusers.system.staging import staging
 
@@ -231,22 +230,13 @@ def main() -> None:
     """Read an order, carry it out, write the result."""
     results = os.dup(1)
     os.dup2(2, 1)  # what a library prints is no result
-    line = b""
-    while not line.endswith(b"\n"):
-        if not (more := os.read(0, 1 << 16)):
-            return
-        line += more
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    line = read_order()
+    if not line:
+        return
+    end_with_parent()
     result = rescue_one(Order(**json.loads(line)))
     with os.fdopen(results, "w", encoding="utf-8") as file:
         file.write(json.dumps(asdict(result)))
-
-
-def _end_with_parent() -> None:
-    with suppress(OSError):
-        while os.read(0, 1):
-            pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kcv2diffusers.errors import Error, plain
+from kcv2diffusers.errors import plain
 from kcv2diffusers.hub.client import Refused, require_hub
 from kcv2diffusers.rescue import repositories
 from kcv2diffusers.rescue.child import in_child
@@ -27,6 +27,7 @@ from kcv2diffusers.rescue.one import (
     rescue_one,
 )
 from kcv2diffusers.rescue.table import write_tables
+from kcv2diffusers.system.children import locked
 from kcv2diffusers.system.interruption import keeps
 from kcv2diffusers.system.output import check_folder
 from kcv2diffusers.system.staging import sweep
@@ -118,7 +119,8 @@ def rescue(
     fresh = retry or not (options.work / MANIFEST).exists()
     found = find() if fresh else []  # before anything is written
     options.work.mkdir(parents=True, exist_ok=True)
-    with _locked(options.work) as lock:
+    taken = f"{options.work}: another rescue works there.\nWait for its end, or give another --work."
+    with locked(options.work / _LOCK, _LOCK_SECONDS, taken) as lock:
         sweep(place / STAGING)  # what a run left that was killed
         manifest = Manifest(options.work / MANIFEST, options.shared(what))
         keeps("the same command goes on")
@@ -237,29 +239,3 @@ def _one_by_one(options: Options, lock: int | None) -> Engine:
 def in_this_process(orders: Iterable[Order]) -> Iterator[Result]:
     """An engine without processes of their own: faster, but a crash ends the run."""
     return map(rescue_one, orders)
-
-
-@contextmanager
-def _locked(work: Path) -> Iterator[int | None]:
-    """A lock on the folder of a run, as a descriptor: two runs at once would do everything twice.
-
-    The processes of a run hold it too, so that the next one begins after they have ended.
-    """
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows
-        yield None
-        return
-    with (work / _LOCK).open("w") as file:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise Error(
-                        f"{work}: another rescue works there.\nWait for its end, or give another --work."
-                    ) from None
-                time.sleep(0.1)
-        yield file.fileno()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from kcv2diffusers.csv_text import csv_text
 from kcv2diffusers.errors import plain
 from kcv2diffusers.maps.parts import label
 from kcv2diffusers.rescue.one import ENDS, Result
@@ -26,7 +25,6 @@ COLUMNS = (
     "written_mb",
     "seconds",
 )
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes a cell that begins with one of these
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
 table { border-collapse: collapse; }
@@ -82,13 +80,7 @@ def as_text(results: Sequence[Result]) -> str:
 
 def as_csv(results: Sequence[Result]) -> str:
     """The table as CSV. A cell that a spreadsheet would take for a formula begins with an apostrophe."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for result in results:
-        values = cells(result).values()
-        writer.writerow(f"'{value}" if value.startswith(_FORMULA) else value for value in values)
-    return text.getvalue()
+    return csv_text(COLUMNS, (cells(result).values() for result in results))
 
 
 def as_html(results: Sequence[Result], title: str) -> str:

@@ -22,6 +22,7 @@ from kcv2diffusers.rescue.decide import decide
 from kcv2diffusers.rescue.manifest import Manifest
 from kcv2diffusers.rescue.one import FAILED, POSTPONED, PUBLISHED, SKIPPED, Order, Result
 from kcv2diffusers.rescue.repositories import companion_of, in_file, is_id, targets
+from kcv2diffusers.system import children
 from kcv2diffusers.system.staging import staging
 
 SETTINGS = {"repositories": "x", "to": "y"}
@@ -217,7 +218,7 @@ def child_of(monkeypatch: pytest.MonkeyPatch, code: str) -> list[subprocess.Pope
         started.append(subprocess.Popen([sys.executable, "-c", code], **pipes))
         return started[-1]
 
-    monkeypatch.setattr(child, "start_module", start)
+    monkeypatch.setattr(children, "start_module", start)
     return started
 
 
