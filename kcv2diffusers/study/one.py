@@ -19,7 +19,7 @@ from kcv2diffusers.dreambooth.config import Config, make_config
 from kcv2diffusers.errors import Error, one_line, plain
 from kcv2diffusers.hub.client import redact
 from kcv2diffusers.json_text import parse_object
-from kcv2diffusers.study.plan import Plan, Run, digest, picture_name
+from kcv2diffusers.study.plan import Plan, Run, digest, last_names, picture_name
 from kcv2diffusers.system.children import in_child, locked
 from kcv2diffusers.system.output import whole_file
 
@@ -139,10 +139,19 @@ def carry_out(order: Order) -> Result:
                 _draw(order, place, left, lock)
                 result = replace(result, drawn=len(left["pictures"]), measured=len(left["cells"]))
     except Error as error:
-        return replace(result, reason=plain(one_line(error))[:_SAID])
+        return replace(result, reason=_public(one_line(error), order))
     except OSError as error:
-        return replace(result, reason=plain(f"{error.filename or place}: {error.strerror or error}")[:_SAID])
+        return replace(result, reason=_public(f"{error.filename or place}: {error.strerror or error}", order))
     return result
+
+
+def _public(reason: str, order: Order) -> str:
+    """A reason without full paths, which the page would show to others."""
+    given = [v for value in order.options.values() for v in (value if isinstance(value, list) else [value])]
+    for path in sorted((str(v) for v in (*given, order.folder)), key=len, reverse=True):
+        if Path(path).is_absolute():
+            reason = reason.replace(path, last_names(path))
+    return plain(reason)[:_SAID]
 
 
 def _train(order: Order, place: Path, lock: int | None) -> None:

@@ -208,6 +208,11 @@ def picture_name(setting: Setting, prompt: str, seed: int) -> str:
     return digest(asdict(setting), prompt, seed)
 
 
+def last_names(path: str) -> str:
+    """The last two names of an absolute path, which reveal less of this machine than the path."""
+    return "/".join(Path(path).parts[-2:]) if Path(path).is_absolute() else path
+
+
 def digest(*what: Any) -> str:
     """A short hash of JSON values, the same in every process and version."""
     return hashlib.sha256(_text(what).encode()).hexdigest()[:10]

@@ -13,7 +13,7 @@ from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.errors import plain
 from kcv2diffusers.study.measures import MEASURES
 from kcv2diffusers.study.one import config, read_measures
-from kcv2diffusers.study.plan import Cell, Plan, Run
+from kcv2diffusers.study.plan import Cell, Plan, Run, last_names
 from kcv2diffusers.study.schedulers import KERASCV, SCHEDULERS
 from kcv2diffusers.study.settings import Sample
 
@@ -157,11 +157,8 @@ def train_command(run: Run, out: str = "run/", export: str = "pipeline/") -> str
 
 
 def _place(metavar: str | None, value: Any) -> str:
-    """A value of a command; of a path on this machine the last two names, which reveal less."""
-    text = str(value)
-    if metavar in ("DIR", "FILE", "SRC", "SRC|tiny") and Path(text).is_absolute():
-        return "/".join(Path(text).parts[-2:])
-    return text
+    """A value of a command, without the folders that a path is in."""
+    return last_names(str(value)) if metavar in ("DIR", "FILE", "SRC", "SRC|tiny") else str(value)
 
 
 def draw_command(cell: Cell, sample: Sample, pipeline: str = "pipeline/") -> str:

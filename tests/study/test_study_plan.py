@@ -1,4 +1,4 @@
-"""The file of a study: what it expands to, what keeps its id, what is refused; commands and table of its cells."""
+"""The file of a study: what it expands to, what keeps its id, what is refused; the commands and the table."""
 
 from __future__ import annotations
 
