@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import difflib
 import json
 import re
@@ -121,6 +122,40 @@ def tiny() -> str:
     """What tools/train_tiny.py measured."""
     found = (ROOT / "kcv2diffusers" / "tiny" / "quality.txt").read_text(encoding="utf-8").strip()
     return f"```text\n{found}\n```"
+
+
+_TRAINED = ("training steps", "learning rate", "train text encoder", "lora rank", "prior weight")
+_DRAWN = ("scheduler", "sampling steps", "guidance scale")
+_JUDGED = ("subject", "class", "other")
+
+
+def _study_table(keys: Callable[[dict[str, str]], tuple[str, ...]], head: tuple[str, ...]) -> str:
+    """The means of the published study by `keys` of a row, in the order of its file."""
+    with (DOCS / "studies" / "tiny.csv").open(encoding="utf-8", newline="") as file:
+        rows = [*csv.DictReader(file)]
+    groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for row in sorted(rows, key=lambda row: [_sortable(word) for word in keys(row)]):
+        groups.setdefault(keys(row), []).append(row)
+    lines = [f"| {' | '.join((*head, *_JUDGED))} |", "|---" * len(head) + "|--:" * len(_JUDGED) + "|"]
+    for key, some in groups.items():
+        means = [sum(float(row[name]) for row in some) / len(some) for name in _JUDGED]
+        lines.append(f"| {' | '.join((*key, *(f'{mean:.0%}' for mean in means)))} |")
+    return "\n".join(lines)
+
+
+def _sortable(word: str) -> tuple[float, str]:
+    return (float(word), "") if re.fullmatch(r"[\d.e-]+", word) else (0.0, word)
+
+
+def study_runs() -> str:
+    """A row for each training run of the published study."""
+    return _study_table(lambda row: tuple(row[name] for name in _TRAINED), _TRAINED)
+
+
+def study_sampling() -> str:
+    """A row for each value of each sampling setting of the published study, over all runs."""
+    tables = [_study_table(lambda row, name=name: (name, row[name]), ("setting", "value")) for name in _DRAWN]
+    return "\n".join([tables[0], *(line for table in tables[1:] for line in table.splitlines()[2:])])
 
 
 def containers() -> str:
@@ -278,6 +313,8 @@ def python_reference() -> str:
 
 PLACES: dict[str, Callable[[], str]] = {
     **{name: measured(name) for name in MEASURED},
+    "study-runs": study_runs,
+    "study-sampling": study_sampling,
     "machines": machines,
     "tiny": tiny,
     "containers": containers,
