@@ -500,17 +500,16 @@ def inspect(
     found, refused = [], []
     for source in sources:
         try:
-            found.append(run(source, allow_pickle=allow_pickle))
+            found += run(source, allow_pickle=allow_pickle)
         except Error as error:
             refused.append(error)
     if as_json and found:
-        print_json([entry.to_dict() for entries in found for entry in entries])
+        print_json([entry.to_dict() for entry in found])
     elif not as_json:
-        for entries in found:
-            for entry in entries:
-                say(entry.text())
-            if entries and entries[0].missing:
-                say(missing_text(entries[0].missing))
+        for entry in found:
+            say(entry.text())
+        if missing := missing_text(found):
+            say(missing)
     if refused:
         raise refused[0] if len(sources) == 1 else Error("\n".join(map(str, refused)))
 

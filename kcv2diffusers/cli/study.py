@@ -32,7 +32,7 @@ def study(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train and draw a grid of settings, and compare them on one page.
+    """Train and draw a grid of settings, and compare them.
 
     A study that was interrupted goes on where it was. A changed file keeps what is done.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -90,12 +90,18 @@ class Inspected:
         return "\n".join([*lines, *([self.problems] if self.problems else [])])
 
 
-def missing_text(missing: Sequence[str]) -> str:
-    """Return a line that names the parts that a source lacks for a pipeline."""
-    optional = family_of(missing).optional
-    needed = [label(part) for part in missing if part not in optional]
-    spared = [f"{label(part)} (optional)" for part in missing if part in optional]
-    return f"Missing for a pipeline: {', '.join([*needed, *spared])}."
+def missing_text(found: Sequence[Inspected]) -> str:
+    """Return a line that names the parts that sources lack together for a pipeline; "" if there are none."""
+    missing = _missing({entry.part for entry in found})
+    if not found or not missing:
+        return ""
+    optional = family_of(entry.part for entry in found).optional
+    names = [f"{label(part)} (optional)" if part in optional else label(part) for part in missing]
+    return f"Missing for a pipeline: {', '.join(names)}."
+
+
+def _missing(held: Collection[str]) -> list[str]:
+    return [part for part in family_of(held).parts if part not in held]
 
 
 def _sizes(match: Match) -> dict[str, int]:
@@ -118,8 +124,7 @@ def inspect(source: str | PathLike[str], *, allow_pickle: bool = False) -> list[
     for path in filter(is_pipeline, paths):
         for component in read_pipeline(path, strict=False).values():
             matches += component.parts.values()
-    held = {match.part for match in matches}
-    missing = [part for part in family_of(held).parts if part not in held]
+    missing = _missing({match.part for match in matches})
     found = []
     for match in matches:
         opened = match.source

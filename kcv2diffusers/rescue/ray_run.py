@@ -58,11 +58,12 @@ def on_ray(address: str, minutes: float) -> Iterator[Engine]:
     finally:
         for number, handler in handlers.items():  # Ray sets its own
             signal.signal(number, handler)
-    try:
-        with redirect_stdout(sys.stderr):  # Ray prints what happens in the cluster; it is no result
+    # Ray prints what happens in the cluster, until it is shut down; it is no result
+    with redirect_stdout(sys.stderr):
+        try:
             yield lambda orders: _results(ray, orders, 60 * minutes)
-    finally:
-        ray.shutdown()
+        finally:
+            ray.shutdown()
 
 
 def _results(ray: Any, orders: Iterable[Order], seconds: float) -> Iterator[Result]:

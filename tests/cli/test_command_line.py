@@ -27,7 +27,7 @@ from kcv2diffusers.verification.request import Request
 Patch = pytest.MonkeyPatch
 COMMANDS = [
     *("convert", "convert-lora", "extract-lora", "inspect", "to-keras"),
-    *("verify", "dreambooth", "generate", "push", "space", "rescue", "app", "env"),
+    *("verify", "dreambooth", "generate", "push", "space", "rescue", "app", "study", "env"),
 ]
 Cli = Callable[..., tuple[int, str, str]]
 
