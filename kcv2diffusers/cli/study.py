@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,9 @@ from kcv2diffusers.errors import Error, plain
 
 if TYPE_CHECKING:
     from kcv2diffusers.study.one import Result
+    from kcv2diffusers.study.run import Engine
+
+CLUSTER = "Cluster"
 
 
 def study(
@@ -26,6 +31,21 @@ def study(
             rich_help_panel=RESULT,
         ),
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS|auto|local",
+            help="Spread the runs over a Ray cluster: one at an address, the one that runs here, or one "
+            "started here.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None,
+    cpus: Annotated[
+        float, typer.Option(metavar="N", help="CPUs of the cluster for each run.", rich_help_panel=CLUSTER)
+    ] = 1,
+    gpus: Annotated[
+        float, typer.Option(metavar="N", help="GPUs of the cluster for each run.", rich_help_panel=CLUSTER)
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the runs and their commands. Write nothing.")
     ] = False,
@@ -40,6 +60,10 @@ def study(
     from kcv2diffusers.study import run
     from kcv2diffusers.study.table import as_text, train_command
 
+    if not cpus > 0 or gpus < 0:
+        raise Error(f"--cpus {cpus:g} --gpus {gpus:g}: a run needs some CPUs.\nGive numbers above 0.")
+    if ray is None and (cpus, gpus) != (1, 0):
+        raise Error("--cpus and --gpus are for the runs on a Ray cluster.\nGive --ray, or omit them.")
     plan, names = run.prepare(file)
     counts = f"{len(plan.runs)} training runs, {len(plan.cells)} cells, {len(plan.pictures())} pictures"
     if dry_run:
@@ -62,7 +86,8 @@ def study(
         )
         note(plain(f"[{done}/{total}] {result.run}: {how}"))
 
-    outcome = run.study(file, out or Path(file.stem), tell=line)
+    with _engine(ray, cpus, gpus) as engine:
+        outcome = run.study(file, out or Path(file.stem), engine=engine, tell=line)
     if as_json:
         print_json(outcome.to_dict())
     else:
@@ -70,3 +95,16 @@ def study(
         tell(f"Page and table: {', '.join(map(str, outcome.files))}")
     if outcome.failed:
         raise Error(f"{len(outcome.failed)} runs failed.\nRun the same command to try them again.")
+
+
+@contextmanager
+def _engine(ray: str | None, cpus: float, gpus: float) -> Iterator[Engine]:
+    if ray is None:
+        from kcv2diffusers.study.run import in_order
+
+        yield in_order
+        return
+    from kcv2diffusers.study.ray_run import on_ray
+
+    with on_ray(ray, cpus=cpus, gpus=gpus) as engine:
+        yield engine

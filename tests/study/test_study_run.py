@@ -43,8 +43,8 @@ batch-size = 4
 """
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "kcv2diffusers", "study", "grid.toml", "--json"]
+def start(folder: Path, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "kcv2diffusers", "study", "grid.toml", "--json", *options]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -118,6 +118,36 @@ def test_a_training_that_is_killed_goes_on(tmp_path: Path) -> None:
     legs = json.loads((run / "train" / "legs.json").read_text())
     assert legs[0]["start"] == 0 and 0 < legs[1]["start"] <= 40 and len(legs) == 2
     assert json.loads(out)["failed"] == {}
+
+
+def test_on_a_cluster_that_loses_a_computer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run has a GPU (one that Ray is told of); that of the lost computer goes on elsewhere."""
+    pytest.importorskip("ray", reason="needs Ray (pip install 'kcv2diffusers[ray]')")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    from ray.cluster_utils import Cluster
+
+    shutil.copytree(locate("tiny") / "subject", tmp_path / "photos")
+    text = STUDY.replace('["photos", "missing"]', '"photos"').replace("\nsteps = 6\n", "\nsteps = 30\n")
+    text = text.replace('class-prompt = "a cat"\n', "")
+    (tmp_path / "grid.toml").write_text(text.replace('["kerascv", "ddim"]', '"kerascv"'))
+    small = {"num_cpus": 1, "num_gpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    try:
+        victim = cluster.add_node(**small)
+        cluster.wait_for_nodes(LONG)
+        process = start(tmp_path, "--ray", cluster.address, "--gpus", "1")
+        states = "grid/runs/*/train/resume/step-*.h5"
+        until(lambda: len({file.parts[-4] for file in tmp_path.glob(states)}) == 2, process)
+        cluster.remove_node(victim, allow_graceful=False)
+        out, err = process.communicate(timeout=LONG)
+    finally:
+        cluster.shutdown()
+    assert process.returncode == 0, err
+    assert json.loads(out)["failed"] == {}
+    runs = [*(tmp_path / "grid" / "runs").iterdir()]
+    assert [trained_steps(run) for run in runs] == [[*range(1, 31)]] * 2
+    legs = [len(json.loads((run / "train" / "legs.json").read_text())) for run in runs]
+    assert sorted(legs) == [1, 2]
 
 
 @pytest.mark.skipif(not PYTHON.exists(), reason="needs Playwright in .venv-space (make venv-space)")
