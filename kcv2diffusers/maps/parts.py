@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -97,11 +97,23 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class LayerOrder:
+    """An order of the layers of a KerasHub model.
+
+    `parts` are the parts in a whole model. `rows` are, by part, the rows of its table in the order of the
+    layers; a part that is not named has the order of its table.
+    """
+
+    parts: Sequence[str]
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of pipeline.
 
     - `parts`: the parts in the order of messages; all but those in `optional` are required
-    - `backbone`: the parts in the order in which a whole model of KerasHub has them as layers; empty for none
+    - `layer_orders`: the orders in which KerasHub may count the layers of a model; empty for none
     - `image_size`: default height and width in pixels
     - `index`: entries of model_index.json
     - `tokenizers`: the tokenizer folders; the placeholder tokens of textual inversion go into the first one
@@ -134,7 +146,7 @@ class Family:
     no_base: Mapping[str, str] = field(default_factory=dict)
     modelspec: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     preset: Preset | None = None
-    backbone: tuple[str, ...] = ()
+    layer_orders: tuple[LayerOrder, ...] = ()
     library: str = "KerasCV"
     tags: tuple[str, ...] = ()
     references: tuple[str, ...] = ("builtin", "keras-cv")
@@ -278,7 +290,7 @@ def _family(name: str, data: Mapping[str, Any]) -> Family:
         no_base=data.get("no_base", {}),
         modelspec=data.get("modelspec", {}),
         preset=Preset(**data["preset"]) if "preset" in data else None,
-        backbone=tuple(data.get("backbone", ())),
+        layer_orders=tuple(LayerOrder(**entry) for entry in data.get("layer_orders", ())),
         library=data.get("library", Family.library),
         tags=tuple(data.get("tags", ())),
         references=tuple(data.get("references", Family.references)),

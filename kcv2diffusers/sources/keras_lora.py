@@ -2,9 +2,10 @@
 
 `Backbone.save_lora_weights` counts all layers with weights: depth first, each layer before the layers inside
 it. The layers inside a layer are counted from the last to the first. So the numbers depend on the model: on
-its number of blocks, on which of them have a second attention, and on whether it has a T5. The weight maps
-have the layers in Keras' order; the sizes come from a model that is given, else from the released ones. The
-model that fits all numbers and shapes is the right one.
+its number of blocks, on which of them have a second attention, and on whether it has a T5. They depend on the
+backend too: on PyTorch the outer layers have another order. The families have the orders; the sizes come from
+a model that is given, else from the released ones. The model and the order that fit all numbers and shapes
+are the right ones.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import numpy as np
 
 from kcv2diffusers.errors import SourceError
 from kcv2diffusers.maps.leaves import Share
-from kcv2diffusers.maps.parts import families
-from kcv2diffusers.maps.tables import REPEAT, Slot, Spec, specs
+from kcv2diffusers.maps.parts import LayerOrder, families
+from kcv2diffusers.maps.tables import REPEAT, Row, Slot, Spec, specs
 from kcv2diffusers.sources.hdf5 import Tree, read_tree
 from kcv2diffusers.sources.lora import Lora, Update
 from kcv2diffusers.sources.recognise import Match
@@ -113,13 +114,12 @@ def _factors(tree: Tree) -> _Factors:
 def _candidates(given: Mapping[str, _Model]) -> Iterator[dict[int, tuple[_Model, _Layer]]]:
     """The numbered layers of each model that a LoRA may be of."""
     for family in families():
-        if not family.backbone:
-            continue
-        for models in [given] if given else _released(family.backbone):
-            order = [models[part] for part in family.backbone if part in models]
-            yield from (dict(enumerate(_alone(model))) for model in order)
-            if len(order) > 1:
-                yield dict(enumerate(layer for model in order for layer in _nested(model)))
+        for order in family.layer_orders:
+            for models in [given] if given else _released(order.parts):
+                parts = [models[part] for part in order.parts if part in models]
+                yield from (dict(enumerate(_alone(model, order))) for model in parts)
+                if len(parts) > 1:
+                    yield dict(enumerate(layer for model in parts for layer in _nested(model, order)))
 
 
 def _released(parts: Sequence[str]) -> Iterator[dict[str, _Model]]:
@@ -132,9 +132,10 @@ def _released(parts: Sequence[str]) -> Iterator[dict[str, _Model]]:
             yield {name: model for name, model in models.items() if name != part}
 
 
-def _outer(model: _Model) -> list[_Layer]:
-    """The outer layers of a part with those inside them, in Keras' order."""
-    repeat, found = model.dims.get(REPEAT, 0), []
+def _outer(model: _Model, order: LayerOrder) -> list[_Layer]:
+    """The outer layers of a part with those inside them, in an order of Keras."""
+    repeat, rows = model.dims.get(REPEAT, 0), model.spec.rows
+    of_row: dict[Row, list[_Layer]] = {row: [] for row in rows}
     for row, ordinal, i in model.spec.layers(repeat):
         outer = _Layer()
         for slot in model.spec.block(row, ordinal, i, repeat):
@@ -143,20 +144,21 @@ def _outer(model: _Model) -> list[_Layer]:
                 for step in filter(None, slot.path.split("/")):
                     layer = layer.inside.setdefault(step, _Layer())
                 layer.slots.append(slot)
-        found.append(outer)
-    return found
+        of_row[row].append(outer)
+    ordered = order.rows.get(model.spec.part, range(len(rows)))
+    return [layer for number in ordered for layer in of_row[rows[number]]]
 
 
-def _alone(model: _Model) -> Iterator[tuple[_Model, _Layer]]:
-    for outer in _outer(model):
+def _alone(model: _Model, order: LayerOrder) -> Iterator[tuple[_Model, _Layer]]:
+    for outer in _outer(model, order):
         yield model, outer
         for layer in outer.below():
             yield model, layer
 
 
-def _nested(model: _Model) -> Iterator[tuple[_Model, _Layer]]:
+def _nested(model: _Model, order: LayerOrder) -> Iterator[tuple[_Model, _Layer]]:
     """The layers of a part that is a layer of a whole model, which is counted too."""
-    whole = _Layer(inside={str(number): outer for number, outer in enumerate(_outer(model))})
+    whole = _Layer(inside={str(number): outer for number, outer in enumerate(_outer(model, order))})
     for layer in (whole, *whole.below()):
         yield model, layer
 

@@ -6,8 +6,10 @@ An independent statement of what the weight maps say: it walks the objects, not 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 Tensors = Iterator[tuple[str, np.ndarray]]
@@ -15,7 +17,7 @@ Tensors = Iterator[tuple[str, np.ndarray]]
 
 def _array(variable: Any) -> np.ndarray:
     """A variable, or a kernel with its LoRA added."""
-    return np.asarray(getattr(variable, "value", variable))
+    return keras.ops.convert_to_numpy(getattr(variable, "value", variable))
 
 
 def dense(name: str, layer: Any, rows: slice = slice(None)) -> Tensors:
@@ -192,3 +194,10 @@ def state_dicts(backbone: Any) -> dict[str, dict[str, np.ndarray]]:
         component: {name: np.ascontiguousarray(value) for name, value in tensors}
         for component, tensors in found.items()
     }
+
+
+def write(folder: Path, backbone: Any) -> None:
+    """COMPONENT.npz for each component."""
+    folder.mkdir()
+    for component, tensors in state_dicts(backbone).items():
+        np.savez(folder / f"{component}.npz", **tensors)

@@ -4,8 +4,7 @@
 
 PLAN is a JSON file: for each kind, the file of each part by its attribute of the backbone ("diffuser"), and
 the folder of a "preset". Prints a JSON object: for each kind and part, the number of variables, and the paths
-of those that are not as support/kerashub/make_models.py has them, bit for bit. On PyTorch, where models are
-built in a tenth of the time.
+of those that are not as support/kerashub/make_models.py has them, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,21 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ["KERAS_BACKEND"] = "torch"
+os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import keras_hub
 import tiny
-from keras_hub.src.models.stable_diffusion_3.t5_encoder import T5Encoder
-
-
-def set_early(self: Any, name: str, value: Any) -> None:
-    """T5 sets layers before PyTorch's module is initialised, which it refuses."""
-    (keras.Model if hasattr(self, "_layers") else object).__setattr__(self, name, value)
-
-
-T5Encoder.__setattr__ = set_early
 
 
 def values(model: Any) -> list[tuple[str, bytes]]:

@@ -4,8 +4,7 @@
 
 For each kind OUT/KIND gets, besides the containers below, `expected/COMPONENT.npz` (diffusers' tensors),
 `forward.npz` (inputs and outputs of every part), for a model with q/k norm `sample.npz` (8 steps of
-KerasHub's sampler), and `adapter.lora.h5` with `merged/COMPONENT.npz` (a LoRA of the backbone, of "sd3" of
-its MMDiT alone, and the tensors with it).
+KerasHub's sampler), and what make_lora.py writes.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import expected
 import h5py
 import keras
 import keras_hub
+import make_lora
 import numpy as np
 import tiny
 
 STEPS, GUIDANCE = 8, 5.0
 TIMESTEPS = (3.0, 801.0)
-LORA_LAYERS = ("query", "value", "attention_qkv", "attention_proj", "dense1")
 
 
 def containers(backbone: Any, out: Path, tokenizer: Path) -> None:
@@ -121,7 +120,7 @@ def forwards(backbone: Any) -> dict[str, np.ndarray]:
         given["t5"] = backbone.t5({"token_ids": given["t5_tokens"], "padding_mask": mask})
     given["vae_encoder"] = backbone.encode_image_step(given["image"])
     given["vae_decoder"] = backbone.decode_step(given["latent"][:1])
-    return {name: np.asarray(value) for name, value in given.items()}
+    return {name: keras.ops.convert_to_numpy(value) for name, value in given.items()}
 
 
 def sample(backbone: Any) -> dict[str, np.ndarray]:
@@ -148,37 +147,21 @@ def sample(backbone: Any) -> dict[str, np.ndarray]:
     latents, steps = keras.ops.convert_to_tensor(noise), []
     for step in range(STEPS):
         latents = backbone.denoise_step(latents, embeddings, step, STEPS, GUIDANCE)
-        steps.append(np.asarray(latents))
+        steps.append(keras.ops.convert_to_numpy(latents))
     named = {f"{part}_{n}": value for n, each in enumerate(ids) for part, value in each.items()}
     return {
         **named,
         "noise": noise,
         "steps": np.stack(steps),
-        "image": np.asarray(backbone.decode_step(latents)),
-        "sigmas": np.asarray(backbone.scheduler.sigmas),
+        "image": keras.ops.convert_to_numpy(backbone.decode_step(latents)),
+        "sigmas": keras.ops.convert_to_numpy(backbone.scheduler.sigmas),
     }
-
-
-def adapter(model: Any, out: Path, seed: int) -> None:
-    model.enable_lora(4, target_layer_names=list(LORA_LAYERS))
-    rng = np.random.default_rng(seed)
-    for layer in model._flatten_layers(include_self=False):
-        for factor in ("lora_kernel_a", "lora_kernel_b"):
-            if (variable := getattr(layer, factor, None)) is not None:
-                variable.assign(0.2 * rng.standard_normal(tuple(variable.shape), dtype=np.float32))
-    model.save_lora_weights(str(out / "adapter.lora.h5"))
-
-
-def write_tensors(folder: Path, backbone: Any) -> None:
-    folder.mkdir()
-    for component, tensors in expected.state_dicts(backbone).items():
-        np.savez(folder / f"{component}.npz", **tensors)
 
 
 def make(out: Path, kind: str, tokenizer: Path) -> None:
     words = len(json.loads((tokenizer / "vocab.json").read_text()))
     backbone = tiny.backbone(kind, words, with_t5=kind == "sd35m")
-    write_tensors(out / "expected", backbone)
+    expected.write(out / "expected", backbone)
     containers(backbone, out, tokenizer)
     if kind == "sd3":  # its weights do not show the number of heads
         heads = {"transformer": {"num_attention_heads": backbone.mmdit_num_heads}}
@@ -187,8 +170,8 @@ def make(out: Path, kind: str, tokenizer: Path) -> None:
     np.savez(out / "forward.npz", **forwards(backbone))
     if kind != "sd3":
         np.savez(out / "sample.npz", **sample(backbone))
-    adapter(backbone.diffuser if kind == "sd3" else backbone, out, 3)
-    write_tensors(out / "merged", backbone)
+    if kind in make_lora.KINDS:
+        make_lora.make(backbone, out, kind)
 
 
 def main(arguments: list[str]) -> None:

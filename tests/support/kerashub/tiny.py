@@ -22,6 +22,14 @@ VOCABULARY = 1000  # of T5; CLIP's is that of the tiny tokenizer
 CONTEXT = 64  # 4096 in the released models, and in KerasHub where there is no T5
 
 
+def set_early(self: Any, name: str, value: Any) -> None:
+    """T5 sets layers before PyTorch's module is initialised, which it refuses."""
+    (keras.Model if hasattr(self, "_layers") else object).__setattr__(self, name, value)
+
+
+T5Encoder.__setattr__ = set_early
+
+
 def clip(name: str, width: int, layers: int, words: int, activation: str) -> Any:
     return keras_hub.models.CLIPTextEncoder(
         vocabulary_size=words,
