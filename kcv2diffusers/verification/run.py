@@ -189,7 +189,10 @@ def _with_reference(request: Request, sides: Mapping[str, Side]) -> Request:
 
 
 def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
-    """Raise Error if KerasCV's classes cannot be models of these sizes, or its sampler of this schedule."""
+    """Raise Error if the models cannot draw this size.
+
+    Also if KerasCV's classes cannot be models of these sizes, or its sampler of this schedule.
+    """
     if (
         request.reaches("images")
         and request.reference == "keras-cv"
@@ -199,6 +202,12 @@ def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
         raise Error(
             f"{request.pipeline}: {entries}, which KerasCV's sampler does not support.\n"
             "Use --reference builtin."
+        )
+    largest = _largest(sides)
+    if request.reaches("modules") and largest is not None and (request.size or 0) > largest:
+        raise Error(
+            f"--image-size {request.size}: the table of positions ends at {largest} pixels.\n"
+            f"Give at most {largest}."
         )
     unusual = [side.name for side in sides.values() if not side.source.known]
     if request.reaches("modules") and request.reference == "keras-cv" and unusual:
@@ -289,7 +298,7 @@ def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> 
 
 
 def _size(request: Request, sides: Mapping[str, Side]) -> int:
-    """Height and width in pixels: the requested size, else the pipeline's own."""
+    """Height and width in pixels: as requested, else the pipeline's own within its table of positions."""
     if request.size is not None:
         return request.size
     drawing = sides.get(family_of(sides).scheduler_part or "")
@@ -297,7 +306,17 @@ def _size(request: Request, sides: Mapping[str, Side]) -> int:
     multiple = MULTIPLE[request.reference or "builtin"]
     usual = family_of(sides).image_size
     size = PIXELS_PER_LATENT * stated if type(stated) is int and 0 < stated <= _MOST_LATENTS else usual
+    largest = _largest(sides)
+    if largest is not None:
+        size = min(size, largest)
     return max(multiple, size // multiple * multiple)
+
+
+def _largest(sides: Mapping[str, Side]) -> int | None:
+    """The largest height and width in pixels by the table of positions; None without such a table."""
+    drawing = sides.get(family_of(sides).scheduler_part or "")
+    dims = drawing.source.dims if drawing else {}
+    return PIXELS_PER_LATENT * dims["positions"] * dims["patch"] if "positions" in dims else None
 
 
 def _latents(sides: Mapping[str, Side]) -> int:
