@@ -58,6 +58,13 @@ def models() -> Path:
     return kept("kerashub", makers, make)
 
 
+def trained() -> Path:
+    """The folder of a small model that was trained; see support/kerashub/make_trained.py."""
+    makers = [MAKER / "make_trained.py", MAKER / "make_models.py", MAKER / "tiny.py"]
+    makers.append(ROOT / "constraints" / "dev.txt")
+    return kept("kerashub-trained", makers, lambda folder: run("make_trained.py", folder, TOKENIZER))
+
+
 def tensors(kind: str, component: str, which: str = "expected") -> dict[str, np.ndarray]:
     """What diffusers' tensors must be: of the model as it is saved, or with its LoRA `merged`."""
     with np.load(models() / kind / which / f"{component}.npz") as held:
