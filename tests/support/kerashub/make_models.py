@@ -3,8 +3,8 @@
     python make_models.py OUT TOKENIZER
 
 For each kind OUT/KIND gets, besides the containers below, `expected/COMPONENT.npz` (diffusers' tensors),
-`forward.npz` (inputs and outputs of every part), for a model with q/k norm `sample.npz` (8 steps of
-KerasHub's sampler), and what make_lora.py writes.
+`forward.npz` (inputs and outputs of every part), `sample.npz` (8 steps of KerasHub's sampler), and what
+make_lora.py writes.
 """
 
 from __future__ import annotations
@@ -168,8 +168,7 @@ def make(out: Path, kind: str, tokenizer: Path) -> None:
         for folder in (out, out / "preset", out / "preset_sharded", out / "task"):
             (folder / "kcv2diffusers.json").write_text(json.dumps(heads))
     np.savez(out / "forward.npz", **forwards(backbone))
-    if kind != "sd3":
-        np.savez(out / "sample.npz", **sample(backbone))
+    np.savez(out / "sample.npz", **sample(backbone))
     if kind in make_lora.KINDS:
         make_lora.make(backbone, out, kind)
 
