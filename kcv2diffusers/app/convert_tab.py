@@ -15,19 +15,20 @@ from kcv2diffusers.app.fields import (
     Updates,
     choice,
     follow,
+    in_turn,
     log_field,
     picked,
-    reported,
     source_fields,
     sources,
+    stopping,
     token_of,
+    visitor,
 )
 from kcv2diffusers.app.folders import Root, Session
-from kcv2diffusers.app.result_panel import result_panel
+from kcv2diffusers.app.result_panel import result_panel, verdict_of
 from kcv2diffusers.errors import Error
 from kcv2diffusers.json_text import write_json
 from kcv2diffusers.pipeline_files import VERIFICATION_FILE
-from kcv2diffusers.publish.card_facts import figures
 
 # What the choices stand for: options of `convert`, the level of `verify`.
 DTYPES = {"as stored": [], **{name: ["--dtype", name] for name in ("float32", "float16", "bfloat16")}}
@@ -43,6 +44,7 @@ LEVELS = {
 }
 PROMPT = "a photograph of a fox in the snow"
 _FEW_STEPS, _MOST_STEPS = 10, 100
+TAB = "convert"
 _PIPELINE, _REPORT = "pipeline", "report"
 
 
@@ -90,7 +92,7 @@ def convert_tab(root: Root, access_token: Any) -> None:
                 label="Keras, diffusers, and their difference", columns=3, height="auto", interactive=False,
                 object_fit="contain", buttons=["download", "fullscreen"],
             )  # fmt: skip
-            panel = result_panel(root, "converted", access_token)
+            panel = result_panel(root, TAB, "converted", access_token)
 
     def described(session: Session, named: str | None) -> dict[Any, Any]:
         found = session.kept["inspected"]
@@ -99,7 +101,7 @@ def convert_tab(root: Root, access_token: Any) -> None:
     def inspected(
         request: gr.Request, oauth: gr.OAuthToken | None, access: str, address: str, files: Any, base: str
     ) -> Updates:
-        session = root.session(request.session_hash)
+        session = visitor(root, request)
         named = given.source(base, "Base") if base.strip() else None
         token = token_of(request, oauth, access)
         folder = session.place("inspect")
@@ -111,7 +113,7 @@ def convert_tab(root: Root, access_token: Any) -> None:
         dtype: str, prediction: str, gelu: str, sibling: bool, ema: bool, level: str, prompt: str,
         steps: float,
     ) -> Updates:  # fmt: skip
-        session = root.session(request.session_hash)
+        session = visitor(root, request)
         named = given.source(base, "Base") if base.strip() else None
         token = token_of(request, oauth, access)
         options = [
@@ -147,23 +149,18 @@ def convert_tab(root: Root, access_token: Any) -> None:
             yield _compared(session, job.printed() or job.result(), folder, verdict, gallery)
         yield panel.show(session, folder / _PIPELINE)
 
-    def stopped(request: gr.Request) -> None:
-        root.session(request.session_hash).stop()
-
     shown = [parts, missing, log]
     given_fields = [access_token, address, files, base]
     options = [dtype, prediction, gelu, sibling, ema, level, prompt, steps]
     everything = [*shown, verdict, gallery, *panel.outputs]
-    gr.on(look.click, reported(inspected), given_fields, shown, **HEAVY)
-    gr.on(start.click, reported(converted), [*given_fields, *options], everything, **HEAVY)
-    gr.on(stop.click, stopped, None, None, **LIGHT)
+    gr.on(look.click, in_turn(root, TAB, log, inspected), given_fields, shown, **HEAVY)
+    gr.on(start.click, in_turn(root, TAB, log, converted), [*given_fields, *options], everything, **HEAVY)
+    gr.on(stop.click, stopping(root, TAB), None, None, **LIGHT)
 
 
 def _compared(session: Session, found: Any, folder: Path, verdict: Any, gallery: Any) -> dict[Any, Any]:
     """The updates with the verdict of a verification and its pictures; its figures go into the model card."""
     write_json(folder / _PIPELINE / VERIFICATION_FILE, found)
-    rows = figures(folder / _PIPELINE / VERIFICATION_FILE)
-    lines = [found["reason"].capitalize(), *(f"{what}: {figure}" for what, figure in rows[1:])]
     drawn = pictures.of_report(folder / _REPORT / "report.html", folder / "pictures")
     shown = [(session.hand_out(path), caption) for path, caption in drawn]
-    return {verdict: "\n".join(lines), gallery: shown or None}
+    return {verdict: verdict_of(folder / _PIPELINE), gallery: shown or None}

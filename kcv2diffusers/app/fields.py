@@ -11,14 +11,15 @@ from typing import Any
 import gradio as gr
 
 from kcv2diffusers.app import given
-from kcv2diffusers.app.folders import Session
+from kcv2diffusers.app.folders import Root, Session
 from kcv2diffusers.app.jobs import Job
+from kcv2diffusers.app.own_files import COOKIE
 from kcv2diffusers.errors import Error
 
-# Commands of all visitors go one after the other. Events are for the page only, not for programs.
-HEAVY = {"concurrency_limit": 1, "concurrency_id": "heavy", "api_visibility": "private"}
+# Events that wait for their turn (`in_turn`). Events are for the page only, not for programs.
+HEAVY = {"concurrency_limit": None, "api_visibility": "private"}
 # Beside them, because it takes seconds.
-LOOK = {**HEAVY, "concurrency_id": "look"}
+LOOK = {**HEAVY, "concurrency_limit": 1, "concurrency_id": "look"}
 # At once, while a command runs.
 LIGHT = {"queue": False, "api_visibility": "private"}
 
@@ -99,6 +100,42 @@ def reported(handler: Callable[..., Updates]) -> Callable[..., Updates]:
             raise gr.Error(message, duration=None, print_exception=False) from None
 
     return shown
+
+
+def in_turn(root: Root, tab: str, log: Any, handler: Callable[..., Updates]) -> Callable[..., Updates]:
+    """The handler as work of the line: `log` shows how many are before it. Errors are `reported`.
+
+    Its first argument is Gradio's request.
+    """
+
+    @wraps(handler)
+    def waiting(request: gr.Request, *values: Any) -> Updates:
+        session = visitor(root, request)
+        with root.line.join(session, tab) as turn:
+            for before in root.line.wait(turn):
+                waits = "1 command is" if before == 1 else f"{before} commands are"
+                yield {log: f"Waiting: {waits} before this one. Stop takes it out of the queue."}
+            if turn.stopped:
+                yield {log: "Stopped while it waited. It was not begun."}
+                return
+            with session.working(turn):
+                yield from handler(request, *values)
+
+    return reported(waiting)
+
+
+def stopping(root: Root, tab: str) -> Callable[[gr.Request], None]:
+    """The handler of a tab's Stop."""
+
+    def stopped(request: gr.Request) -> None:
+        visitor(root, request).stop(tab)
+
+    return stopped
+
+
+def visitor(root: Root, request: gr.Request) -> Session:
+    """Whose request it is."""
+    return root.session(request.session_hash, request.cookies.get(COOKIE))
 
 
 def token_of(request: Any, oauth: Any, typed: str | None) -> str | None:

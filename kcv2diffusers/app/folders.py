@@ -21,7 +21,8 @@ from threading import Lock
 from typing import Any
 
 from kcv2diffusers.app.given import file_name
-from kcv2diffusers.app.jobs import Job, environment
+from kcv2diffusers.app.jobs import STOPPED, Job, environment
+from kcv2diffusers.app.line import Line, Turn
 from kcv2diffusers.errors import Error
 from kcv2diffusers.system.staging import locked_staging, sweep
 
@@ -47,16 +48,25 @@ class Settings:
 
 @dataclass
 class Session:
-    """A visitor's folder, and the command that runs for them."""
+    """A visitor's folder, and the command that runs for them.
+
+    `turn` is the visitor's turn in the `line` while it is at work. `uploads` are the paths and inodes of
+    what they took from Gradio's cache. `browser` is the secret of the visitor's
+    browser, None where it keeps no cookies.
+    """
 
     folder: Path
     handed: Path
     settings: Settings
     lock: int | None
+    line: Line
+    browser: str | None = None
     job: Job | None = None
+    turn: Turn | None = None
     closed: bool = False
     used: float = field(default_factory=time.monotonic)
     kept: dict[str, Any] = field(default_factory=dict)
+    uploads: set[tuple[Path, int]] = field(default_factory=set)
     _guard: Any = field(default_factory=Lock)
 
     def place(self, name: str) -> Path:
@@ -72,6 +82,8 @@ class Session:
         `files` are paths in Gradio's cache. Raises Error for too many or too large files.
         """
         given = [Path(path) for path in files or ()]
+        if not all(path.exists() for path in given):
+            raise Error("A file that was given is gone from the server. Give the files again.")
         if len(given) > _MOST_FILES:
             raise Error(f"At most {_MOST_FILES} files at a time.")
         if sum(path.stat().st_size for path in given) > 2 * self.settings.most_bytes:
@@ -82,6 +94,7 @@ class Session:
             if not stat.S_ISREG(path.lstat().st_mode):
                 raise Error("Only files can be given.")
             names.append(file_name(path.name, names))
+            self.uploads.add((path, path.stat().st_ino))
             _link(path, folder / names[-1])
         return names
 
@@ -100,11 +113,16 @@ class Session:
         token: str | None = None,
         module: str = "kcv2diffusers",
     ) -> Job:
-        """Start a command in `folder`. Raises Error while another one runs for this visitor."""
+        """Start a command in `folder`.
+
+        Raises Error while another one runs for this visitor, and after a Stop between two commands.
+        """
         env = environment(local=self.settings.local, token=token, home=self.folder / "hub")
         with self._guard:
             if self.closed:
                 raise Error("This page was closed. Load it again.")
+            if self.turn is not None and self.turn.stopped:
+                raise Error(STOPPED)
             if self.job is not None and self.job.code is None:
                 raise Error("Something runs for you already. Wait for its end, or stop it.")
             self.job = Job(
@@ -118,10 +136,25 @@ class Session:
             )
             return self.job
 
-    def stop(self) -> None:
-        """Let the visitor's command save and end. Returns at once."""
-        if self.job is not None and self.job.code is None:
-            self.job.stop()
+    @contextmanager
+    def working(self, turn: Turn) -> Iterator[None]:
+        """The block is the work of `turn`."""
+        self.turn = turn
+        try:
+            yield
+        finally:
+            self.turn = None
+
+    def stop(self, tab: str | None = None) -> None:
+        """Let the visitor's command save and end, and begin none that waits. Returns at once.
+
+        With `tab`, only what was begun on that tab.
+        """
+        with self._guard:
+            self.line.stop(self, tab)
+            other = self.turn is not None and not self.turn.stopped
+            if self.job is not None and self.job.code is None and not other:
+                self.job.stop()
 
     def close(self) -> None:
         """End the visitor's command and remove all their files."""
@@ -129,6 +162,7 @@ class Session:
             self.closed = True
         if self.job is not None:
             self.job.end()
+        self.line.forget(self)
         for folder in (self.folder, self.handed):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -140,13 +174,14 @@ class Root:
         self.folder, self.settings, self.lock = folder, settings, lock
         self.cache = folder / "gradio"
         self.cache.mkdir()
+        self.line = Line()
         self.rates: dict[tuple[str, str], float] = {}  # steps in a second by base and preset
         self._sessions: dict[str, Session] = {}
         self._guard = Lock()
         self._looked = time.monotonic()
 
-    def session(self, key: str | None) -> Session:
-        """The visitor of Gradio's session `key`; a new one at the first call."""
+    def session(self, key: str | None, browser: str | None = None) -> Session:
+        """The visitor of Gradio's session `key`, with the secret of their browser; new at the first call."""
         if not key:
             raise Error("This page has no session. Load it again.")
         self._tidy()
@@ -155,10 +190,21 @@ class Root:
                 name = secrets.token_hex(16)
                 folder = self.folder / "sessions" / name
                 folder.mkdir(parents=True)
-                self._sessions[key] = Session(folder, self.cache / "handed" / name, self.settings, self.lock)
+                self._sessions[key] = Session(
+                    folder, self.cache / "handed" / name, self.settings, self.lock, self.line, browser
+                )
             found = self._sessions[key]
             found.used = time.monotonic()
             return found
+
+    def may_read(self, path: str, browser: str | None) -> bool:
+        """Whether a browser may read what is at the address `path`: not what another one was handed."""
+        with self._guard:
+            return all(
+                each.handed.name not in path.lower()
+                for each in self._sessions.values()
+                if each.browser not in (None, browser)
+            )
 
     def close(self, key: str | None) -> None:
         """Forget a visitor whose page was closed."""
@@ -166,6 +212,21 @@ class Root:
             found = self._sessions.pop(key or "", None)
         if found is not None:
             found.close()
+            self._remove_uploads(found)
+
+    def _remove_uploads(self, gone: Session) -> None:
+        """Remove what a visitor took from Gradio's cache, unless another one has taken it too.
+
+        Gradio names an upload by its content: the same file of two visitors is the same path. The inode says
+        whether somebody has uploaded it anew.
+        """
+        with self._guard:
+            used = {upload for each in self._sessions.values() for upload in [*each.uploads]}
+        for path, inode in gone.uploads - used:
+            with suppress(OSError):
+                if self.cache in path.parents and path.stat().st_ino == inode:
+                    path.unlink()
+                    path.parent.rmdir()
 
     def close_all(self) -> None:
         """End all commands: all are asked first, so that they save at the same time."""
@@ -182,7 +243,12 @@ class Root:
         self._looked = now
         sweep(self.folder.parent)
         longest = self.settings.seconds + _SILENT
-        for key in [key for key, each in self._sessions.items() if now - each.used > longest]:
+        silent = [
+            key
+            for key, each in self._sessions.items()
+            if now - each.used > longest and not self.line.holds(each)
+        ]
+        for key in silent:
             self.close(key)
 
 

@@ -12,14 +12,18 @@ from kcv2diffusers.app.fields import (
     LIGHT,
     Updates,
     follow,
+    in_turn,
     log_field,
-    reported,
     source_fields,
     sources,
+    stopping,
     token_of,
+    visitor,
 )
 from kcv2diffusers.app.folders import Root
 from kcv2diffusers.errors import Error
+
+TAB = "inspect"
 
 
 def inspect_tab(root: Root, access_token: Any) -> None:
@@ -38,7 +42,7 @@ def inspect_tab(root: Root, access_token: Any) -> None:
     def inspected(
         request: gr.Request, oauth: gr.OAuthToken | None, access: str, address: str, files: Any
     ) -> Updates:
-        session = root.session(request.session_hash)
+        session = visitor(root, request)
         token = token_of(request, oauth, access)
         folder = session.place("inspect")
         words = sources(session, address, files, folder)
@@ -51,9 +55,6 @@ def inspect_tab(root: Root, access_token: Any) -> None:
         told = [*refused, *map(recognised.details, found)]
         yield {parts: recognised.summary(found), details: "\n\n".join(told)}
 
-    def stopped(request: gr.Request) -> None:
-        root.session(request.session_hash).stop()
-
     given_fields = [access_token, address, files]
-    gr.on(look.click, reported(inspected), given_fields, [parts, details, log], **HEAVY)
-    gr.on(stop.click, stopped, None, None, **LIGHT)
+    gr.on(look.click, in_turn(root, TAB, log, inspected), given_fields, [parts, details, log], **HEAVY)
+    gr.on(stop.click, stopping(root, TAB), None, None, **LIGHT)

@@ -21,6 +21,7 @@ from kcv2diffusers.progress import EVERY
 from kcv2diffusers.system.processes import start_module
 
 COMMAND = "kcv2diffusers"
+STOPPED = "Stopped."
 _SECRETS = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.I)
 _LAST_LINES = 12
 _MOST_OUTPUT = 16 << 20  # bytes read of what a command printed
@@ -103,7 +104,7 @@ class Job:
         finally:
             self.end()
 
-    def stop(self, reason: str = "Stopped.") -> None:
+    def stop(self, reason: str = STOPPED) -> None:
         """Let the command save and end. Returns at once."""
         self.stopped = self.stopped or reason
         with suppress(OSError, ValueError):

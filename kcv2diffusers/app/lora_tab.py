@@ -12,16 +12,19 @@ from kcv2diffusers.app.fields import (
     Updates,
     choice,
     follow,
+    in_turn,
     log_field,
     picked,
-    reported,
     source_fields,
     sources,
+    stopping,
     token_of,
+    visitor,
 )
 from kcv2diffusers.app.folders import Root
 from kcv2diffusers.errors import Error
 
+TAB = "lora"
 FORMATS = {"kohya, for ComfyUI and A1111": "kohya", "diffusers, for load_lora_weights": "diffusers"}
 
 
@@ -41,7 +44,7 @@ def lora_tab(root: Root, access_token: Any) -> None:
     def converted(
         request: gr.Request, oauth: gr.OAuthToken | None, access: str, address: str, files: Any, form: str
     ) -> Updates:
-        session = root.session(request.session_hash)
+        session = visitor(root, request)
         token = token_of(request, oauth, access)
         wanted = choice(form, FORMATS, "Format")
         folder = session.place("lora")
@@ -57,9 +60,6 @@ def lora_tab(root: Root, access_token: Any) -> None:
         job.result()
         yield {written: session.hand_out(folder / name)}
 
-    def stopped(request: gr.Request) -> None:
-        root.session(request.session_hash).stop()
-
     given_fields = [access_token, address, files, form]
-    gr.on(start.click, reported(converted), given_fields, [written, log], **HEAVY)
-    gr.on(stop.click, stopped, None, None, **LIGHT)
+    gr.on(start.click, in_turn(root, TAB, log, converted), given_fields, [written, log], **HEAVY)
+    gr.on(stop.click, stopping(root, TAB), None, None, **LIGHT)

@@ -11,12 +11,13 @@ from typing import Any
 import gradio as gr
 
 from kcv2diffusers.app import given
-from kcv2diffusers.app.fields import HEAVY, Updates, follow, log_field, reported, token_of
+from kcv2diffusers.app.fields import HEAVY, Updates, follow, in_turn, log_field, token_of, visitor
 from kcv2diffusers.app.folders import Root, Session
 from kcv2diffusers.errors import Error
 from kcv2diffusers.pipeline import record
 from kcv2diffusers.pipeline_files import CONVERSION_FILE, KOHYA_LORA_FILE, LORA_FILE, VERIFICATION_FILE
 from kcv2diffusers.progress import silent
+from kcv2diffusers.publish.card_facts import figures
 
 SINGLE_FILE = "model.safetensors"
 _LORAS = (LORA_FILE, KOHYA_LORA_FILE)
@@ -54,8 +55,8 @@ class Panel:
         return [self.box, self.files, self.pushed]
 
 
-def result_panel(root: Root, name: str, access_token: Any) -> Panel:
-    """Build the panel, hidden, with its events."""
+def result_panel(root: Root, tab: str, name: str, access_token: Any) -> Panel:
+    """Build the panel of a tab, hidden, with its events."""
     with gr.Column(visible=False) as box:
         gr.Markdown("### Result")
         with gr.Row():
@@ -74,10 +75,17 @@ def result_panel(root: Root, name: str, access_token: Any) -> Panel:
     panel = Panel(name, root, box, files, pushed)
     given_fields = [access_token, repository, license, private]
     outputs = [files, log]
-    gr.on(pack.click, reported(_packing(panel, log)), None, outputs, **HEAVY)
-    gr.on(single.click, reported(_single(panel, log)), None, outputs, **HEAVY)
-    gr.on(push.click, reported(_pushing(panel, log)), given_fields, [pushed, log], **HEAVY)
+    gr.on(pack.click, in_turn(root, tab, log, _packing(panel, log)), None, outputs, **HEAVY)
+    gr.on(single.click, in_turn(root, tab, log, _single(panel, log)), None, outputs, **HEAVY)
+    gr.on(push.click, in_turn(root, tab, log, _pushing(panel, log)), given_fields, [pushed, log], **HEAVY)
     return panel
+
+
+def verdict_of(pipeline: Path) -> str:
+    """The verdict of the verification whose figures a pipeline folder holds, and those figures."""
+    record = pipeline / VERIFICATION_FILE
+    reason = json.loads(record.read_text(encoding="utf-8"))["reason"]
+    return "\n".join([reason.capitalize(), *(f"{what}: {figure}" for what, figure in figures(record)[1:])])
 
 
 def _pipeline(panel: Panel, session: Session) -> Path:
@@ -96,7 +104,7 @@ def _add(panel: Panel, session: Session, path: Path, name: str) -> list[str]:
 
 def _packing(panel: Panel, log: Any) -> Any:
     def pack(request: gr.Request) -> Updates:
-        session = panel.root.session(request.session_hash)
+        session = visitor(panel.root, request)
         pipeline = _pipeline(panel, session)
         yield {log: "Packing ..."}
         packed = session.place(f"{panel.name}-packed") / "pipeline.zip"
@@ -119,7 +127,7 @@ def pack_pipeline(pipeline: Path, packed: Path) -> None:
 
 def _single(panel: Panel, log: Any) -> Any:
     def single(request: gr.Request) -> Updates:
-        session = panel.root.session(request.session_hash)
+        session = visitor(panel.root, request)
         pipeline = _pipeline(panel, session)
         words = ["convert", pipeline.name, "--out", SINGLE_FILE, "--overwrite", "--json"]
         job = session.run(words, pipeline.parent)
@@ -139,7 +147,7 @@ def _pushing(panel: Panel, log: Any) -> Any:
         license: str,
         private: bool,
     ) -> Updates:
-        session = panel.root.session(request.session_hash)
+        session = visitor(panel.root, request)
         pipeline = _pipeline(panel, session)
         token = token_of(request, oauth, access_token)
         if token is None and not panel.root.settings.local:

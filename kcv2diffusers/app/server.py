@@ -10,7 +10,7 @@ from kcv2diffusers.app.folders import Settings, rooted
 from kcv2diffusers.errors import Error, MissingExtra
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_WAITING = 20  # visitors in the queue
+_WAITING = 20  # events in Gradio's queue, of those that are no work of the line
 
 
 def serve(
@@ -34,6 +34,9 @@ def serve(
         import gradio
     except ModuleNotFoundError as error:
         raise MissingExtra(str(error.name), "app") from error
+    from starlette.middleware import Middleware
+
+    from kcv2diffusers.app.own_files import OwnFiles
     from kcv2diffusers.app.page import CSS, build
     from kcv2diffusers.hub.client import require_hub
 
@@ -61,6 +64,7 @@ def serve(
                 max_file_size=settings.most_bytes,
                 ssr_mode=False,
                 enable_monitoring=False,
+                app_kwargs={"middleware": [Middleware(OwnFiles, root=root)]},
                 theme=gradio.themes.Default(
                     font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
                 ),

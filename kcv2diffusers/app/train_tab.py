@@ -17,20 +17,24 @@ from kcv2diffusers.app.fields import (
     Updates,
     choice,
     follow,
+    in_turn,
     log_field,
     picked,
     reported,
+    stopping,
     token_of,
+    visitor,
 )
 from kcv2diffusers.app.folders import Root, Session
 from kcv2diffusers.app.jobs import Job
 from kcv2diffusers.app.loss_chart import loss_chart
 from kcv2diffusers.app.presets import PRESETS, cost, duration
-from kcv2diffusers.app.result_panel import result_panel
+from kcv2diffusers.app.result_panel import result_panel, verdict_of
 from kcv2diffusers.app.training_run import PHOTOS, PIPELINE, Training, progress
 from kcv2diffusers.errors import Error
 from kcv2diffusers.sources.locate import TINY
 
+TAB = "train"
 _ON_THE_HUB, _TINY, _CONVERTED = "A model on the Hub", "The tiny base", "The pipeline of the Convert tab"
 BASES = {_ON_THE_HUB: "hub", _TINY: "tiny", _CONVERTED: "converted"}
 _MOST_STEPS = 100_000
@@ -86,6 +90,10 @@ def train_tab(root: Root, access_token: Any) -> None:
                 stop = gr.Button("Stop", variant="stop", min_width=90)
                 resume = gr.Button("Resume", min_width=90)
                 export = gr.Button("Export", min_width=90)
+            verifies = gr.Checkbox(
+                label="Verify after export",
+                info="Compares the pipeline with the checkpoint as verify does, and draws with both.",
+            )
         with gr.Column(min_width=320):
             state = gr.Textbox(label="State of the training", interactive=False, lines=1, max_lines=3)
             chart = gr.HTML(
@@ -96,13 +104,14 @@ def train_tab(root: Root, access_token: Any) -> None:
                 object_fit="contain", buttons=["download", "fullscreen"],
             )  # fmt: skip
             log = log_field()
-            panel = result_panel(root, "trained", access_token)
+            verdict = gr.Textbox(label="Verdict", interactive=False, lines=2, max_lines=10, visible=False)
+            panel = result_panel(root, TAB, "trained", access_token)
 
     def looked(request: gr.Request, files: Any, kind_of_base: str) -> Updates:
         if not files:
             yield {seen: None, about: ""}
             return
-        session = root.session(request.session_hash)
+        session = visitor(root, request)
         folder = session.place("photos")
         session.take(files, folder / PHOTOS)
         side = _TINY_SIDE if choice(kind_of_base, BASES, "Base") == "tiny" else _NORMAL
@@ -128,18 +137,18 @@ def train_tab(root: Root, access_token: Any) -> None:
         count = choice(preset, PRESETS, "What to train").options["steps"]
         return count, priced(kind_of_base, preset, count)
 
-    def offered(kind_of_base: str, preset: str) -> tuple[Any, str]:
-        """The preset for the tiny base with the tiny base, and no address without the Hub."""
+    def offered(kind_of_base: str, preset: str) -> tuple[Any, str, bool]:
+        """No address without the Hub; with the tiny base its preset, and a verification, which is cheap."""
         kind = choice(kind_of_base, BASES, "Base")
         suited = "Tiny base" if kind == "tiny" else first if preset == "Tiny base" else preset
-        return gr.update(visible=kind == "hub"), suited
+        return gr.update(visible=kind == "hub"), suited, kind == "tiny"
 
     def trained(
         request: gr.Request, oauth: gr.OAuthToken | None, access: str, kind_of_base: str, address: str,
         photos: Any, instance: str, kind: str, preset: str, steps: float, samples: str, rate: float,
         batch: float, resolution: float, classes: float, sample_steps: float, seed: float,
     ) -> Updates:  # fmt: skip
-        session = root.session(request.session_hash)
+        session = visitor(root, request)
         token = token_of(request, oauth, access)
         chosen_base = choice(kind_of_base, BASES, "Base")
         named = given.source(address, "Base on the Hub") if chosen_base == "hub" else TINY
@@ -171,15 +180,18 @@ def train_tab(root: Root, access_token: Any) -> None:
         training = Training(folder, {"base": [named], **options}, count)
         del training.options["steps"]
         session.kept["training"] = (training, token, (named if named == TINY else "", preset))
-        yield {**panel.nothing(), chart: "", drawn: None, state: "Starting"}
+        yield {**nothing(), chart: "", drawn: None, state: "Starting"}
         yield from run(session, training.words())
 
     def resumed(request: gr.Request, steps: float) -> Updates:
-        session = root.session(request.session_hash)
+        session = visitor(root, request)
         training = _training(session)
         training.steps = max(given.whole(steps, "Steps", 1, _MOST_STEPS), training.step)
-        yield {**panel.nothing(), state: f"Going on after step {training.step}"}
+        yield {**nothing(), state: f"Going on after step {training.step}"}
         yield from run(session, training.words(resume=True))
+
+    def nothing() -> dict[Any, Any]:
+        return {**panel.nothing(), verdict: gr.update(visible=False)}
 
     def run(session: Session, words: list[str]) -> Updates:
         training, token, key = session.kept["training"]
@@ -212,35 +224,36 @@ def train_tab(root: Root, access_token: Any) -> None:
             update[drawn] = [(handed[path], step) for path, step in training.samples()]
         return update
 
-    def exported(request: gr.Request) -> Updates:
-        session = root.session(request.session_hash)
+    def exported(request: gr.Request, verifies: bool) -> Updates:
+        session = visitor(root, request)
         training = _training(session)
         if not training.step:
             raise Error("There is no checkpoint yet.")
         shutil.rmtree(training.folder / PIPELINE, ignore_errors=True)
-        yield panel.nothing()
-        words = training.words(steps=training.step, resume=True, export=True)
+        yield nothing()
+        words = training.words(steps=training.step, resume=True, export=True, verify=verifies)
         job = session.run(words, training.folder, token=session.kept["training"][1])
         yield from follow(job, log)
-        job.result()
-        yield panel.show(session, training.folder / PIPELINE)
-
-    def stopped(request: gr.Request) -> None:
-        root.session(request.session_hash).stop()
+        pipeline = training.folder / PIPELINE
+        done = job.printed()
+        if job.stopped or not done:
+            job.result()
+        told = {verdict: gr.update(visible=True, value=verdict_of(pipeline))} if "verified" in done else {}
+        yield panel.show(session, pipeline) | told
 
     settings = [
         access_token, base, address, photos, instance, kind, preset, steps, samples, rate, batch, resolution,
         classes, sample_steps, seed,
     ]  # fmt: skip
-    shown = [state, chart, drawn, log, *panel.outputs]
+    shown = [state, chart, drawn, log, verdict, *panel.outputs]
     gr.on([photos.change, base.change], reported(looked), [photos, base], [seen, about], **LOOK)
-    gr.on(base.change, offered, [base, preset], [address, preset], **LIGHT)
+    gr.on(base.change, offered, [base, preset], [address, preset, verifies], **LIGHT)
     gr.on(preset.change, chosen, [base, preset], [steps, costs], **LIGHT)
     gr.on(steps.change, priced, [base, preset, steps], costs, **LIGHT)
-    gr.on(start.click, reported(trained), settings, shown, **HEAVY)
-    gr.on(resume.click, reported(resumed), steps, shown, **HEAVY)
-    gr.on(export.click, reported(exported), None, [log, *panel.outputs], **HEAVY)
-    gr.on(stop.click, stopped, None, None, **LIGHT)
+    gr.on(start.click, in_turn(root, TAB, log, trained), settings, shown, **HEAVY)
+    gr.on(resume.click, in_turn(root, TAB, log, resumed), steps, shown, **HEAVY)
+    gr.on(export.click, in_turn(root, TAB, log, exported), verifies, [log, verdict, *panel.outputs], **HEAVY)
+    gr.on(stop.click, stopping(root, TAB), None, None, **LIGHT)
 
 
 def _training(session: Session) -> Training:

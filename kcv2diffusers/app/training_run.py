@@ -34,13 +34,16 @@ class Training:
     options: dict[str, Any]
     steps: int
 
-    def words(self, *, steps: int | None = None, resume: bool = False, export: bool = False) -> list[str]:
+    def words(
+        self, *, steps: int | None = None, resume: bool = False, export: bool = False, verify: bool = False
+    ) -> list[str]:
         """The arguments of the command."""
         count = steps or self.steps
         values = {**self.options, "steps": count, "out": RUN}
         if values.get("sample_prompt"):
             values["sample_every"] = max(1, self.steps // _SAMPLES)
         ends = [*(["--resume"] if resume else []), *(["--export", PIPELINE] if export else [])]
+        ends += ["--verify"] if verify else []
         return ["dreambooth", *options(values), *ends, "--json"]
 
     @property

@@ -80,12 +80,30 @@ def test_a_stopped_command_cleans_up(tmp_path: Path, modules: Path) -> None:
         assert job.code == 143 and not (folder / "half").exists()
 
 
+def test_stop_is_for_its_tab(tmp_path: Path, modules: Path) -> None:
+    with rooted(tmp_path / "work", Settings()) as root:
+        session, folder = session_of(root), tmp_path
+        with root.line.join(session, "train") as turn, session.working(turn):
+            job = running(session, folder)
+            with root.line.join(session, "lora") as waiting:
+                session.stop("lora")
+                assert waiting.stopped and not turn.stopped and not job.stopped
+            session.stop("train")
+            list(job.follow())
+            assert turn.stopped and job.code == 143
+            with pytest.raises(Error, match="Stopped"):
+                session.run([], folder, module="stand_in")
+        running(session, folder)
+
+
 def test_a_page_that_is_left_ends_its_command(tmp_path: Path, modules: Path) -> None:
     with rooted(tmp_path / "work", Settings()) as root:
         session = session_of(root)
         job = running(session, session.place("x"))
         handed = Path(session.hand_out(session.folder / "x" / "half"))
-        root.close("one")
+        with root.line.join(session, "x"), root.line.join(root.session("other"), "x") as next_one:
+            root.close("one")
+            assert list(root.line.wait(next_one)) == [], "its turn has come"
         assert job.code == 143 and not session.folder.exists() and not handed.exists()
         with pytest.raises(Error, match="closed"):
             session.run([], tmp_path, module="stand_in")
@@ -175,9 +193,36 @@ def test_visitors_are_apart(tmp_path: Path) -> None:
         assert one.folder.stat().st_mode & 0o777 in (0o700, 0o755)
         root.close("other")
         assert handed.exists() and one.folder.exists() and not other.folder.exists()
+        theirs = root.session("theirs", "their browser")
+        file = f"/gradio_api/file={theirs.hand_out(one.folder / 'in' / 'a.h5')}"
+        assert [root.may_read(file, browser) for browser in ("their browser", "another", None)] == [
+            True, False, False,
+        ]  # fmt: skip
+        assert not root.may_read(file.upper(), "another")
+        assert root.may_read(f"/gradio_api/file={handed}", "any"), "its browser keeps no cookies"
         for key in (None, ""):
             with pytest.raises(Error, match="no session"):
                 root.session(key)
+
+
+def test_uploads_go_with_their_visitors(tmp_path: Path) -> None:
+    with rooted(tmp_path / "work", Settings()) as root:
+        for name in ("shared", "alone", "anew"):
+            (root.cache / name).mkdir()
+        shared, alone, anew = (root.cache / name / "a.h5" for name in ("shared", "alone", "anew"))
+        for path in (shared, alone, anew, outside := tmp_path / "b.h5"):
+            path.write_text("x")
+        one, other = root.session("one"), root.session("other")
+        one.take([*map(str, (shared, alone, anew, outside))], one.place("in"))
+        other.take([str(shared)], other.place("in"))
+        (tmp_path / "again").write_text("x")
+        (tmp_path / "again").rename(anew)
+        root.close("one")
+        assert not alone.parent.exists() and shared.exists() and anew.exists() and outside.exists()
+        root.close("other")
+        assert not shared.parent.exists()
+        with pytest.raises(Error, match="Give the files again"):
+            root.session("one").take([str(shared)], tmp_path / "x")
 
 
 def test_a_silent_page_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,6 +230,10 @@ def test_a_silent_page_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         old = root.session("old")
         now = time.monotonic()
         monkeypatch.setattr(time, "monotonic", lambda: now + 60 + 3601)
+        with root.line.join(old, "x"):
+            root.session("new")
+            assert old.folder.exists(), "its work waits or runs"
+        now += 61
         root.session("new")
         assert not old.folder.exists()
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -24,25 +23,47 @@ _NAMELESS = """() => [...document.querySelectorAll("input, textarea, select, but
     return it.checkVisibility() && it.type !== "hidden" && !named;
 }).map((it) => it.outerHTML.slice(0, 200))"""
 
+# What has the focus, its name, and whether what had it before looked other than now, itself or around it.
+_FOCUSED = r"""() => {
+    const looks = (it) => {
+        const found = [];
+        for (let at = it; at && found.length < 4; at = at.parentElement) {
+            const { outline, boxShadow, borderColor, backgroundColor } = getComputedStyle(at);
+            found.push([outline, boxShadow, borderColor, backgroundColor].join());
+        }
+        return found.join();
+    };
+    const it = document.activeElement, before = window.focusedBefore;
+    const seen = !before?.it.isConnected || before.it === it || looks(before.it) !== before.looks;
+    window.focusedBefore = { it, looks: looks(it) };
+    const name = it.ariaLabel || it.labels?.[0]?.innerText.split("\n")[0] || it.textContent;
+    return { name: name.replace("▼", "").trim(), seen, before: before?.it.outerHTML.slice(0, 200) };
+}"""
+
 
 @contextmanager
 def page_of(url: str, told: dict[str, Any], **options: Any) -> Iterator[Page]:
     """A page at `url`. `told` gets lists: `errors` of scripts, `elsewhere` (requests to other servers)."""
     told |= {"errors": [], "elsewhere": []}
-    with tempfile.TemporaryDirectory() as profile, sync_playwright() as playwright:
-        browser = playwright.chromium.launch_persistent_context(
-            profile, executable_path=shutil.which("chromium"), headless=True, args=FLAGS,
-            **{"viewport": {"width": 1200, "height": 900}, **options},
-        )  # fmt: skip
-        page = browser.new_page()
-        page.set_default_timeout(LONG)
-        expect.set_options(timeout=LONG)
-        page.on("pageerror", lambda error: told["errors"].append(str(error)))
-        host = urlsplit(url).netloc
-        page.on("request", lambda it: _elsewhere(it.url, host, told["elsewhere"]))
-        page.goto(url, wait_until="domcontentloaded")
-        yield page
+    expect.set_options(timeout=LONG)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), headless=True, args=FLAGS
+        )
+        yield visit(browser, url, told, **options)
         browser.close()
+
+
+def visit(browser: Browser, url: str, told: dict[str, Any], **options: Any) -> Page:
+    """The page at `url` as a visitor with cookies of their own sees it."""
+    context = browser.new_context(**{"viewport": {"width": 1200, "height": 900}, **options})
+    context.set_default_timeout(LONG)
+    page = context.new_page()
+    page.on("pageerror", lambda error: told["errors"].append(str(error)))
+    host = urlsplit(url).netloc
+    page.on("request", lambda it: _elsewhere(it.url, host, told["elsewhere"]))
+    page.goto(url, wait_until="domcontentloaded")
+    return page
 
 
 def _elsewhere(address: str, host: str, found: list[str]) -> None:
@@ -70,6 +91,18 @@ def refused(page: Page, words: str) -> None:
     expect(message).to_be_visible()
     message.get_by_test_id("toast-close").click()
     expect(message).to_have_count(0)
+
+
+def tabbed_to(page: Page, label: str, key: str = "Tab") -> Locator:
+    """The control named `label`, reached from where the focus is with the Tab key. Each stop is visible."""
+    page.add_style_tag(content="* { transition: none !important }")
+    for _ in range(60):
+        page.keyboard.press(key)
+        at = page.evaluate(_FOCUSED)
+        assert at["seen"], f"the focus cannot be seen: {at}"
+        if at["name"] == label:
+            return page.locator(":focus")
+    raise AssertionError(f"the Tab key does not reach {label}")
 
 
 def filled(place: Locator, label: str) -> str:

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from browser import filled, nameless, page_of, refused, shots, tab, words
-from playwright.sync_api import expect
+from browser import filled, nameless, page_of, refused, shots, tab, tabbed_to, words
+from playwright.sync_api import Page, expect
 
 
 def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> None:
@@ -23,16 +23,15 @@ def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> Non
         convert.click()
         refused(page, "Give a model")
         address = place.get_by_label("Model on the Hub")
-        address.fill("/etc/hostname")
-        convert.click()
+        with_keys(page)
         refused(page, "give an id on the Hub")
+        expect(address).to_have_value("/etc/hostname")
         address.fill("")
 
         place.locator("input[type=file]").first.set_input_files(files)
         expect(place.get_by_text(Path(files[0]).name.partition(".")[0]).first).to_be_visible()
         place.get_by_label("Base of the missing parts").fill("tiny")
-        for accordion in ("Options", "Verification"):
-            place.get_by_role("button", name=accordion).first.click()
+        place.get_by_role("button", name="Verification").first.click()
         place.get_by_label("number input for Denoising steps").fill("2")
         convert.click()
         told["verdict"] = filled(place, "Verdict")
@@ -79,6 +78,22 @@ def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> Non
         told["over"] += shots(page, folder, "inspect")
         told["text"] = words(page)
     print(json.dumps(told))
+
+
+def with_keys(page: Page) -> None:
+    """Leave the Convert tab, come back, set an option, name a path, press Convert: with keys only."""
+    page.locator("body").evaluate("it => { it.tabIndex = -1; it.focus(); }")
+    for step, name, key in (("Tab", "LoRA", "Enter"), ("Shift+Tab", "Convert", "Space")):
+        tabbed_to(page, name, step).press(key)
+        expect(page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
+    tabbed_to(page, "Model on the Hub")
+    page.keyboard.type("/etc/hostname")
+    tabbed_to(page, "Options").press("Space")
+    tabbed_to(page, "Dtype of the weights").press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Dtype of the weights")).to_have_value("float16")
+    tabbed_to(page, "Convert").press("Enter")
 
 
 if __name__ == "__main__":
