@@ -14,10 +14,12 @@ from kcv2diffusers.app.fields import (
     LIGHT,
     Updates,
     choice,
+    filled,
     follow,
     in_turn,
     log_field,
     picked,
+    pictures_field,
     source_fields,
     sources,
     stopping,
@@ -64,7 +66,7 @@ def convert_tab(root: Root, access_token: Any) -> None:
     """Build the tab, with its events."""
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
-            address, files = source_fields("Model")
+            address, files = source_fields()
             base = gr.Textbox(
                 label="Base of the missing parts", placeholder="user/name",
                 info="An id on the Hub, or tiny. Empty: the default base of the version.", max_lines=1,
@@ -88,10 +90,7 @@ def convert_tab(root: Root, access_token: Any) -> None:
             missing = gr.Textbox(label="Missing parts", interactive=False, lines=1, max_lines=4)
             log = log_field()
             verdict = gr.Textbox(label="Verdict", interactive=False, lines=2, max_lines=10)
-            gallery = gr.Gallery(
-                label="Keras, diffusers, and their difference", columns=3, height="auto", interactive=False,
-                object_fit="contain", buttons=["download", "fullscreen"],
-            )  # fmt: skip
+            gallery = pictures_field("Keras, diffusers, and their difference", columns=3)
             panel = result_panel(root, TAB, "converted", access_token)
 
     def described(session: Session, named: str | None) -> dict[Any, Any]:
@@ -127,7 +126,7 @@ def convert_tab(root: Root, access_token: Any) -> None:
         count = given.whole(steps, "Denoising steps", 1, _MOST_STEPS)
         folder = session.place("convert")
         words = sources(session, address, files, folder)
-        yield {**panel.nothing(), verdict: "", gallery: None}
+        yield {**panel.nothing(), verdict: "", gallery: filled()}
         yield from inspect(session, words, folder, log, token)
         yield described(session, named)
         origin = named or recognised.base_of(session.kept["inspected"])
@@ -163,4 +162,4 @@ def _compared(session: Session, found: Any, folder: Path, verdict: Any, gallery:
     write_json(folder / _PIPELINE / VERIFICATION_FILE, found)
     drawn = pictures.of_report(folder / _REPORT / "report.html", folder / "pictures")
     shown = [(session.hand_out(path), caption) for path, caption in drawn]
-    return {verdict: verdict_of(folder / _PIPELINE), gallery: shown or None}
+    return {verdict: verdict_of(folder / _PIPELINE), gallery: filled(shown)}

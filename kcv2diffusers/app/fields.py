@@ -31,14 +31,27 @@ _BESIDE = (".json", ".txt", ".gz")  # not weights themselves
 Updates = Iterator[dict[Any, Any]]
 
 
-def source_fields(what: str) -> tuple[Any, Any]:
-    """The two fields of a source: an id on the Hub, and files."""
+def source_fields() -> tuple[Any, Any]:
+    """The two fields of a model: an id on the Hub, and files."""
     address = gr.Textbox(
-        label=f"{what} on the Hub", placeholder="user/name", info="An id, or tiny for the base that ships.",
+        label="Model on the Hub", placeholder="user/name", info="An id, or tiny for the base that ships.",
         max_lines=1,
     )  # fmt: skip
-    files = gr.File(label=f"{what} files", file_count="multiple", height=140)
+    files = gr.File(label="Model files", file_count="multiple", height=140)
     return address, files
+
+
+def pictures_field(label: str, **options: Any) -> Any:
+    """A gallery of results; hidden as long as there are none, see `filled`."""
+    return gr.Gallery(
+        label=label, interactive=False, object_fit="contain", visible=False, elem_classes="pictures",
+        **{"height": "auto", "buttons": ["download", "fullscreen"], **options},
+    )  # fmt: skip
+
+
+def filled(values: Sequence[Any] = ()) -> Any:
+    """The update of a gallery or of downloads: they are hidden without values."""
+    return gr.update(value=[*values] or None, visible=bool(values))
 
 
 def sources(session: Session, address: str, files: list[str] | None, folder: Path) -> list[str]:
@@ -61,7 +74,7 @@ def sources(session: Session, address: str, files: list[str] | None, folder: Pat
 def log_field() -> Any:
     """The field with the command line and what the command says."""
     return gr.Textbox(
-        label="Commands and progress", lines=4, max_lines=12, interactive=False, autoscroll=True,
+        label="Commands and progress", lines=4, max_lines=40, interactive=False, autoscroll=True,
         elem_classes="log",
     )  # fmt: skip
 

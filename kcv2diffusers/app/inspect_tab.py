@@ -30,7 +30,7 @@ def inspect_tab(root: Root, access_token: Any) -> None:
     """Build the tab, with its events."""
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
-            address, files = source_fields("Model to inspect")
+            address, files = source_fields()
             with gr.Row():
                 look = gr.Button("Inspect", variant="primary", min_width=90)
                 stop = gr.Button("Stop", variant="stop", min_width=90)

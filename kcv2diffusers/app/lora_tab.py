@@ -11,11 +11,11 @@ from kcv2diffusers.app.fields import (
     LIGHT,
     Updates,
     choice,
+    filled,
     follow,
     in_turn,
     log_field,
     picked,
-    source_fields,
     sources,
     stopping,
     token_of,
@@ -25,6 +25,7 @@ from kcv2diffusers.app.folders import Root
 from kcv2diffusers.errors import Error
 
 TAB = "lora"
+NEEDED = "Give one LoRA: an id on the Hub, or a file."
 FORMATS = {"kohya, for ComfyUI and A1111": "kohya", "diffusers, for load_lora_weights": "diffusers"}
 
 
@@ -32,13 +33,14 @@ def lora_tab(root: Root, access_token: Any) -> None:
     """Build the tab, with its events."""
     with gr.Row(equal_height=False):
         with gr.Column(min_width=320):
-            address, files = source_fields("LoRA")
+            address = gr.Textbox(label="LoRA on the Hub", placeholder="user/name", max_lines=1)
+            files = gr.File(label="LoRA file", file_types=[".safetensors"], height=140)
             form = picked(FORMATS, "Format to write")
             with gr.Row():
-                start = gr.Button("Convert the LoRA", variant="primary", min_width=90)
+                start = gr.Button("Convert LoRA", variant="primary", min_width=90)
                 stop = gr.Button("Stop", variant="stop", min_width=90)
         with gr.Column(min_width=320):
-            written = gr.File(label="Converted LoRA", interactive=False, height=110)
+            written = gr.File(label="Converted LoRA", file_count="multiple", interactive=False, visible=False)
             log = log_field()
 
     def converted(
@@ -48,17 +50,19 @@ def lora_tab(root: Root, access_token: Any) -> None:
         token = token_of(request, oauth, access)
         wanted = choice(form, FORMATS, "Format")
         folder = session.place("lora")
-        found = sources(session, address, files, folder)
+        if not (address or "").strip() and not files:
+            raise Error(NEEDED)
+        found = sources(session, address, [files] if files else [], folder)
         if len(found) != 1 or found[0].startswith("tiny"):
-            raise Error("Give one LoRA: an id on the Hub, or one file.")
+            raise Error(NEEDED)
         name = f"{wanted}.safetensors"
-        yield {written: None}
+        yield {written: filled()}
         job = session.run(
             ["convert-lora", found[0], "--format", wanted, "--out", name, "--json"], folder, token=token
         )
         yield from follow(job, log)
         job.result()
-        yield {written: session.hand_out(folder / name)}
+        yield {written: filled([session.hand_out(folder / name)])}
 
     given_fields = [access_token, address, files, form]
     gr.on(start.click, in_turn(root, TAB, log, converted), given_fields, [written, log], **HEAVY)

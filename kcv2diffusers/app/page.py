@@ -18,11 +18,25 @@ _ABOUT = (
     "train on your photos, publish."
 )
 _KEPT = 3600  # seconds that Gradio keeps a file beyond the time limit of a command
+# Gradio's word "Error" over a field would hide what the command has said. The reason stands in the corner.
 CSS = """
+[data-testid=status-tracker]:has(> .error) { display: none; }
 .log textarea { font-family: ui-monospace, monospace; font-size: .8rem; }
 .chart { padding-top: 2.2rem !important; }
-.gradio-container { --block-info-text-color: var(--neutral-600); }
-.dark .gradio-container, .dark.gradio-container { --block-info-text-color: var(--neutral-300); }
+.gradio-container {
+    --block-info-text-color: var(--neutral-600); --input-placeholder-color: var(--neutral-500);
+    --color-accent: var(--primary-700); --checkbox-border-color: var(--neutral-500);
+    --button-primary-background-fill: var(--primary-700);
+    --button-primary-background-fill-hover: var(--primary-800);
+    --button-cancel-background-fill: #b91c1c; --button-cancel-background-fill-hover: #991b1b;
+}
+.dark .gradio-container, .dark.gradio-container {
+    --block-info-text-color: var(--neutral-300); --input-placeholder-color: var(--neutral-400);
+    --color-accent: var(--primary-500); --checkbox-border-color: var(--neutral-400);
+}
+.pictures .grid-wrap { min-height: 0 !important; padding-top: 1.8rem; }
+.pictures .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
+@media (max-width: 640px) { .chart svg { font-size: 22px; } }
 .inside { padding: .5rem 1rem 0; }
 """
 

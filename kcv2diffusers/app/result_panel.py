@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from kcv2diffusers.app import given
-from kcv2diffusers.app.fields import HEAVY, Updates, follow, in_turn, log_field, token_of, visitor
+from kcv2diffusers.app.fields import HEAVY, Updates, filled, follow, in_turn, log_field, token_of, visitor
 from kcv2diffusers.app.folders import Root, Session
 from kcv2diffusers.errors import Error
 from kcv2diffusers.pipeline import record
@@ -20,6 +20,7 @@ from kcv2diffusers.progress import silent
 from kcv2diffusers.publish.card_facts import figures
 
 SINGLE_FILE = "model.safetensors"
+_HIDDEN = gr.update(value="", visible=False)
 _LORAS = (LORA_FILE, KOHYA_LORA_FILE)
 
 
@@ -35,7 +36,7 @@ class Panel:
 
     def nothing(self) -> dict[Any, Any]:
         """The updates that hide an earlier result."""
-        return {self.box: gr.update(visible=False), self.files: None, self.pushed: ""}
+        return {self.box: gr.update(visible=False), self.files: filled(), self.pushed: _HIDDEN}
 
     def show(self, session: Session, pipeline: Path) -> dict[Any, Any]:
         """The updates that offer a pipeline folder, with its LoRA files."""
@@ -45,8 +46,8 @@ class Panel:
         ]
         return {
             self.box: gr.update(visible=True),
-            self.files: session.kept[f"{self.name} files"] or None,
-            self.pushed: "",
+            self.files: filled(session.kept[f"{self.name} files"]),
+            self.pushed: _HIDDEN,
         }
 
     @property
@@ -62,15 +63,17 @@ def result_panel(root: Root, tab: str, name: str, access_token: Any) -> Panel:
         with gr.Row():
             pack = gr.Button("Pack the pipeline as .zip")
             single = gr.Button("Make a single file for ComfyUI and A1111")
-        files = gr.File(label="Downloads", file_count="multiple", interactive=False, height=110)
+        files = gr.File(label="Downloads", file_count="multiple", interactive=False, visible=False)
         with gr.Row():
-            repository = gr.Textbox(label="Publish as", placeholder="user/name", max_lines=1)
+            repository = gr.Textbox(
+                label="Publish as", placeholder="user/name", info="Of your account.", max_lines=1
+            )
             license = gr.Textbox(
-                label="License", placeholder="that of the base", info="An identifier of the Hub.", max_lines=1
+                label="License", placeholder="that of the base", info="As the Hub names it.", max_lines=1
             )
         private = gr.Checkbox(label="Private repository")
         push = gr.Button("Publish on the Hub")
-        pushed = gr.Textbox(label="Published", interactive=False, lines=2)
+        pushed = gr.Textbox(label="Published", interactive=False, lines=2, visible=False)
         log = log_field()
     panel = Panel(name, root, box, files, pushed)
     given_fields = [access_token, repository, license, private]
@@ -109,7 +112,7 @@ def _packing(panel: Panel, log: Any) -> Any:
         yield {log: "Packing ..."}
         packed = session.place(f"{panel.name}-packed") / "pipeline.zip"
         pack_pipeline(pipeline, packed)
-        yield {panel.files: _add(panel, session, packed, packed.name), log: f"Packed: {packed.name}"}
+        yield {panel.files: filled(_add(panel, session, packed, packed.name)), log: f"Packed: {packed.name}"}
 
     return pack
 
@@ -133,7 +136,7 @@ def _single(panel: Panel, log: Any) -> Any:
         job = session.run(words, pipeline.parent)
         yield from follow(job, log)
         job.result()
-        yield {panel.files: _add(panel, session, pipeline.parent / SINGLE_FILE, SINGLE_FILE)}
+        yield {panel.files: filled(_add(panel, session, pipeline.parent / SINGLE_FILE, SINGLE_FILE))}
 
     return single
 
@@ -160,6 +163,7 @@ def _pushing(panel: Panel, log: Any) -> Any:
         job = session.run(words, pipeline.parent, token=token)
         yield from follow(job, log)
         done = job.result()
-        yield {panel.pushed: f"{done['url']}\nCommit {done['commit']}, {len(done['changed'])} files changed"}
+        told = f"{done['url']}\nCommit {done['commit']}, {len(done['changed'])} files changed"
+        yield {panel.pushed: gr.update(value=told, visible=True)}
 
     return push

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from kcv2diffusers.app.fields import (
     LOOK,
     Updates,
     choice,
+    filled,
     follow,
     in_turn,
     log_field,
     picked,
+    pictures_field,
     reported,
     stopping,
     token_of,
@@ -51,14 +54,13 @@ def train_tab(root: Root, access_token: Any) -> None:
             base = picked(BASES, "Base to train")
             address = gr.Textbox(label="Base on the Hub", placeholder="user/name", max_lines=1)
             photos = gr.File(
-                label="Photos of the subject", file_count="multiple", height=140,
+                label="Photos of the subject", file_count="multiple", height=200,
                 file_types=["image", ".heic", ".txt", ".jsonl"],
             )  # fmt: skip
-            seen = gr.Gallery(
-                label="Photos as they are trained", columns=4, height=180, interactive=False,
-                object_fit="contain", buttons=["fullscreen"],
-            )  # fmt: skip
-            about = gr.Textbox(label="About the photos", interactive=False, lines=1, max_lines=12)
+            seen = pictures_field("Photos as they are trained", columns=4, height=240, buttons=["fullscreen"])
+            about = gr.Textbox(
+                label="About the photos", interactive=False, lines=1, max_lines=12, visible=False
+            )
             instance = gr.Textbox(
                 label="Prompt of the photos", placeholder="a photo of sks dog",
                 info="With a rare word that becomes the name of the subject.",
@@ -95,21 +97,20 @@ def train_tab(root: Root, access_token: Any) -> None:
                 info="Compares the pipeline with the checkpoint as verify does, and draws with both.",
             )
         with gr.Column(min_width=320):
-            state = gr.Textbox(label="State of the training", interactive=False, lines=1, max_lines=3)
-            chart = gr.HTML(
-                label="Loss", show_label=True, container=True, min_height=120, elem_classes="chart"
+            state = gr.Textbox(
+                "Not begun", label="State of the training", interactive=False, lines=1, max_lines=3
             )
-            drawn = gr.Gallery(
-                label="Pictures on the way", columns=2, height="auto", interactive=False,
-                object_fit="contain", buttons=["download", "fullscreen"],
-            )  # fmt: skip
+            chart = gr.HTML(
+                label="Loss", show_label=True, container=True, elem_classes="chart", visible=False
+            )
+            drawn = pictures_field("Pictures on the way", columns=2)
             log = log_field()
             verdict = gr.Textbox(label="Verdict", interactive=False, lines=2, max_lines=10, visible=False)
             panel = result_panel(root, TAB, "trained", access_token)
 
     def looked(request: gr.Request, files: Any, kind_of_base: str) -> Updates:
         if not files:
-            yield {seen: None, about: ""}
+            yield {seen: filled(), about: gr.update(value="", visible=False)}
             return
         session = visitor(root, request)
         folder = session.place("photos")
@@ -120,12 +121,8 @@ def train_tab(root: Root, access_token: Any) -> None:
         found = job.result()
         pictures = [(session.hand_out(folder / each["file"]), each["caption"]) for each in found["photos"]]
         skipped = [f"Not used: {', '.join(found['skipped'])}."] if found["skipped"] else []
-        yield {
-            seen: pictures or None,
-            about: "\n".join(
-                [f"{found['count']} photos.", *skipped, *(each["caption"] for each in found["photos"])]
-            ),
-        }
+        lines = [f"{found['count']} photos.", *skipped, *(each["caption"] for each in found["photos"])]
+        yield {seen: filled(pictures), about: gr.update(value="\n".join(lines), visible=True)}
 
     def priced(kind_of_base: str, preset: str, steps: float) -> str:
         count = int(steps) if isinstance(steps, (int, float)) and 1 <= steps <= _MOST_STEPS else 1
@@ -180,7 +177,7 @@ def train_tab(root: Root, access_token: Any) -> None:
         training = Training(folder, {"base": [named], **options}, count)
         del training.options["steps"]
         session.kept["training"] = (training, token, (named if named == TINY else "", preset))
-        yield {**nothing(), chart: "", drawn: None, state: "Starting"}
+        yield {**nothing(), chart: _charted([]), drawn: filled(), state: "Starting"}
         yield from run(session, training.words())
 
     def resumed(request: gr.Request, steps: float) -> Updates:
@@ -201,7 +198,7 @@ def train_tab(root: Root, access_token: Any) -> None:
             yield update | live(session, training, job, handed)
         if (said := _last(job)) is not None:
             root.rates[key] = said.rate
-        yield {chart: loss_chart(training.losses())}
+        yield {chart: _charted(training.losses())}
         if job.code and not (job.stopped and training.step):
             yield {state: "Ended with an error"}
             job.result()
@@ -217,11 +214,11 @@ def train_tab(root: Root, access_token: Any) -> None:
                 f"Step {said.step} of {said.steps}, loss {said.loss:.4f}, {said.rate:.2f} steps/s, "
                 f"{left} left"
             )
-            update[chart] = loss_chart(training.losses(job.lines()))
+            update[chart] = _charted(training.losses(job.lines()))
         fresh = [path for path, _ in training.samples() if path not in handed]
         if fresh:
             handed |= {path: session.hand_out(path) for path in fresh}
-            update[drawn] = [(handed[path], step) for path, step in training.samples()]
+            update[drawn] = filled([(handed[path], step) for path, step in training.samples()])
         return update
 
     def exported(request: gr.Request, verifies: bool) -> Updates:
@@ -254,6 +251,12 @@ def train_tab(root: Root, access_token: Any) -> None:
     gr.on(resume.click, in_turn(root, TAB, log, resumed), steps, shown, **HEAVY)
     gr.on(export.click, in_turn(root, TAB, log, exported), verifies, [log, verdict, *panel.outputs], **HEAVY)
     gr.on(stop.click, stopping(root, TAB), None, None, **LIGHT)
+
+
+def _charted(losses: Sequence[tuple[int, float]]) -> Any:
+    """The update of the chart, which is hidden before there is a line."""
+    picture = loss_chart(losses)
+    return gr.update(value=picture, visible=bool(picture))
 
 
 def _training(session: Session) -> Training:

@@ -22,6 +22,9 @@ def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> Non
         convert = place.get_by_role("button", name="Convert", exact=True)
         convert.click()
         refused(page, "Give a model")
+        covers = place.locator("[data-testid=status-tracker] .error").first
+        expect(covers).to_be_attached()
+        expect(covers).to_be_hidden()
         address = place.get_by_label("Model on the Hub")
         with_keys(page)
         refused(page, "give an id on the Hub")
@@ -65,13 +68,13 @@ def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> Non
         place = tab(page, "LoRA")
         place.locator("input[type=file]").first.set_input_files(lora)
         expect(place.get_by_text(Path(lora).stem).first).to_be_visible()
-        place.get_by_role("button", name="Convert the LoRA").click()
+        place.get_by_role("button", name="Convert LoRA").click()
         with page.expect_download() as download:
             place.locator("a[download='kohya.safetensors']").first.click()
         download.value.save_as(folder / "kohya.safetensors")
 
         place = tab(page, "Inspect")
-        place.get_by_label("Model to inspect on the Hub").fill("tiny")
+        place.get_by_label("Model on the Hub").fill("tiny")
         place.get_by_role("button", name="Inspect").click()
         told["inspected"] = filled(place, "Parts")
         told["details"] = filled(place, "Details")

@@ -96,7 +96,7 @@ def waiting(page: Page) -> str:
     """Begin something that waits for another visitor's training, stop it, and begin it again."""
     place = tab(page, "Inspect")
     log = place.get_by_label("Commands and progress")
-    place.get_by_label("Model to inspect on the Hub").fill("tiny")
+    place.get_by_label("Model on the Hub").fill("tiny")
     look = place.get_by_role("button", name="Inspect")
     look.click()
     expect(log).to_have_value(re.compile(WAITING))
