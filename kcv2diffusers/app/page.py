@@ -19,8 +19,10 @@ _ABOUT = (
 )
 _KEPT = 3600  # seconds that Gradio keeps a file beyond the time limit of a command
 # Gradio's word "Error" over a field would hide what the command has said. The reason stands in the corner.
+# Gradio leaves the list of a dropdown open, over other fields, when the Tab key leaves it.
 CSS = """
 [data-testid=status-tracker]:has(> .error) { display: none; }
+.block:not(:focus-within) .options:has(> [role=listbox]) { display: none; }
 .log textarea { font-family: ui-monospace, monospace; font-size: .8rem; }
 .chart { padding-top: 2.2rem !important; }
 .gradio-container {

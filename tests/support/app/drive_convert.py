@@ -96,7 +96,9 @@ def with_keys(page: Page) -> None:
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
     expect(page.get_by_label("Dtype of the weights")).to_have_value("float16")
-    tabbed_to(page, "Convert").press("Enter")
+    tabbed_to(page, "Convert")
+    expect(page.get_by_role("listbox")).to_have_count(0)  # no list is left open over other fields
+    page.keyboard.press("Enter")
 
 
 if __name__ == "__main__":
