@@ -17,6 +17,7 @@ import re
 import sys
 import threading
 import time
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -78,12 +79,14 @@ def git_oid(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
+@cache
 def oid_of(path: str, data: bytes) -> str:
     return sha256(data) if LFS.search(path) else git_oid(data)
 
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body of each answer waits 40 ms for the headers' acknowledgement
     unheard = False
 
     def log_message(self, *_: Any) -> None:
