@@ -86,7 +86,7 @@ def oid_of(path: str, data: bytes) -> str:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else the body of each answer waits 40 ms for the headers' acknowledgement
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the headers' acknowledgement
     unheard = False
 
     def log_message(self, *_: Any) -> None:
