@@ -275,27 +275,13 @@ def test_a_process_that_is_stopped(
     assert len(rows(tmp_path)) == steps[-1] + 1
 
 
-@pytest.mark.full_size  # XLA compiles for most of a minute of a processor in each process
+@pytest.mark.full_size  # XLA compiles for minutes of a processor in each process
 def test_jax(base: Path, photos: Path, whole: Path, tmp_path: Path) -> None:
-    """Two processes train as one process of PyTorch does, and draw. A LoRA compiles in half the time."""
-    options = [
-        *FEW,
-        "--class-images",
-        whole / "class",
-        "--batch-size",
-        "2",
-        "--lora-rank",
-        "2",
-        "--steps",
-        "4",
-    ]
-    done = run(base, photos, tmp_path / "one", *options)
-    assert done.returncode == 0, done.stderr
-    check_alike(
-        end(start(2, noted(base, photos, tmp_path / "two", *options, "--sample-prompt", "a car"), "jax"))
-    )
-    check_same(state(tmp_path / "one", 4), state(tmp_path / "two", 4))
-    assert (tmp_path / "two" / "samples" / "step-000004.png").exists()
+    """Two processes train as one process of PyTorch does, and draw."""
+    options = [*FEW, "--class-images", whole / "class", "--batch-size", "2", "--sample-prompt", "a car"]
+    check_alike(end(start(2, noted(base, photos, tmp_path, *options, "--steps", "4"), "jax")))
+    check_same(state(whole, 4), state(tmp_path, 4))
+    assert (tmp_path / "samples" / "step-000004.png").exists()
 
 
 @pytest.mark.slow
