@@ -51,8 +51,8 @@ class Session:
     """A visitor's folder, and the command that runs for them.
 
     `turn` is the visitor's turn in the `line` while it is at work. `uploads` are the paths and inodes of
-    what they took from Gradio's cache. `browser` is the secret of the visitor's
-    browser, None where it keeps no cookies.
+    what they took from Gradio's cache. `browser` is the secret of the visitor's browser, None where it keeps
+    no cookies.
     """
 
     folder: Path

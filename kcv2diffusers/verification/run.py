@@ -185,14 +185,12 @@ def _with_reference(request: Request, sides: Mapping[str, Side]) -> Request:
                 "Use --level weights."
             )
     _check_reference(request, sides)
+    _check_size(request, sides)
     return request
 
 
 def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
-    """Raise Error if the models cannot draw this size.
-
-    Also if KerasCV's classes cannot be models of these sizes, or its sampler of this schedule.
-    """
+    """Raise Error if KerasCV's classes cannot be models of these sizes, or its sampler of this schedule."""
     if (
         request.reaches("images")
         and request.reference == "keras-cv"
@@ -202,12 +200,6 @@ def _check_reference(request: Request, sides: Mapping[str, Side]) -> None:
         raise Error(
             f"{request.pipeline}: {entries}, which KerasCV's sampler does not support.\n"
             "Use --reference builtin."
-        )
-    largest = _largest(sides)
-    if request.reaches("modules") and largest is not None and (request.size or 0) > largest:
-        raise Error(
-            f"--image-size {request.size}: the table of positions ends at {largest} pixels.\n"
-            f"Give at most {largest}."
         )
     unusual = [side.name for side in sides.values() if not side.source.known]
     if request.reaches("modules") and request.reference == "keras-cv" and unusual:
@@ -295,6 +287,16 @@ def _can_draw(request: Request, sides: Mapping[str, Side], result: Verified) -> 
     if problem:
         result.images = Images([], PSNR, PSNR_ATTRIBUTED, [f"pictures: {problem}"])
     return problem is None
+
+
+def _check_size(request: Request, sides: Mapping[str, Side]) -> None:
+    """Raise Error if the table of positions is too small for the requested size."""
+    largest = _largest(sides)
+    if request.reaches("modules") and largest is not None and (request.size or 0) > largest:
+        raise Error(
+            f"--image-size {request.size}: the table of positions ends at {largest} pixels.\n"
+            f"Give at most {largest}."
+        )
 
 
 def _size(request: Request, sides: Mapping[str, Side]) -> int:
