@@ -3,6 +3,7 @@
 import sys
 
 from kcv2diffusers.errors import Error
+from kcv2diffusers.system.garbage import collect_seldom
 from kcv2diffusers.system.interruption import hold_signals, interruptible
 from kcv2diffusers.system.processes import let_threads_sleep, restart_to_train
 
@@ -14,6 +15,7 @@ def start() -> None:
         restart_to_train()
     else:
         let_threads_sleep()
+    collect_seldom()
     with interruptible():
         try:
             from kcv2diffusers.cli import main

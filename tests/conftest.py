@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ pytest.register_assert_rewrite("support")
 
 from support.checkpoints import Checkpoints, checkpoint  # noqa: E402
 from support.servers import stop_all  # noqa: E402
+
+from kcv2diffusers.system.garbage import collect_seldom  # noqa: E402
 
 # In the processes of the tests themselves Keras runs on PyTorch, where nothing is compiled: TensorFlow takes
 # five times as long. What is said of other backends is tested in processes of their own.
@@ -82,10 +85,18 @@ FIRST = (
 def pytest_configure(config: pytest.Config) -> None:
     """Each process of the tests, and its children, has its share of the cores: where there are more threads
     than cores, those of PyTorch wait for each other, and do so busily. The workers inherit the share.
+
+    Garbage is collected as seldom as in the commands, and not at the end: with Python's thresholds it takes
+    a third of the time.
     """
+    collect_seldom()
     share = (os.cpu_count() or 1) // (config.getoption("numprocesses", None) or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def pytest_unconfigure() -> None:
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

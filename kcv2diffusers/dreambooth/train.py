@@ -57,6 +57,7 @@ from kcv2diffusers.pictures import chart
 from kcv2diffusers.pipeline_files import KOHYA_LORA_FILE, LORA_FILE, MODEL_INDEX, RUN_FILE, SAMPLES_FILE
 from kcv2diffusers.progress import StageProgress, silent_stages
 from kcv2diffusers.sources.lora import check_finite, read_lora
+from kcv2diffusers.system.garbage import collect_new_only
 from kcv2diffusers.system.interruption import SIGNALS, is_watching, keeps
 from kcv2diffusers.system.output import check_folder, check_target
 from kcv2diffusers.targets.lora_merge import Merge, check_merges
@@ -181,7 +182,8 @@ def _train(config: Config, progress: StageProgress, group: Group) -> Result:
 
             with _signals(run.stop), memory_errors(advice), checkpoints.finished(), attention_noted(notes):
                 callbacks = Unread([run], add_history=True, model=model, epochs=1, steps=len(batches))
-                model.fit(_dataset(batches), epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
+                with collect_new_only():
+                    model.fit(_dataset(batches), epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
     if run.problem:
         raise Error(run.problem)
     finished = run.step >= config.steps

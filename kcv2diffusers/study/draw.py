@@ -22,6 +22,7 @@ from kcv2diffusers.study.measures import measure_cell, open_measures
 from kcv2diffusers.study.one import MEASURES, PIPELINE, Order, read_measures, run_folder
 from kcv2diffusers.study.schedulers import KERASCV, SCHEDULERS
 from kcv2diffusers.system.children import end_with_parent, read_order
+from kcv2diffusers.system.garbage import collect_seldom
 from kcv2diffusers.system.output import whole_file
 
 Artist = Callable[[Mapping[str, Any], Sequence[str], Sequence[int]], Array]
@@ -134,6 +135,7 @@ def main() -> None:
     if not line:
         return
     end_with_parent()
+    collect_seldom()
     told = json.loads(line)
     order, left = Order(**told["order"]), told["left"]
     try:

@@ -21,6 +21,7 @@ import numpy as np
 from kcv2diffusers.diffusion import Array
 from kcv2diffusers.errors import Error, MissingExtra
 from kcv2diffusers.progress import StageProgress
+from kcv2diffusers.system.garbage import collect_seldom
 from kcv2diffusers.system.processes import start_module
 from kcv2diffusers.verification.request import Request
 
@@ -102,6 +103,7 @@ def run_side(name: str, title: str, folder: Path, progress: StageProgress, backe
 def side_main(run: Callable[[Path, Request, StageProgress], None]) -> NoReturn:
     """The entry point of a side's process: call `run` on the folder in its arguments."""
     folder = Path(sys.argv[1])
+    collect_seldom()
 
     def tell(**data: Any) -> None:
         print(_MARK + json.dumps(data), flush=True)

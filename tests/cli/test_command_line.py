@@ -338,6 +338,7 @@ def test_every_path_has_a_metavar_that_is_expanded() -> None:
                 assert param.metavar in PATHS, (each.name, param.name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "tiny://"])
 def test_tiny_is_a_source_everywhere(cli: Cli, name: str, tmp_path: Path) -> None:
     code, out, _ = cli("inspect", name, "--json")

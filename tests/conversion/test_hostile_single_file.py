@@ -138,6 +138,7 @@ def test_what_is_no_file(content: bytes, tmp_path: Path) -> None:
     refused(content, tmp_path)
 
 
+@pytest.mark.slow
 def test_more_tensors_than_any_model_has(tmp_path: Path) -> None:
     """Of no bytes each, in a header of some megabytes."""
     names = (f"model.diffusion_model.input_blocks.0.{n}.weight" for n in range(100_000))
@@ -145,6 +146,7 @@ def test_more_tensors_than_any_model_has(tmp_path: Path) -> None:
     assert "more than any model here has" in refused(whole(json.dumps(empty).encode(), b""), tmp_path)
 
 
+@pytest.mark.slow
 def test_as_many_layers_as_it_claims_are_not_expected(tmp_path: Path) -> None:
     layer = "cond_stage_model.transformer.text_model.encoder.layers.{}.layer_norm1.weight"
     empty = {layer.format(n): {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(19_000)}
@@ -158,6 +160,7 @@ def test_truncated_files(file: Path, tmp_path: Path) -> None:
         refused(content[:size], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_mutated_files(seed: int, file: Path, tmp_path: Path) -> None:
     """Bytes of the header changed, a thousand times in all: a file that is read has the tensors of the sound

@@ -34,6 +34,7 @@ def test_products_are_what_kerashub_adds(tmp_path: Path, kind: str) -> None:
     assert changed == sum(done.modules.values()) > 10
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """Another model, no model of a released size, a changed file, and options of other files."""
     models, out = keras_hub.models(), tmp_path / "lora.safetensors"

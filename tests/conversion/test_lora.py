@@ -431,6 +431,7 @@ def loras(pipelines, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., 
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_merged_weights_are_those_that_numpy_computes(version: str, pipelines, loras, tmp_path: Path) -> None:
     """From a pipeline, from Keras' layout and from a single file, into a pipeline and into a single file."""

@@ -16,6 +16,8 @@ from support.random_pipelines import random_pipeline
 from kcv2diffusers import convert, extract_lora, to_keras
 from kcv2diffusers.errors import Error
 
+pytestmark = pytest.mark.slow
+
 VERSIONS = ("sd1", "sd2")
 
 

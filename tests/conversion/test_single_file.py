@@ -136,6 +136,7 @@ def test_the_tensors_of_an_attention_layer_are_fused(pipelines, files) -> None:
     assert ours[f"{VAE}decoder.mid.attn_1.q.weight"].shape == (12, 12, 1, 1)
 
 
+@pytest.mark.slow
 def test_keras_checkpoints_make_the_same_file_as_their_pipeline(tmp_path: Path) -> None:
     convert("tiny", out=tmp_path / "pipeline")
     convert("tiny", out=tmp_path / "one.safetensors")
@@ -819,6 +820,7 @@ def test_inspect_shows_what_a_file_says_of_itself(pipelines, tmp_path: Path) -> 
     assert found[0].to_dict()["metadata"]["modelspec.trigger_phrase"] == "sks dog"
 
 
+@pytest.mark.slow
 def test_the_keras_models_take_a_file_as_base(files, pipelines) -> None:
     import keras
 

@@ -232,6 +232,7 @@ def test_a_damaged_log(run: Callable[..., Any], tmp_path: Path, log: bytes) -> N
     assert (out / "log.csv").read_bytes() == log
 
 
+@pytest.mark.slow
 def test_a_run_that_has_ended(run: Callable[..., Any], tmp_path: Path) -> None:
     """Its checkpoint is that of tiny itself, as if nothing had been learnt."""
     from kcv2diffusers.sources.locate import TINY, locate

@@ -108,6 +108,8 @@ from types import SimpleNamespace
 from kcv2diffusers.dreambooth.devices import attention_noted
 from kcv2diffusers.models import jax_layers
 
+pytestmark = pytest.mark.slow
+
 client = SimpleNamespace(platform_version="cuda 13000")
 card = SimpleNamespace(client=client, compute_capability="9.0", platform="gpu")
 jax_layers.jax = SimpleNamespace(devices=lambda: [card], nn=jax.nn, checkpoint=jax.checkpoint)

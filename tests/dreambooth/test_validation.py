@@ -65,6 +65,7 @@ def by_hand(model: DreamBooth, examples: Examples, seed: int) -> float:
     return float(np.mean(losses))
 
 
+@pytest.mark.slow
 def test_the_loss_is_a_mean_over_photos_and_timesteps(
     model: DreamBooth, examples: Examples, tmp_path: Path
 ) -> None:

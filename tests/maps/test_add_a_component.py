@@ -21,6 +21,8 @@ from safetensors.numpy import load_file
 
 from kcv2diffusers.maps.parts import VARIABLE
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "develop" / "add-a-component.md"
 TABLE, FAMILY = re.findall(r"```toml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
 

@@ -181,6 +181,7 @@ print(json.dumps(result))
 """
 
 
+@pytest.mark.slow
 def test_transformers_4(placed_reference: Any, placed: Path) -> None:
     default = ROOT / ".venv" / "transformers4"
     where = Path(os.environ.get("KCV_TRANSFORMERS4") or default)

@@ -63,6 +63,7 @@ def contents(hub: Hub, repo: str, name: str, token: str = ALICE) -> bytes:
         return bytes(answer.read())
 
 
+@pytest.mark.slow
 def test_create_again_and_changed(hub: Hub, pipeline: Path, tmp_path: Path) -> None:
     (pipeline / "notes.txt").write_text("not of a pipeline")
     told = hub.does("push", pipeline, "alice/tiny", **TOKEN)
@@ -100,6 +101,7 @@ def test_create_again_and_changed(hub: Hub, pipeline: Path, tmp_path: Path) -> N
     assert all(filecmp.cmp(pipeline / name, back / name, shallow=False) for name in names)
 
 
+@pytest.mark.slow
 def test_card(hub: Hub, pipeline: Path) -> None:
     hub.does("push", pipeline, "alice/card", "--trained-with", "linear-betas", **TOKEN)
     metadata, body = card(hub, "alice/card")
@@ -228,6 +230,7 @@ def test_verification_figures(hub: Hub, pipeline: Path) -> None:
         assert figures(pipeline / "verification.json") == []
 
 
+@pytest.mark.slow
 def test_private_revision_and_pull_request(hub: Hub, pipeline: Path) -> None:
     hub.does("push", pipeline, "alice/hidden", "--private", **TOKEN)
     assert hub.ask("state")["alice/hidden"]["private"]
@@ -246,6 +249,7 @@ def test_private_revision_and_pull_request(hub: Hub, pipeline: Path) -> None:
     assert "no such repository" in hub.refuses("push", pipeline, "alice/none", "--create-pr", **TOKEN)
 
 
+@pytest.mark.slow
 def test_who_may_not(hub: Hub, pipeline: Path) -> None:
     hub.seed("alice/hers", pipeline)
     hub.seed("alice/secret", pipeline, private=True)
@@ -293,6 +297,7 @@ def test_the_hub_is_down(hub: Hub, pipeline: Path) -> None:
     assert "HF_HUB_OFFLINE is set" in refused
 
 
+@pytest.mark.slow
 def test_a_broken_push_goes_on(hub: Hub, pipeline: Path) -> None:
     """The connection breaks in the UNet, again and again; what had arrived is not sent again."""
     rng = np.random.default_rng(1)  # weights that this Hub has not seen
@@ -411,6 +416,7 @@ def test_a_variant_beside_the_plain_weights(pipeline: Path) -> None:
         check(pipeline)
 
 
+@pytest.mark.slow
 def test_convert_and_push(hub: Hub, made: Path, tmp_path: Path) -> None:
     """The license and the base model are those of the base on the Hub."""
     hub.seed("bob/base", made, files={"README.md": "---\nlicense: creativeml-openrail-m\n---\n"})

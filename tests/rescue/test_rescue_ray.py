@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support.hub.hub import ALICE, Hub
 from support.hub.wild import Repository, Wild
+from support.ray_clusters import COMPUTER, ray_cluster
 from support.waiting import LONG
 
 pytestmark = pytest.mark.slow
@@ -35,21 +36,14 @@ def wild(tmp_path: Path) -> Wild:
 @pytest.fixture
 def cluster(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A running cluster; its processes have the environment of a command against the fake Hub."""
-    pytest.importorskip("ray", reason="needs Ray (pip install 'kcv2diffusers[ray]')")
     for name, value in hub.environment(HF_TOKEN=ALICE, RAY_USAGE_STATS_ENABLED="0").items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    from ray.cluster_utils import Cluster
-
-    small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=small)
-    try:
+    with ray_cluster() as cluster:
         for _ in range(NODES - 1):
-            cluster.add_node(**small)
+            cluster.add_node(**COMPUTER)
         cluster.wait_for_nodes(LONG)
         yield cluster
-    finally:
-        cluster.shutdown()
 
 
 def test_a_node_is_killed(hub: Hub, wild: Wild, cluster: Any, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from support.checkpoints import cached
 import kcv2diffusers
 from kcv2diffusers.errors import SourceError
 
+pytestmark = pytest.mark.slow
+
 COMPONENTS = {
     "unet": ["unet"],
     "text_encoder": ["text_encoder"],

@@ -34,6 +34,7 @@ def flux() -> Path:
     return kept("kerashub-flux", [script], lambda folder: keras_hub.run(script.name, folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux.weights.h5", "flux.h5", "preset"])
 def test_flux_of_kerashub(flux: Path, tmp_path: Path, name: str) -> None:
     assert "of Flux, which is not read here" in refusal(flux / name, out=tmp_path / "out", base=TINY)

@@ -100,6 +100,7 @@ def check(folder: Path, name: str, networks: dict[str, str], out: Path) -> None:
         assert all(len(match.leftovers["counters"]) == 2 for match in matches)  # step and save_counter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LIGHT)
 @pytest.mark.parametrize("stack", STACKS)
 def test_every_network_is_found(stack: str, name: str, tmp_path: Path) -> None:
@@ -110,6 +111,7 @@ def test_every_network_is_found(stack: str, name: str, tmp_path: Path) -> None:
         check(folder, container, LIGHT[name], tmp_path / "out.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", UNET_CONTAINERS)
 def test_a_trainer_with_a_unet(stack: str, tmp_path: Path) -> None:
     folder = with_a_unet(stack) / "three"

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 from support.checkpoints import ROOT
+from support.ray_clusters import COMPUTER, ray_cluster
 from support.waiting import LONG, until
 
 from kcv2diffusers import locate
@@ -123,19 +124,14 @@ def test_a_training_that_is_killed_goes_on(tmp_path: Path) -> None:
 
 def test_on_a_cluster_that_loses_a_computer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run has a GPU (one that Ray is told of); when its computer is lost, it goes on with another's."""
-    pytest.importorskip("ray", reason="needs Ray (pip install 'kcv2diffusers[ray]')")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    from ray.cluster_utils import Cluster
-
     shutil.copytree(locate("tiny") / "subject", tmp_path / "photos")
     text = STUDY.replace('["photos", "missing"]', '"photos"').replace("\nsteps = 6\n", "\nsteps = 30\n")
     text = text.replace('class-prompt = "a cat"\n', "").replace("[1e-4, 1e-3]", "1e-4")
     (tmp_path / "grid.toml").write_text(text.replace('["kerascv", "ddim"]', '"kerascv"'))
-    small = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args=small)
-    try:
+    with ray_cluster() as cluster:
         # the only computer with a GPU has the run for certain
-        victim = cluster.add_node(num_gpus=1, **small)
+        victim = cluster.add_node(num_gpus=1, **COMPUTER)
         cluster.wait_for_nodes(LONG)
         process = start(tmp_path, "--ray", cluster.address, "--gpus", "1")
         until(lambda: [*tmp_path.glob("grid/runs/*/train/resume/step-000004.h5")], process)  # 2 is complete
@@ -143,10 +139,8 @@ def test_on_a_cluster_that_loses_a_computer(tmp_path: Path, monkeypatch: pytest.
         for lost in psutil.Process(raylet.process.pid).children(recursive=True):
             lost.kill()  # Ray would leave the training to end itself
         cluster.remove_node(victim, allow_graceful=False)
-        cluster.add_node(num_gpus=1, **small)
+        cluster.add_node(num_gpus=1, **COMPUTER)
         out, err = process.communicate(timeout=LONG)
-    finally:
-        cluster.shutdown()
     assert process.returncode == 0, err
     assert json.loads(out)["failed"] == {}
     (run,) = (tmp_path / "grid" / "runs").iterdir()

@@ -40,7 +40,8 @@ class Server:
         return json.loads(answer)
 
     def stop(self) -> None:
-        with self.process:  # which closes its standard input and waits
+        self.process.kill()  # to leave by itself takes a process of TensorFlow's up to a minute
+        with self.process:  # which waits
             self.errors.close()
 
 

@@ -139,6 +139,8 @@ with interruptible():
 IN_COMPILED_CODE = """
 import hashlib
 from kcv2diffusers.system import interruption
+
+pytestmark = pytest.mark.slow
 interruption._ONE_PRESS = 2  # on a busy machine the two signals of one press may be seen apart
 with interruption.interruptible():
     print("ready", flush=True)

@@ -43,6 +43,7 @@ def through(
     return np.frombuffer(target.read_bytes()[12:], dtype), found
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(1, 40)),

@@ -12,6 +12,8 @@ import kcv2diffusers
 from kcv2diffusers import convert, verify
 from kcv2diffusers.errors import Error
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(kcv2diffusers.__file__).parent / "tiny"
 
 

@@ -26,6 +26,7 @@ from kcv2diffusers.dreambooth import train  # noqa: F401
 from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.devices import best_precision
 from kcv2diffusers.models import base as loading
+from kcv2diffusers.system.garbage import collect_seldom
 
 NAMES = ("build_unet", "build_text_encoder", "build_decoder", "build_image_encoder")
 BUILDERS = {name: getattr(loading, name) for name in NAMES}
@@ -80,6 +81,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     prepared = set()
+    collect_seldom()
     for line in sys.stdin:
         base, *arguments = json.loads(line)
         if base not in prepared:
