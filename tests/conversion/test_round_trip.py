@@ -119,6 +119,7 @@ def test_there_and_back(change: Callable[[Path], None], pipeline: Path, tmp_path
     assert_same(pipeline, there_and_back(pipeline, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_dtype_and_format(dtype: str, tmp_path: Path) -> None:
     convert(TINY, out=tmp_path / "pipeline", dtype=dtype)

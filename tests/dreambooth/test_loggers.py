@@ -10,6 +10,7 @@ from kcv2diffusers.dreambooth.config import Config
 from kcv2diffusers.dreambooth.loggers import open_loggers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer", ["torch", "tensorflow"])
 def test_tensorboard(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -19,6 +19,8 @@ from support.servers import server
 
 from kcv2diffusers.dreambooth import devices
 
+pytestmark = pytest.mark.slow
+
 FAKE = ROOT / "tests" / "support" / "dreambooth" / "fake_cuda"
 
 
@@ -107,8 +109,6 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 from types import SimpleNamespace
 from kcv2diffusers.dreambooth.devices import attention_noted
 from kcv2diffusers.models import jax_layers
-
-pytestmark = pytest.mark.slow
 
 client = SimpleNamespace(platform_version="cuda 13000")
 card = SimpleNamespace(client=client, compute_capability="9.0", platform="gpu")

@@ -81,6 +81,7 @@ def test_checkpoints_of_such_a_base(made: Path, tmp_path: Path) -> None:
     assert load_base(TINY).schedule == SD
 
 
+@pytest.mark.slow
 def test_noise_predicted_from_noise_alone_is_refused(made: Path, tmp_path: Path) -> None:
     pipeline = with_noise(made, tmp_path / "pipeline", rescale_betas_zero_snr=True)
     with pytest.raises(Error, match="rescale_betas_zero_snr"):

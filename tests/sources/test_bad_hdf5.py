@@ -199,6 +199,7 @@ def test_data_outside_the_file(cli: Cli, legacy: Path, home: Path, place: str, p
 # HDF5 that Keras does not write but that means the same.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["chunked", "gzip", "lzf", "big endian", "user block", "compact", "latest"])
 def test_other_forms_of_hdf5_work(
     cli: Cli, legacy: Path, home: Path, intact: dict[str, bytes], form: str

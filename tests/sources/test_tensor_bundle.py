@@ -119,6 +119,7 @@ def assert_same_as_tensorflow(tf: Any, prefix: Path) -> dict[str, Tensor]:
     return tensors
 
 
+@pytest.mark.slow
 def test_every_dtype_and_shape(tf: Any, checkpoint: Path) -> None:
     tensors = assert_same_as_tensorflow(tf, checkpoint)
     assert {str(tensor.dtype) for tensor in tensors.values()} == DTYPES

@@ -16,6 +16,8 @@ from support.waiting import LONG
 from kcv2diffusers.conversion.to_diffusers import convert
 from kcv2diffusers.sources.locate import TINY
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "KERAS_BACKEND": "torch", "TF_CPP_MIN_LOG_LEVEL": "3"}
 # The command sends itself a signal at an event of Python: an import, a file opened, a call compiled. At 0 it
 # sends none and tells the number of events.
@@ -58,11 +60,7 @@ def tree(folder: Path) -> dict[str, int]:
         (["inspect", "tiny://"], 4),
         (["convert", "tiny://", "--out", "out/pipeline"], 14),
         (["to-keras", "pipeline", "--out", "out/keras"], 6),
-        pytest.param(
-            ["generate", "--base", "tiny", "--prompt", "a panda", "--steps", "2", "--out", "out"],
-            4,
-            marks=pytest.mark.slow,
-        ),
+        (["generate", "--base", "tiny", "--prompt", "a panda", "--steps", "2", "--out", "out"], 4),
     ],
 )
 def test_at_many_moments(
@@ -139,8 +137,6 @@ with interruptible():
 IN_COMPILED_CODE = """
 import hashlib
 from kcv2diffusers.system import interruption
-
-pytestmark = pytest.mark.slow
 interruption._ONE_PRESS = 2  # on a busy machine the two signals of one press may be seen apart
 with interruption.interruptible():
     print("ready", flush=True)
