@@ -29,6 +29,7 @@ KERASCV = (
     "test_exactness.py",
     "test_fuzz.py",
     "test_several_models.py",
+    "test_ancestor.py",
     "test_to_keras.py",
     "test_bad_hdf5.py",
     "test_bad_tensors.py",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from browser import filled, nameless, page_of, refused, shots, tab, tabbed_to, words
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 
 def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> None:
@@ -31,8 +31,7 @@ def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> Non
         expect(address).to_have_value("/etc/hostname")
         address.fill("")
 
-        place.locator("input[type=file]").first.set_input_files(files)
-        expect(place.get_by_text(Path(files[0]).name.partition(".")[0]).first).to_be_visible()
+        upload(place, files)
         place.get_by_label("Base of the missing parts").fill("tiny")
         place.get_by_role("button", name="Verification").first.click()
         place.get_by_label("number input for Denoising steps").fill("2")
@@ -66,8 +65,7 @@ def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> Non
         told["over"] = shots(page, folder, "convert")
 
         place = tab(page, "LoRA")
-        place.locator("input[type=file]").first.set_input_files(lora)
-        expect(place.get_by_text(Path(lora).stem).first).to_be_visible()
+        upload(place, [lora])
         place.get_by_role("button", name="Convert LoRA").click()
         with page.expect_download() as download:
             place.locator("a[download='kohya.safetensors']").first.click()
@@ -81,6 +79,12 @@ def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> Non
         told["over"] += shots(page, folder, "inspect")
         told["text"] = words(page)
     print(json.dumps(told))
+
+
+def upload(place: Locator, files: list[str]) -> None:
+    """Returns when the server has all files: then each has a link."""
+    place.locator("input[type=file]").first.set_input_files(files)
+    expect(place.locator(".file-preview .download a")).to_have_count(len(files))
 
 
 def with_keys(page: Page) -> None:
