@@ -1,7 +1,7 @@
 """How often Python looks for cyclic garbage.
 
 The frameworks and the models consist of millions of objects that stay. Python's thresholds let each
-collection visit many of them: a third of the time of importing the frameworks and building the models.
+collection visit many of them: a fifth to a third of the time of importing the frameworks and building models.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SELDOM = (20_000, 20, 50)
+SELDOM = (2_000, 10, 100)
+"""New objects are still collected often, as garbage may hold activations; all objects, rarely."""
 _PYTHONS = gc.get_threshold()
 
 
