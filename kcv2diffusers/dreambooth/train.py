@@ -180,10 +180,15 @@ def _train(config: Config, progress: StageProgress, group: Group) -> Result:
             def advice() -> str:
                 return training_advice(config, matches, model, lambda: group.part(batches.step(run.step)))
 
-            with _signals(run.stop), memory_errors(advice), checkpoints.finished(), attention_noted(notes):
+            with (
+                _signals(run.stop),
+                memory_errors(advice),
+                checkpoints.finished(),
+                attention_noted(notes),
+                collect_new_only(),
+            ):
                 callbacks = Unread([run], add_history=True, model=model, epochs=1, steps=len(batches))
-                with collect_new_only():
-                    model.fit(_dataset(batches), epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
+                model.fit(_dataset(batches), epochs=1, shuffle=False, verbose=0, callbacks=callbacks)
     if run.problem:
         raise Error(run.problem)
     finished = run.step >= config.steps

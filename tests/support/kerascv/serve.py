@@ -24,7 +24,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print as they like, keras-cv 0.4.2 when it is imported
-    gc.set_threshold(2_000, 10, 100)  # Keras' models are many objects, and all stay
+    # as kcv2diffusers.system.garbage does, which not all stacks have
+    gc.set_threshold(2_000, 10, 100)
     import stack
 
     if stack.keras.backend.backend() == "torch":
