@@ -62,6 +62,7 @@ def main(path: Path, folder: Path) -> None:
         page.screenshot(path=folder / "large.png")
         page.keyboard.press("Escape")
         expect(image).to_be_hidden()
+        expect(cells.nth(1)).to_be_focused()  # a little later: the page hears of it in an event
         told["focused"] = page.evaluate("document.activeElement.dataset.cell")
         page.screenshot(path=folder / "phone.png", full_page=True)
         browser.close()

@@ -41,7 +41,8 @@ def main(url: str, folder: Path, token: str, lora: str, files: list[str]) -> Non
         told["missing"] = filled(place, "Missing parts")
         pictures = place.locator(".gallery-item img, .thumbnail-item img")
         expect(pictures).to_have_count(3)
-        told["pictures"] = [pictures.nth(at).evaluate("it => it.naturalWidth") for at in range(3)]
+        width = "async it => { await it.decode(); return it.naturalWidth }"  # 0 until it is loaded
+        told["pictures"] = [pictures.nth(at).evaluate(width) for at in range(3)]
 
         for button, name in (
             ("Pack the pipeline", "pipeline.zip"),

@@ -28,15 +28,16 @@ def fill(page: Page, label: str, value: str) -> None:
     field.blur()
 
 
-def drawn(page: Page) -> bytes:
-    """The picture on the page, as the server sent it."""
+def drawn(page: Page, before: str) -> tuple[bytes, str]:
+    """The picture on the page, as the server sent it, once its address is not `before`; and its address."""
     image = page.locator("img[data-testid='detailed-image'], .image-container img").first
     expect(image).to_be_visible()
+    expect(image).not_to_have_attribute("src", before)
     code = """async (image) => {
         const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
         return btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
     }"""
-    return base64.b64decode(image.evaluate(code))
+    return base64.b64decode(image.evaluate(code)), image.get_attribute("src") or ""
 
 
 def main(url: str, folder: Path) -> None:
@@ -64,11 +65,13 @@ def main(url: str, folder: Path) -> None:
         fill(page, "Guidance scale", "5")
         page.get_by_text("a red car in a meadow").last.click()
         expect(prompt).to_have_value("a red car in a meadow")
+        address = ""
         for number, seed in enumerate(("4", "5", "4")):
             fill(page, "Seed (-1: any)", seed)
             page.get_by_role("button", name="Draw").click()
             expect(page.get_by_text(f"Seed {seed}", exact=True)).to_be_visible()
-            (folder / f"{number}.png").write_bytes(drawn(page))
+            picture, address = drawn(page, address)
+            (folder / f"{number}.png").write_bytes(picture)
         page.screenshot(path=folder / "page.png")
         browser.close()
     print(json.dumps(told))
