@@ -4,7 +4,8 @@
 
 Written from what the client (2.4, HF_HUB_DISABLE_XET=1) sends. `POST /_test/seed` makes a repository of a
 folder, `/_test/fail` lets requests fail, all or a share of them, `/_test/collection` makes a collection,
-`GET /_test/log` tells what was asked and how many bytes came.
+`/_test/empty` forgets all repositories, objects and collections, and `GET /_test/log` tells what was asked
+and how many bytes came.
 """
 
 from __future__ import annotations
@@ -215,6 +216,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def fail(self) -> None:
         FAILURES[:] = [{"times": 1_000_000, "method": "GET", "path": "", **rule} for rule in self.json()]
+        self.send(200, {})
+
+    def empty(self) -> None:
+        for held in (REPOSITORIES, OBJECTS, COLLECTIONS):
+            held.clear()
         self.send(200, {})
 
     def log(self) -> None:
@@ -439,6 +445,7 @@ ROUTES = [
     ("POST", "/_test/seed", Handler.seed),
     ("POST", "/_test/fail", Handler.fail),
     ("POST", "/_test/collection", Handler.collection),
+    ("POST", "/_test/empty", Handler.empty),
     ("GET", "/_test/log", Handler.log),
     ("GET", "/_test/state", Handler.state),
     ("GET", "/api/models", Handler.models),

@@ -21,8 +21,9 @@ def _hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 @pytest.fixture
 def hub(_hub: Hub, tmp_path: Path) -> Hub:
-    """The Hub, no request failing, with an empty cache on our side."""
+    """The Hub, empty, no request failing, with an empty cache on our side."""
     _hub.home = tmp_path / "cache"
+    _hub.empty()
     _hub.fail()
     _hub.log()
     return _hub

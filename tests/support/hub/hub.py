@@ -36,6 +36,10 @@ class Hub:
         """A repository with the files of a folder (added to what it has)."""
         self.ask("seed", {"repo": repo, "folder": str(folder), **order})
 
+    def empty(self) -> None:
+        """Forget all repositories and the weights that were sent: what is sent again counts again."""
+        self.ask("empty", {})
+
     def fail(self, *rules: dict[str, Any]) -> None:
         """Let requests fail, until the next call."""
         self.ask("fail", list(rules))
