@@ -83,14 +83,10 @@ def load(base: Base, pipeline: Path, *loras: str) -> Base:
     return base
 
 
-@pytest.fixture(scope="module")
-def base(pipeline: Path, loras: list[Path]) -> Base:
-    return load_base(pipeline, lora=f"{loras[0]}:0.5")
-
-
 def test_drawing_computes_what_diffusers_does(
-    base: Base, pipeline: Path, loras: list[Path], by_diffusers: Callable[..., dict[str, np.ndarray]]
+    pipeline: Path, loras: list[Path], by_diffusers: Callable[..., dict[str, np.ndarray]]
 ) -> None:
+    base = load_base(pipeline, lora=f"{loras[0]}:0.5")
     first = computed(base)
     assert max(distance(first, by_diffusers(0.5, 0)).values()) < 2e-5
     both = computed(load(base, pipeline, f"{loras[0]}:0.8", f"{loras[1]}:-0.5"))
@@ -112,16 +108,12 @@ def test_values_that_are_not_finite_are_refused(pipeline: Path, loras: list[Path
 
 
 def test_what_goes_on_training(
-    base: Base,
-    pipeline: Path,
-    loras: list[Path],
-    tmp_path: Path,
-    by_diffusers: Callable[..., dict[str, np.ndarray]],
+    pipeline: Path, loras: list[Path], tmp_path: Path, by_diffusers: Callable[..., dict[str, np.ndarray]]
 ) -> None:
     """The factors of the file and nothing else. The models compute what diffusers does with the file, and
-    write the same updates again. This comes last: it changes the models.
+    write the same updates again.
     """
-    load(base, pipeline)
+    base = load_base(pipeline)
     updates = read_lora(loras[1]).updates
     parts = {part: getattr(base, part) for part in KOHYA}
     for part, model in parts.items():
