@@ -21,6 +21,8 @@ from kcv2diffusers.system.garbage import collect_seldom  # noqa: E402
 # In the processes of the tests themselves Keras runs on PyTorch, where nothing is compiled: TensorFlow takes
 # five times as long. What is said of other backends is tested in processes of their own.
 os.environ.setdefault("KERAS_BACKEND", "torch")
+# The Hub of the tests is on this machine. Where the real one is asked, a test is wrong, or waits for nothing.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # One worker runs all tests of a file, and one worker all files that use KerasCV's processes most, so that
 # each of those is started once and builds a UNet once. The files that take longest come first; otherwise one

@@ -139,6 +139,7 @@ def test_card(hub: Hub, pipeline: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_stable_diffusion_3(hub: Hub, tmp_path: Path) -> None:
     """The card names its class, and what it lacks; the pipeline comes back as it is."""
     made = kcv2diffusers.convert(keras_hub.models() / "sd35l" / "task", out=tmp_path / "dog").out

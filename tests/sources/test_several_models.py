@@ -120,6 +120,7 @@ def test_a_trainer_with_a_unet(stack: str, tmp_path: Path) -> None:
         check(folder, container, ALL, tmp_path / "out.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", ["keras3", "keras2"])
 def test_networks_without_a_model_around_them(stack: str) -> None:
     """In Keras 3 TensorFlow does not see what a layer of the UNet keeps in a list."""
@@ -129,6 +130,7 @@ def test_networks_without_a_model_around_them(stack: str) -> None:
     assert [*beside[0].leftovers] == ["counters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stack", STACKS)
 def test_a_moving_average_is_left_out(stack: str, tmp_path: Path) -> None:
     """Where a container keeps its name; else there are two, and neither is taken."""
