@@ -22,7 +22,7 @@ from kcv2diffusers.system.garbage import collect_seldom  # noqa: E402
 # five times as long. What is said of other backends is tested in processes of their own.
 os.environ.setdefault("KERAS_BACKEND", "torch")
 # The Hub of the tests is on this machine. Where the real one is asked, a test is wrong, or waits for nothing.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # One worker runs all tests of a file, and one worker all files that use KerasCV's processes most, so that
 # each of those is started once and builds a UNet once. The files that take longest come first; otherwise one

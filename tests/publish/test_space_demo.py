@@ -72,7 +72,7 @@ def running(folder: Path, model: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
-        **os.environ, "MODEL": str(model), "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1",
+        **os.environ, "MODEL": str(model), "GRADIO_SERVER_PORT": str(port),
         "GRADIO_ANALYTICS_ENABLED": "False", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     url = f"http://127.0.0.1:{port}/"

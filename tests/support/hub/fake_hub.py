@@ -4,8 +4,8 @@
 
 Written from what the client (2.4, HF_HUB_DISABLE_XET=1) sends. `POST /_test/seed` makes a repository of a
 folder, `/_test/fail` lets requests fail, all or a share of them, `/_test/collection` makes a collection,
-`/_test/empty` forgets all repositories, objects and collections, and `GET /_test/log` tells what was asked
-and how many bytes came.
+`/_test/empty` forgets all of that and what was sent, and `GET /_test/log` tells what was asked and how many
+bytes came.
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send(200, {})
 
     def empty(self) -> None:
-        for held in (REPOSITORIES, OBJECTS, COLLECTIONS):
-            held.clear()
+        for held in (REPOSITORIES, OBJECTS, COLLECTIONS, FAILURES, LOG):
+            held.clear()  # type: ignore[attr-defined]
         self.send(200, {})
 
     def log(self) -> None:

@@ -24,8 +24,6 @@ def hub(_hub: Hub, tmp_path: Path) -> Hub:
     """The Hub, empty, no request failing, with an empty cache on our side."""
     _hub.home = tmp_path / "cache"
     _hub.empty()
-    _hub.fail()
-    _hub.log()
     return _hub
 
 

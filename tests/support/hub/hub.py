@@ -37,7 +37,7 @@ class Hub:
         self.ask("seed", {"repo": repo, "folder": str(folder), **order})
 
     def empty(self) -> None:
-        """Forget all repositories and the weights that were sent: what is sent again counts again."""
+        """As it was at the start: no repository, no request failing, none in the log, no weights sent."""
         self.ask("empty", {})
 
     def fail(self, *rules: dict[str, Any]) -> None:
